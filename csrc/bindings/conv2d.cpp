@@ -1,0 +1,26 @@
+// conv2d on the CPU: torch's tensors and threads -> the kernels of csrc/cpu. The schemas are in cvfast/ops/conv2d.py.
+#include <torch/csrc/stable/library.h>
+
+#include "../cpu/isa.h"
+#include "conv2d_common.h"
+#include "thread_pool.h"
+
+namespace {
+
+using namespace cvfast;
+
+struct Kernels {
+  static void forward(const Conv2dForward& args, const Tensor&) { kernels().conv2d_forward(args, thread_pool()); }
+  static void input_grad(const Conv2dInputGrad& args, const Tensor&) { kernels().conv2d_input_grad(args, thread_pool()); }
+  static void weight_grad(const Conv2dWeightGrad& args, const Tensor&) { kernels().conv2d_weight_grad(args, thread_pool()); }
+};
+
+using Operators = Conv2dOperators<Kernels>;
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&Operators::forward));
+  m.impl("conv2d_input_grad", TORCH_BOX(&Operators::input_grad));
+  m.impl("conv2d_weight_grad", TORCH_BOX(&Operators::weight_grad));
+}

@@ -1,0 +1,156 @@
+// What the CPU's and the GPU's bindings of conv2d share: checks, shapes, allocation. No loops over elements.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "cvfast/conv2d.h"
+
+namespace cvfast {
+
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+inline DType dtype_of(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "cvfast: dtype must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline Tensor4 tensor4(Tensor& tensor) {
+  auto s = tensor.strides();
+  return {tensor.mutable_data_ptr(), {s[0], s[1], s[2], s[3]}};
+}
+
+inline ConstTensor4 tensor4(const Tensor& tensor) {
+  auto s = tensor.strides();
+  return {tensor.const_data_ptr(), {s[0], s[1], s[2], s[3]}};
+}
+
+// Channels-last dense and not contiguous at the same time: the twin of result_format in cvfast/ops/conv2d.py.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  auto sizes = tensor.sizes();
+  auto strides = tensor.strides();
+  int64_t expected = 1;
+  for (int dim : {1, 3, 2, 0}) {
+    if (sizes[dim] == 1) continue;
+    if (strides[dim] != expected) return false;
+    expected *= sizes[dim];
+  }
+  return true;
+}
+
+// An uninitialised result of the given size, of first's dtype and device, in the format the operands ask for.
+inline Tensor empty_result(const Ints& size, const Tensor& first, const Tensor& second) {
+  using torch::headeronly::MemoryFormat;
+  auto format = is_channels_last(first) || is_channels_last(second) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return torch::stable::empty(size, first.scalar_type(), std::nullopt, first.device(), std::nullopt, format);
+}
+
+// The operators can be called without cvfast.functional, so what would make a kernel leave its memory is checked here.
+inline void check_operands(const Tensor& first, const Tensor& second) {
+  STD_TORCH_CHECK(first.dim() == 4 && second.dim() == 4, "cvfast conv2d: operands must be 4-dimensional");
+  STD_TORCH_CHECK(first.scalar_type() == second.scalar_type(), "cvfast conv2d: operands must have the same dtype");
+  STD_TORCH_CHECK(first.device() == second.device(), "cvfast conv2d: operands must be on the same device");
+}
+
+inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
+  STD_TORCH_CHECK(kernel >= 1 && span >= 0, "cvfast conv2d: the kernel is empty or larger than the padded input");
+  return span / stride + 1;
+}
+
+// From the sizes [N, C, H, W] of the input and [K, C/groups, R, S] of the weight. `Sizes`: anything indexable.
+template <class InputSizes, class WeightSizes>
+Conv2dShape conv2d_shape(const InputSizes& input, const WeightSizes& weight, const Ints& stride, const Ints& padding,
+                         const Ints& dilation, int64_t groups) {
+  STD_TORCH_CHECK(input.size() == 4 && weight.size() == 4, "cvfast conv2d: sizes must have 4 numbers");
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "cvfast conv2d: stride, padding and dilation must have 2 numbers each");
+  for (int i = 0; i < 2; ++i)
+    STD_TORCH_CHECK(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
+                    "cvfast conv2d: stride and dilation must be positive, padding must not be negative");
+  STD_TORCH_CHECK(groups >= 1 && weight[0] % groups == 0 && input[1] == weight[1] * groups,
+                  "cvfast conv2d: groups and channels do not fit");
+  return {
+      .batch = input[0],
+      .in_channels = input[1], .in_height = input[2], .in_width = input[3],
+      .out_channels = weight[0],
+      .out_height = output_size(input[2], weight[2], stride[0], padding[0], dilation[0]),
+      .out_width = output_size(input[3], weight[3], stride[1], padding[1], dilation[1]),
+      .kernel_height = weight[2], .kernel_width = weight[3],
+      .stride_h = stride[0], .stride_w = stride[1],
+      .padding_h = padding[0], .padding_w = padding[1],
+      .dilation_h = dilation[0], .dilation_w = dilation[1],
+      .groups = groups,
+  };
+}
+
+inline Ints output_sizes(const Conv2dShape& shape) {
+  return {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
+}
+
+inline void check_grad_output(const Tensor& grad_output, const Conv2dShape& shape) {
+  Ints expected = output_sizes(shape);
+  auto sizes = grad_output.sizes();
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(sizes[i] == expected[i], "cvfast conv2d: grad_output has size ", sizes[i], " at dimension ", i,
+                    ", expected ", expected[i]);
+}
+
+// bias [K] as a contiguous array of first's dtype, or nullptr; `keep` owns it.
+inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& first, int64_t channels, Tensor& keep) {
+  if (!bias.has_value()) return nullptr;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels, "cvfast conv2d: bias must have ", channels, " elements");
+  STD_TORCH_CHECK(bias->scalar_type() == first.scalar_type() && bias->device() == first.device(),
+                  "cvfast conv2d: bias must have the input's dtype and device");
+  keep = torch::stable::contiguous(*bias);
+  return keep.const_data_ptr();
+}
+
+// The three operators on one device. `Kernels` gives `static void forward(const Conv2dForward&, const Tensor&)`, input_grad
+// and weight_grad; the tensor says on which device to run.
+template <class Kernels>
+struct Conv2dOperators {
+  static Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+                        const Ints& padding, const Ints& dilation, int64_t groups) {
+    check_operands(input, weight);
+    Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
+    Tensor keep, output = empty_result(output_sizes(shape), input, weight);
+    const void* bias_pointer = bias_data(bias, input, shape.out_channels, keep);
+    Kernels::forward({shape, dtype_of(input), tensor4(input), tensor4(weight), bias_pointer, tensor4(output)}, input);
+    return output;
+  }
+
+  static Tensor input_grad(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
+                           const Ints& padding, const Ints& dilation, int64_t groups) {
+    check_operands(grad_output, weight);
+    Conv2dShape shape = conv2d_shape(input_size, weight.sizes(), stride, padding, dilation, groups);
+    check_grad_output(grad_output, shape);
+    Tensor grad_input = empty_result(input_size, grad_output, weight);
+    Kernels::input_grad({shape, dtype_of(weight), tensor4(grad_output), tensor4(weight), tensor4(grad_input)}, weight);
+    return grad_input;
+  }
+
+  static Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Ints& weight_size, const Ints& stride,
+                            const Ints& padding, const Ints& dilation, int64_t groups) {
+    check_operands(grad_output, input);
+    Conv2dShape shape = conv2d_shape(input.sizes(), weight_size, stride, padding, dilation, groups);
+    check_grad_output(grad_output, shape);
+    Tensor grad_weight = empty_result(weight_size, grad_output, input);
+    Kernels::weight_grad({shape, dtype_of(input), tensor4(grad_output), tensor4(input), tensor4(grad_weight)}, input);
+    return grad_weight;
+  }
+};
+
+}  // namespace cvfast

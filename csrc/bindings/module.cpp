@@ -1,0 +1,19 @@
+// cvfast._C: what was built, which instruction sets there are, and the choice of one (for tests and CVFAST_ISA).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../cpu/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information and instruction sets of cvfast's CPU kernels; needs no torch.";
+  m.attr("build_info") = py::dict(
+      py::arg("compiler") = CVFAST_COMPILER, py::arg("torch") = CVFAST_BUILT_WITH_TORCH, py::arg("cuda") = CVFAST_CUDA_BUILD);
+  m.def("compiled_isas", &cvfast::compiled_isas, "Instruction sets the kernels were compiled for.");
+  m.def("available_isas", &cvfast::available_isas, "Those of them that this machine runs.");
+  m.def("best_isa", &cvfast::best_isa, "The one taken by default.");
+  m.def("active_isa", &cvfast::active_isa, "The one the kernels use now.");
+  m.def("set_isa", &cvfast::set_isa, py::arg("name"),
+        "Makes the kernels of the whole process use instruction set `name`; ValueError if this machine cannot run it.");
+}

@@ -1,0 +1,27 @@
+// The choice of an instruction set: each kernel is built for several of them and one is active in the process.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernel_table.h"
+
+#define CVFAST_EXPORT __attribute__((visibility("default")))
+
+namespace cvfast {
+
+// The active kernels; at first those of best_isa(). Safe to call from any thread.
+CVFAST_EXPORT const KernelTable& kernels();
+
+// Names of the instruction sets in this library, and of those among them that this machine can run, best last.
+// "emulated512" (64-byte vectors made of AVX2 instructions) is there for tests and is never the best.
+CVFAST_EXPORT std::vector<std::string> compiled_isas();
+CVFAST_EXPORT std::vector<std::string> available_isas();
+
+CVFAST_EXPORT std::string best_isa();
+CVFAST_EXPORT std::string active_isa();
+
+// Makes another instruction set active for the whole process. Calls already running finish with the old one.
+// std::invalid_argument if `name` is not available; the active one then stays.
+CVFAST_EXPORT void set_isa(const std::string& name);
+
+}  // namespace cvfast

@@ -1,0 +1,74 @@
+// 2-D convolution for one instruction set: compiled once for each with -DCVFAST_ISA=<name>, -DCVFAST_VECTOR_BYTES=<16, 32
+// or 64> and that instruction set's flags. Exports cvfast::<CVFAST_ISA>::conv2d and nothing else.
+#include "../kernel_table.h"
+#include "conv2d_depthwise.h"
+#include "conv2d_implicit_gemm.h"
+
+namespace cvfast {
+namespace {
+
+template <class Problem>
+struct Algorithm {
+  const char* name;
+  bool (*applies)(const Problem&);
+  void (*run)(const Problem&, const ThreadPool&);
+};
+
+template <class Problem>
+bool always(const Problem&) { return true; }
+
+// For each of the three products and each storage type S: the first algorithm that applies is taken; the last one
+// always does.
+template <class S>
+constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
+    {"depthwise", depthwise_applies, correlate_depthwise<S>},
+    {"implicit_gemm", always, correlate_by_gemm<S>},
+};
+template <class S>
+constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
+    {"depthwise", depthwise_applies, correlate_depthwise<S>},
+    {"implicit_gemm", always, correlate_by_gemm<S>},
+};
+template <class S>
+constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
+    {"depthwise", depthwise_applies, weight_grad_depthwise<S>},
+    {"implicit_gemm", always, weight_grad_by_gemm<S>},
+};
+
+template <class Problem>
+void run_first(const Algorithm<Problem>* algorithm, const Problem& problem, const ThreadPool& pool) {
+  while (!algorithm->applies(problem)) ++algorithm;
+  algorithm->run(problem, pool);
+}
+
+// Calls run(S{}) for the storage type S of `dtype`.
+template <class Run>
+void with_storage_type(DType dtype, Run&& run) {
+  switch (dtype) {
+    case DType::f32: return run(float{});
+    case DType::f64: return run(double{});
+    case DType::bf16: return run(Bf16{});
+    case DType::f16: return run(F16{});
+  }
+}
+
+void forward(const Conv2dForward& problem, const ThreadPool& pool) {
+  with_storage_type(problem.dtype, [&](auto s) { run_first(forward_algorithms<decltype(s)>, problem, pool); });
+}
+
+void input_grad(const Conv2dInputGrad& problem, const ThreadPool& pool) {
+  with_storage_type(problem.dtype, [&](auto s) { run_first(input_grad_algorithms<decltype(s)>, problem, pool); });
+}
+
+void weight_grad(const Conv2dWeightGrad& problem, const ThreadPool& pool) {
+  with_storage_type(problem.dtype, [&](auto s) { run_first(weight_grad_algorithms<decltype(s)>, problem, pool); });
+}
+
+}  // namespace
+
+namespace CVFAST_ISA {
+extern const Conv2dKernels conv2d;
+const Conv2dKernels conv2d = {forward, input_grad, weight_grad};
+}  // namespace CVFAST_ISA
+
+}  // namespace cvfast

@@ -1,0 +1,86 @@
+// The matrix product that every operator shares: C [rows, cols] (+)= A [rows, depth] * B [depth, cols], in float or double.
+//
+// One tile of C, tile_rows x (2 vectors), stays in registers while the whole depth of a block passes by; A is broadcast
+// element by element, B is read a vector at a time. An element of C is one chain of multiply-adds from 0, in the order
+// of depth, added to C at the end: its bits depend on neither its place in the matrix nor the instruction set's width.
+#pragma once
+#include "simd.h"
+
+namespace cvfast {
+namespace {
+
+// Registers: accumulators 2 * tile_rows, B 2, A 1. 16 registers with SSE and AVX2, 32 with AVX-512 and NEON.
+#if CVFAST_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int tile_rows = 12;
+#else
+constexpr int tile_rows = 6;
+#endif
+template <class T>
+constexpr int tile_cols = 2 * lanes<T>;
+
+// Cache blocks. With AVX2 and either type: A 96 x 256 and B 256 x 15 tiles at most 240 KiB each, C 90 KiB, all in L2,
+// and one 16 KiB panel of B (256 x tile_cols) in L1. 15 tiles: an odd number of cache lines between the rows of B
+// spreads a panel over all sets of the L1 cache.
+constexpr int64_t block_rows = 96;
+constexpr int64_t block_depth = 256;
+template <class T>
+constexpr int64_t block_cols = 15 * tile_cols<T>;
+
+// B in panels of tile_cols columns; columns of the last panel beyond the matrix are readable and ignored.
+template <class T>
+struct Panels {
+  const T* data;
+  int64_t panel_stride, row_stride;
+};
+
+// One tile. C has tile_cols<T> writable columns with stride 1.
+template <class T, int Rows>
+void tile_product(Matrix<const T> a, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride, bool add) {
+  constexpr int L = lanes<T>;
+  Vector<T> sum[Rows][2] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vector<T> b0 = load_as<Vector<T>>(b), b1 = load_as<Vector<T>>(b + L);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const T x = a.data[i * a.row_stride];
+      sum[i][0] += x * b0;
+      sum[i][1] += x * b1;
+    }
+    a.data += a.col_stride;
+    b += b_stride;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      T* to = c + i * c_stride + j * L;
+      store_as(to, add ? load_as<Vector<T>>(to) + sum[i][j] : sum[i][j]);
+    }
+}
+
+// A tile of `rows` <= Rows rows.
+template <class T, int Rows = tile_rows>
+void tile_product_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t b_stride, int64_t depth, T* c,
+                       int64_t c_stride, bool add) {
+  if constexpr (Rows > 1)
+    if (rows < Rows) return tile_product_rows<T, Rows - 1>(rows, a, b, b_stride, depth, c, c_stride, add);
+  tile_product<T, Rows>(a, b, b_stride, depth, c, c_stride, add);
+}
+
+// A block: rows <= block_rows, cols <= block_cols, depth <= block_depth for the caches' sake. `c` has row stride
+// c_stride and room for the columns rounded up to tile_cols.
+template <class T>
+void block_product(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, Panels<T> b, T* c, int64_t c_stride,
+                   bool add) {
+  for (int64_t col = 0; col < cols; col += tile_cols<T>) {
+    for (int64_t row = 0; row < rows; row += tile_rows) {
+      const Matrix<const T> a_rows = {a.data + row * a.row_stride, a.row_stride, a.col_stride};
+      tile_product_rows<T>(min<int64_t>(rows - row, tile_rows), a_rows, b.data, b.row_stride, depth,
+                           c + row * c_stride + col, c_stride, add);
+    }
+    b.data += b.panel_stride;
+  }
+}
+
+}  // namespace
+}  // namespace cvfast

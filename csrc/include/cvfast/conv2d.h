@@ -1,0 +1,51 @@
+// 2-D convolution (cross-correlation), as torch.nn.functional.conv2d defines it: with N images, G groups,
+//   output[n, k, p, q] = bias[k] + sum over c, r, s of
+//       input[n, g*C/G + c, p*stride_h - padding_h + r*dilation_h, q*stride_w - padding_w + s*dilation_w]
+//       * weight[k, c, r, s],   g = k / (K/G), c in [0, C/G), r in [0, R), s in [0, S); outside the image: zero.
+#pragma once
+#include "common.h"
+
+namespace cvfast {
+
+struct Conv2dShape {
+  int64_t batch;                        // N
+  int64_t in_channels, in_height, in_width;     // C, H, W
+  int64_t out_channels, out_height, out_width;  // K, P, Q
+  int64_t kernel_height, kernel_width;  // R, S
+  int64_t stride_h, stride_w;           // >= 1
+  int64_t padding_h, padding_w;         // >= 0, zeros on both sides
+  int64_t dilation_h, dilation_w;       // >= 1
+  int64_t groups;                       // G divides C and K
+};
+
+// The three products of a convolution. Each is linear in both operands, and each one's derivative is written with
+// the other two, so that these three give derivatives of every order. Every size may be 0. The result's memory is
+// uninitialised on entry and fully written on return; it never overlaps an operand. Results are the same bits for
+// any number of threads, for a sample alone or in a batch, and for any strides of the tensors.
+
+// output [N, K, P, Q] = conv2d(input [N, C, H, W], weight [K, C/G, R, S]) + bias [K] (contiguous, or nullptr).
+struct Conv2dForward {
+  Conv2dShape shape;
+  DType dtype;
+  ConstTensor4 input, weight;
+  const void* bias;
+  Tensor4 output;
+};
+
+// grad_input [N, C, H, W] from grad_output [N, K, P, Q] and weight.
+struct Conv2dInputGrad {
+  Conv2dShape shape;
+  DType dtype;
+  ConstTensor4 grad_output, weight;
+  Tensor4 grad_input;
+};
+
+// grad_weight [K, C/G, R, S] from grad_output and input.
+struct Conv2dWeightGrad {
+  Conv2dShape shape;
+  DType dtype;
+  ConstTensor4 grad_output, input;
+  Tensor4 grad_weight;
+};
+
+}  // namespace cvfast

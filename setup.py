@@ -1,0 +1,57 @@
+"""Passes the environment to CMake, which builds everything, and puts the libraries into the package."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def load_env():
+    """cvfast/_env.py by its path: importing the package would need the libraries that are being built."""
+    spec = importlib.util.spec_from_file_location("cvfast_env", ROOT / "cvfast" / "_env.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def need(program, advice):
+    """The path of `program`, or an end of the build that says how to get it."""
+    path = shutil.which(program)
+    if path is None:
+        raise SystemExit(f"cvfast: {program!r} was not found; {advice}")
+    return path
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake; the libraries land in <build_lib>/cvfast, or in the source tree for an editable install."""
+
+    def run(self):
+        options = load_env().read_build()
+        cmake = need("cmake", "install it: pip install cmake ninja")
+        need("ninja", "install it: pip install ninja")
+        need(os.environ.get("CXX", "c++"), "install a C++20 compiler (Debian and Ubuntu: apt install g++), or set CXX")
+        build = Path(self.build_temp).resolve()
+        target = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
+        configure = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCVFAST_CUDA={options['cuda']}",
+            f"-DCVFAST_CUDA_ARCHS={options['cuda_archs'] or ''}",
+        ]
+        jobs = str(options["max_jobs"] or os.cpu_count() or 1)
+        self.call(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure)
+        self.call(cmake, "--build", str(build), "--parallel", jobs)
+        self.call(cmake, "--install", str(build), "--prefix", str(target))
+
+    def call(self, *command):
+        if subprocess.run(command).returncode:
+            raise SystemExit(f"cvfast: the build failed in: {' '.join(command)}\nThe compiler's messages stand above.")
+
+
+setup(ext_modules=[Extension("cvfast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
