@@ -1,0 +1,14 @@
+"""cvfast: hand-written kernels that make PyTorch vision models faster.
+
+`cvfast.functional` has torch.nn.functional's functions, `cvfast.nn` torch's layers; `cvfast.use_backend` chooses who
+computes, `cvfast.info()` says what this installation can do. Importing cvfast compiles nothing, prints nothing and
+does not touch a GPU.
+"""
+
+__version__ = "0.1.0"
+
+from cvfast import functional, nn, ops
+from cvfast._info import info
+from cvfast.backend import use_backend
+
+__all__ = ["__version__", "functional", "info", "nn", "ops", "use_backend"]

@@ -1,0 +1,77 @@
+"""Chooses the backend of an operator's call.
+
+A backend is a module `cvfast.backends.<backend>.<operator>` with three functions over the call's normalised
+arguments: `why_not` (reasons why it cannot run them; empty: it can), `why_slower` (reasons why it should not be taken
+although it can, each backed by a measurement or the lack of one) and `run`. The choice is plain Python over dtype,
+device, shape and layout, so torch.compile traces through it; nothing is read from the environment or logged per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from cvfast import _env
+from cvfast.backends.ext import conv2d as ext_conv2d
+from cvfast.backends.native import conv2d as native_conv2d
+from cvfast.backends.triton import conv2d as triton_conv2d
+
+# Operator -> backend -> module, in the order in which `auto` asks them; `native` comes last and never refuses.
+BACKENDS: dict[str, dict[str, ModuleType]] = {
+    "conv2d": {"ext": ext_conv2d, "triton": triton_conv2d, "native": native_conv2d},
+}
+NAMES = ("auto", "ext", "triton", "native")
+
+_current = _env.backend
+
+
+def current() -> str:
+    """The backend in force where a call names none: "auto", "ext", "triton" or "native"."""
+    return _current
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every cvfast operator runs on the backend `name`, in all threads of the process.
+
+    `name`: "auto", "ext", "triton" or "native". A backend that cannot run a call raises RuntimeError with its reasons.
+    Raises ValueError for another name.
+    """
+    global _current
+    before, _current = _current, checked_name(name)
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def checked_name(name: str) -> str:
+    """`name`, or ValueError if no backend is called so."""
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; allowed: {', '.join(NAMES)}")
+    return name
+
+
+def select(operator: str, requested: str | None, *args) -> ModuleType:
+    """The backend module that runs `operator` on these normalised arguments.
+
+    `requested`: the name given with the call, or None for the one in force.
+    Raises RuntimeError with all reasons if the named backend cannot run them, ValueError if there is no such backend.
+    """
+    name = _current if requested is None else requested
+    backends = BACKENDS[operator]
+    if name == "auto":
+        for module in backends.values():
+            if not module.why_not(*args) and not module.why_slower(*args):
+                return module
+    module = backends[checked_name(name)]
+    reasons = module.why_not(*args)
+    if reasons:
+        raise RuntimeError(f"backend {name!r} cannot run {operator}: " + "; ".join(reasons))
+    return module
+
+
+def report(operator: str, *args) -> dict[str, list[str]]:
+    """For each backend of `operator`, in the order of `auto`, the reasons why it is not taken (empty: able)."""
+    return {name: m.why_not(*args) + m.why_slower(*args) for name, m in BACKENDS[operator].items()}

@@ -1,0 +1,1 @@
+"""Functions under @triton.jit, one file per operator. Importing one imports triton."""

@@ -1,0 +1,24 @@
+"""Convolution layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cvfast import functional
+
+
+class Conv2d(torch.nn.Conv2d):
+    """torch.nn.Conv2d on cvfast's kernels: the same arguments, parameters, state_dict and repr.
+
+    Input [N, C, H, W] or [C, H, W], output [N, K, P, Q] or [K, P, Q]; all padding modes ("zeros", "reflect",
+    "replicate", "circular"), string padding, and every memory format. See cvfast.functional.conv2d for dtypes
+    and errors.
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)

@@ -1,0 +1,74 @@
+"""The form of an operator's card, and its registration with torch's dispatcher.
+
+A card is written once and registered for two namespaces: `torch.ops.cvfast` (implemented by the compiled libraries)
+and `torch.ops.cvfast_triton` (implemented by Triton kernels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+NAMESPACES = ("cvfast", "cvfast_triton")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What torch knows of one operator.
+
+    schema: torch's schema string, without a namespace.
+    fake: the result for fake tensors, with the kernel's exact strides.
+    setup_context: `(ctx, inputs, output)`, keeps what backward needs.
+    backward: `(ops, ctx, *grads)`, one gradient per argument; `ops` is the namespace (torch.ops.cvfast, say) of the
+        operator that ran, so that a derivative runs on the backend of its forward.
+    vmap: `(ops, info, in_dims, *args)`, as torch.library.register_vmap takes it, behind the namespace.
+    """
+
+    schema: str
+    fake: Callable
+    setup_context: Callable
+    backward: Callable
+    vmap: Callable
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+
+def register(cards: Sequence[Card]) -> None:
+    """Defines the operators of `cards` in every namespace."""
+    for namespace in NAMESPACES:
+        library = torch.library.Library(namespace, "FRAGMENT")
+        _libraries.append(library)
+        for card in cards:
+            _register(card, namespace, library)
+
+
+_libraries: list[torch.library.Library] = []  # a Library takes its registrations back when it is collected
+
+
+def _register(card: Card, namespace: str, library: torch.library.Library) -> None:
+    name, ops = f"{namespace}::{card.name}", getattr(torch.ops, namespace)
+    library.define(card.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    torch.library.register_fake(name, card.fake, lib=library)
+    torch.library.register_autograd(name, partial(card.backward, ops), setup_context=card.setup_context, lib=library)
+    torch.library.register_vmap(name, partial(card.vmap, ops), lib=library)
+    for device in ("CPU", "CUDA"):
+        library.impl(card.name, partial(_autocast, getattr(ops, card.name), device.lower()), f"Autocast{device}")
+
+
+def _autocast(op: Callable, device: str, *args):
+    """Runs `op` with its floating-point tensors (not float64, as torch's own rule has it) in autocast's dtype."""
+    dtype = torch.get_autocast_dtype(device)
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    with torch._C._ExcludeDispatchKeyGuard(key):
+        return op(*(_cast(arg, device, dtype) for arg in args))
+
+
+def _cast(arg: object, device: str, dtype: torch.dtype) -> object:
+    castable = isinstance(arg, Tensor) and arg.is_floating_point() and arg.device.type == device
+    return arg.to(dtype) if castable and arg.dtype != torch.float64 else arg

@@ -1,0 +1,183 @@
+"""The card of conv2d: three operators, each linear in both operands and differentiated with the other two.
+
+With * for the products, o = conv2d(x, w), gx = conv2d_input_grad(g, w), gw = conv2d_weight_grad(g, x):
+the derivative of each with respect to one operand is another of the three, so derivatives of every order exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cvfast.ops.card import Card, register
+
+_OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Length of one spatial dimension of the output, from that of the input (torch.nn.Conv2d's formula)."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def result_format(first: Tensor, second: Tensor) -> torch.memory_format:
+    """Memory format of a result: channels_last if an operand is so and is not contiguous at the same time."""
+    for operand in (first, second):
+        if operand.is_contiguous(memory_format=torch.channels_last) and not operand.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def _empty(size: Sequence[int], first: Tensor, second: Tensor) -> Tensor:
+    return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=result_format(first, second))
+
+
+# conv2d: input [N, C, H, W], weight [K, C/groups, R, S], bias [K] -> output [N, K, P, Q]
+
+
+def conv2d_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    spatial = [
+        output_size(input.shape[i + 2], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in range(2)
+    ]
+    size = (input.shape[0], weight.shape[0], *spatial)
+    return _empty(size, input, weight)
+
+
+def conv2d_setup(ctx, inputs, output) -> None:
+    input, weight, _, *ctx.options = inputs
+    ctx.save_for_backward(input, weight)
+
+
+def conv2d_backward(ops, ctx, grad: Tensor):
+    input, weight = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    return (
+        ops.conv2d_input_grad(grad, weight, input.shape, *ctx.options) if needs_input else None,
+        ops.conv2d_weight_grad(grad, input, weight.shape, *ctx.options) if needs_weight else None,
+        grad.sum((0, 2, 3)) if needs_bias else None,
+        *(None for _ in ctx.options),
+    )
+
+
+def conv2d_vmap(ops, info, in_dims, input, weight, bias, stride, padding, dilation, groups):
+    options, size = (stride, padding, dilation), info.batch_size
+    x_dim, w_dim, b_dim = in_dims[:3]
+    if b_dim is not None:  # a bias per sample of the vmap cannot enter the fused sum of a folded batch
+        output, dim = conv2d_vmap(ops, info, (x_dim, w_dim, None), input, weight, None, *options, groups)
+        return output.movedim(dim, 0) + bias.movedim(b_dim, 0)[:, None, :, None, None], 0
+    if w_dim is None:
+        return unfold(ops.conv2d(fold(input, x_dim, 0), weight, bias, *options, groups), 0, size), 0
+    input = expanded(input, x_dim, size)
+    output = ops.conv2d(fold(input, 0, 1), fold(weight, w_dim, 0), None, *options, groups * size)
+    output = unfold(output, 1, size)  # [N, B, K, P, Q]
+    return (output if bias is None else output + bias[:, None, None]), 1
+
+
+# conv2d_input_grad: grad [N, K, P, Q], weight [K, C/groups, R, S] -> [N, C, H, W] = input_size
+
+
+def input_grad_fake(grad: Tensor, weight: Tensor, input_size: Sequence[int], *options) -> Tensor:
+    return _empty(input_size, grad, weight)
+
+
+def input_grad_setup(ctx, inputs, output) -> None:
+    grad, weight, _, *ctx.options = inputs
+    ctx.save_for_backward(grad, weight)
+
+
+def input_grad_backward(ops, ctx, second: Tensor):
+    grad, weight = ctx.saved_tensors
+    needs_grad, needs_weight = ctx.needs_input_grad[:2]
+    return (
+        ops.conv2d(second, weight, None, *ctx.options) if needs_grad else None,
+        ops.conv2d_weight_grad(grad, second, weight.shape, *ctx.options) if needs_weight else None,
+        None,
+        *(None for _ in ctx.options),
+    )
+
+
+def input_grad_vmap(ops, info, in_dims, grad, weight, input_size, stride, padding, dilation, groups):
+    options, size = (stride, padding, dilation), info.batch_size
+    n, c, *spatial = input_size
+    if in_dims[1] is None:
+        result = ops.conv2d_input_grad(fold(grad, in_dims[0], 0), weight, [n * size, c, *spatial], *options, groups)
+        return unfold(result, 0, size), 0
+    grad, weight = fold(expanded(grad, in_dims[0], size), 0, 1), fold(weight, in_dims[1], 0)
+    result = ops.conv2d_input_grad(grad, weight, [n, c * size, *spatial], *options, groups * size)
+    return unfold(result, 1, size), 1
+
+
+# conv2d_weight_grad: grad [N, K, P, Q], input [N, C, H, W] -> [K, C/groups, R, S] = weight_size
+
+
+def weight_grad_fake(grad: Tensor, input: Tensor, weight_size: Sequence[int], *options) -> Tensor:
+    return _empty(weight_size, grad, input)
+
+
+def weight_grad_setup(ctx, inputs, output) -> None:
+    grad, input, _, *ctx.options = inputs
+    ctx.save_for_backward(grad, input)
+
+
+def weight_grad_backward(ops, ctx, second: Tensor):
+    grad, input = ctx.saved_tensors
+    needs_grad, needs_input = ctx.needs_input_grad[:2]
+    return (
+        ops.conv2d(input, second, None, *ctx.options) if needs_grad else None,
+        ops.conv2d_input_grad(grad, second, input.shape, *ctx.options) if needs_input else None,
+        None,
+        *(None for _ in ctx.options),
+    )
+
+
+def weight_grad_vmap(ops, info, in_dims, grad, input, weight_size, stride, padding, dilation, groups):
+    size = info.batch_size
+    grad, input = (fold(expanded(t, dim, size), 0, 1) for t, dim in ((grad, in_dims[0]), (input, in_dims[1])))
+    k, *rest = weight_size
+    result = ops.conv2d_weight_grad(grad, input, [k * size, *rest], stride, padding, dilation, groups * size)
+    return unfold(result, 0, size), 0
+
+
+# vmap's batch dimension B becomes part of the batch (shared weights) or of the groups (a weight for each of B).
+
+
+def expanded(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """[B, ...] with B = size, whether `tensor` has the batch at `dim` or (None) not at all."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def fold(tensor: Tensor, dim: int, into: int) -> Tensor:
+    """Merges the batch dimension `dim` into dimension `into` of the rest, as its outer part."""
+    return tensor.movedim(dim, into).flatten(into, into + 1)
+
+
+def unfold(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """Splits dimension `dim` into (size, rest)."""
+    return tensor.unflatten(dim, (size, -1))
+
+
+register(
+    [
+        Card(
+            f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_OPTIONS}) -> Tensor",
+            conv2d_fake, conv2d_setup, conv2d_backward, conv2d_vmap,
+        ),
+        Card(
+            f"conv2d_input_grad(Tensor grad_output, Tensor weight, SymInt[4] input_size, {_OPTIONS}) -> Tensor",
+            input_grad_fake, input_grad_setup, input_grad_backward, input_grad_vmap,
+        ),
+        Card(
+            f"conv2d_weight_grad(Tensor grad_output, Tensor input, SymInt[4] weight_size, {_OPTIONS}) -> Tensor",
+            weight_grad_fake, weight_grad_setup, weight_grad_backward, weight_grad_vmap,
+        ),
+    ]
+)  # fmt: skip

@@ -1,0 +1,8 @@
+"""The mathematics of every operator, readable, in any dtype: the oracle that every backend is measured against.
+
+Imported by tests, benchmarks and cvfast.testing only.
+"""
+
+from cvfast.reference.conv2d import conv2d
+
+__all__ = ["conv2d"]

@@ -1,0 +1,13 @@
+"""What tests and benchmarks share: an OpSpec per operator and the assertions made of it. Not for library code.
+
+A newcomer's spec enters SPECS here; the tests in tests/ops then run it over every backend, instruction set, dtype and
+memory format by themselves.
+"""
+
+from cvfast.testing.accuracy import assert_as_accurate, relative_error
+from cvfast.testing.conv2d import Conv2dSpec
+from cvfast.testing.spec import Case, ErrorCase, OpSpec, Sample
+
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (Conv2dSpec(),)}
+
+__all__ = ["SPECS", "Case", "ErrorCase", "OpSpec", "Sample", "assert_as_accurate", "relative_error"]

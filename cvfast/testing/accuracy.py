@@ -1,0 +1,45 @@
+"""Accuracy against float64, with torch's own error in the same dtype as the measure of what is attainable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0  # an exact algorithm may have this many times torch's own error ...
+FLOOR = 4.0  # ... plus this many units in the last place, where torch happens to be exact
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Relative L2 error of `actual` against the float64 tensor `exact` (absolute where `exact` is all zero)."""
+    error = torch.linalg.vector_norm(actual.to(torch.float64) - exact)
+    return float(error / (torch.linalg.vector_norm(exact) or 1.0))
+
+
+def largest_error(actual: Tensor, exact: Tensor) -> float:
+    """The largest single error, as a share of the largest magnitude in `exact`."""
+    if exact.numel() == 0:
+        return 0.0
+    return float((actual.to(torch.float64) - exact).abs().max() / (exact.abs().max() or 1.0))
+
+
+def assert_as_accurate(actual: Tensor, native: Tensor, exact: Tensor, what: str = "result") -> None:
+    """Asserts that `actual` is as accurate as torch's own result `native` is, both against the float64 `exact`.
+
+    Shapes, dtypes and the places of NaN and Inf must agree, too; finite places are compared by relative L2 error and by
+    the largest single error.
+    """
+    assert exact.dtype == torch.float64, "the oracle must be float64"
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.dtype == native.dtype, f"{what}: {actual.dtype}, torch gives {native.dtype}"
+    finite = torch.isfinite(exact)
+    torch.testing.assert_close(
+        actual.masked_fill(finite, 0).to(torch.float64), exact.masked_fill(finite, 0), equal_nan=True,
+        msg=lambda text: f"{what}: NaN and Inf in other places than the reference's\n{text}",
+    )  # fmt: skip
+    actual, native, exact = (t.masked_fill(~finite, 0) for t in (actual, native, exact))
+    floor = FLOOR * torch.finfo(actual.dtype).eps
+    for measure in (relative_error, largest_error):
+        error, attainable = measure(actual, exact), measure(native, exact)
+        assert error <= FACTOR * attainable + floor, (
+            f"{what}: {measure.__name__} {error:.3g} against float64; torch has {attainable:.3g} in {actual.dtype}"
+        )

@@ -1,0 +1,135 @@
+"""The form of an OpSpec: an operator's cases, its oracle, its cost and its wrong inputs, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The arguments of one call: differentiable operands by name (None: left out) and options by name."""
+
+    operands: dict[str, Tensor | None]
+    options: dict[str, object]
+
+    def call(self, function: Callable[..., Tensor], **more) -> Tensor:
+        """Calls `function` with operands and options."""
+        return function(**self.operands, **self.options, **more)
+
+    def to(self, dtype: torch.dtype) -> Sample:
+        """The same values in another dtype, on tensors of their own."""
+        return self.map(lambda tensor: tensor.detach().to(dtype, copy=True))
+
+    def requiring_grad(self) -> Sample:
+        """The same values on leaves that require gradients."""
+        return self.map(lambda tensor: tensor.detach().requires_grad_())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Sample:
+        """The sample with `function` applied to every operand."""
+        operands = {name: None if t is None else function(t) for name, t in self.operands.items()}
+        return Sample(operands, self.options)
+
+    def tensors(self) -> list[Tensor]:
+        """The operands that are there."""
+        return [t for t in self.operands.values() if t is not None]
+
+
+@dataclass(frozen=True, eq=False)  # hashable by identity: options are a dict
+class Case:
+    """Shapes and options of one call. `layout` is how operands lie in memory:
+
+    dense: contiguous in the memory format asked for; sliced: every second element of a larger tensor's last dimension,
+    behind an offset; expanded: the first dimension repeated with stride 0.
+    """
+
+    name: str
+    shapes: dict[str, Shape | None]
+    options: dict[str, object] = field(default_factory=dict)
+    layout: str = "dense"
+
+    def sample(
+        self,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> Sample:
+        """Normally distributed operands, the same values for every layout, format and dtype (up to rounding)."""
+        generator = torch.Generator().manual_seed(seed)
+        operands = {
+            name: None if shape is None else self._operand(shape, dtype, memory_format, generator).to(device)
+            for name, shape in self.shapes.items()
+        }
+        return Sample(operands, self.options)
+
+    def _operand(
+        self, shape: Shape, dtype: torch.dtype, memory_format: torch.memory_format, generator: torch.Generator
+    ) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        if values.dim() == 4:
+            values = values.contiguous(memory_format=memory_format)
+        if self.layout == "sliced":
+            wide = torch.full((*shape[:-1], 2 * shape[-1] + 1), torch.nan, dtype=dtype)
+            if wide.dim() == 4:
+                wide = wide.contiguous(memory_format=memory_format)
+            view = wide[..., 1::2]
+            view.copy_(values)
+            return view
+        if self.layout == "expanded" and len(shape) > 1:
+            return values[:1].expand(shape)
+        return values
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class ErrorCase:
+    """A call that the user got wrong: what is raised and what its text must match."""
+
+    name: str
+    call: Callable[[Callable[..., Tensor]], object]
+    error: type[Exception]
+    match: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class OpSpec(ABC):
+    """Everything the tests and benchmarks must know of one operator."""
+
+    name: str  # the operator's name in every room
+    function: Callable[..., Tensor]  # cvfast.functional's; takes backend=
+    native: Callable[..., Tensor]  # torch's own, same arguments
+    reference: Callable[..., Tensor]  # cvfast.reference's
+    dtypes: dict[str, tuple[torch.dtype, ...]]  # by backend
+    cases: Sequence[Case]  # every option, odd sizes, layouts, one-element and empty operands
+    small_cases: Sequence[Case]  # few elements: gradcheck, gradgradcheck and interpreters
+    errors: Sequence[ErrorCase]
+    vmap_dims: Sequence[dict[str, int | None]]  # in_dims by operand name
+
+    @abstractmethod
+    def random_case(self, rng: random.Random) -> Case:
+        """A valid case of random shapes and options."""
+
+    @abstractmethod
+    def operator_calls(self, sample: Sample) -> Iterator[tuple[str, tuple]]:
+        """(name, arguments) of each operator of the card that takes part in the call and its derivatives."""
+
+    @abstractmethod
+    def flops(self, sample: Sample) -> int:
+        """Floating-point operations of the call's definition (a fused multiply-add counts as two)."""
+
+    def bytes(self, sample: Sample) -> int:
+        """Bytes that must move at least: every operand and the result once."""
+        tensors = [*sample.tensors(), sample.call(self.native)]
+        return sum(t.numel() * t.element_size() for t in tensors)

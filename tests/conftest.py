@@ -1,0 +1,45 @@
+"""Set-up shared by all tests."""
+
+import os
+
+# Triton reads this when it is imported: its kernels then run in its interpreter, on CPU tensors.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+from cvfast import _library
+
+
+def isas() -> list[str]:
+    """Instruction sets of the CPU kernels that this machine runs."""
+    return _library.C.available_isas() if _library.C else []
+
+
+@pytest.fixture
+def isa(request):
+    """Runs the test with the CPU kernels of instruction set `request.param` (None: as they are)."""
+    if request.param is None:
+        yield None
+        return
+    before = _library.C.active_isa()
+    _library.C.set_isa(request.param)
+    yield request.param
+    _library.C.set_isa(before)
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty gives NaN, so a result that a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads; the number from before comes back at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
