@@ -1,0 +1,281 @@
+"""The command `cvfast`: the engine for people who type. No logic lives here but options, words and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+import cvfast
+from cvfast import backend as backends
+from cvfast import engine
+from cvfast.data import DataSplits
+from cvfast.engine.checkpoint import CheckpointError, load_checkpoint, replace_file
+from cvfast.engine.config import OPTIMIZERS, SCHEDULES, TrainConfig
+from cvfast.engine.export import FORMATS
+from cvfast.engine.run import load_data
+from cvfast.engine.train import choose_device
+from cvfast.models import list_models
+
+DEFAULT = TrainConfig(backend=backends.current())  # CVFAST_BACKEND is the default of --backend
+
+HELP = """Trains, judges and deploys vision models with cvfast's kernels.
+
+Start with `cvfast demo`. Then: `cvfast train --data FOLDER`, `cvfast eval --checkpoint runs/cnn`,
+`cvfast predict --checkpoint runs/cnn IMAGE...`, `cvfast export --checkpoint runs/cnn`.
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 file not found; 4 bad data (a damaged image, classes that do not
+fit); 5 bad checkpoint; 6 disk full; 130 interrupted.
+"""
+
+
+class ExitCode(IntEnum):
+    """What the command tells the shell."""
+
+    FAILED = 1
+    USAGE = 2
+    MISSING = 3
+    DATA = 4
+    CHECKPOINT = 5
+    DISK_FULL = 6
+    INTERRUPTED = 130
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the program with one line and an exit code where an error is the user's or the machine's, not cvfast's."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):  # both are RuntimeErrors
+        raise
+    except KeyboardInterrupt as error:
+        _fail(ExitCode.INTERRUPTED, f"interrupted: {error}" if str(error) else "interrupted")
+    except CheckpointError as error:
+        _fail(ExitCode.CHECKPOINT, error)
+    except FileNotFoundError as error:
+        _fail(ExitCode.MISSING, error)
+    except FileExistsError as error:
+        _fail(ExitCode.USAGE, error)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        _fail(ExitCode.DISK_FULL if full else ExitCode.FAILED, f"the disk is full: {error}" if full else error)
+    except ValueError as error:
+        _fail(ExitCode.DATA, error)
+    except (ImportError, RuntimeError, FloatingPointError) as error:
+        _fail(ExitCode.FAILED, error)
+
+
+def _fail(code: ExitCode, message: object) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx):
+        with user_errors():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+)
+
+CheckpointOption = Annotated[
+    Path, typer.Option(help="A checkpoint, or the folder of a run, whose best epoch is taken.", show_default=False)
+]
+BackendOption = Annotated[
+    str, typer.Option(help=f"Who computes: {', '.join(backends.NAMES)}.", rich_help_panel="Machine")
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto (CUDA where there is one), cpu, cuda.", rich_help_panel="Machine")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="CPU threads; default: as many as torch takes.", rich_help_panel="Machine")
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
+    threads: ThreadsOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Train for 2 epochs only; promises less accuracy.")] = False,
+) -> None:
+    """The whole job in minutes: train on embedded images with torch and with cvfast, judge, export, report.
+
+    Needs no network. Leaves a report with pictures; fails (exit code 1) if a promise of the report is not kept.
+    """
+    from cvfast.engine.demo import run_demo
+
+    if not run_demo(out, seed=seed, threads=threads, quick=quick, console=Console()):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    data: Annotated[str, typer.Option(help="fashion-mnist, cifar10, or the path of CIFAR-10, of a folder with one "
+                                           "folder of images per class, or of an .npz.")] = DEFAULT.data,
+    download: Annotated[bool, typer.Option("--download", help="Download the data (cifar10) if missing.")] = False,
+    model: Annotated[str, typer.Option(help=f"One of: {', '.join(list_models())}.")] = DEFAULT.model,
+    out: Annotated[str | None, typer.Option(help="Folder of the run; default: the first free of runs/MODEL, "
+                                                 "runs/MODEL-2, ...")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder with its own settings; "
+                                                     "goes with no other option.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = DEFAULT.epochs,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULT.batch_size,
+    optimizer: Annotated[str, typer.Option(help=f"One of: {', '.join(OPTIMIZERS)}.")] = DEFAULT.optimizer,
+    lr: Annotated[float, typer.Option(help="Largest learning rate.")] = DEFAULT.lr,
+    momentum: Annotated[float, typer.Option(help="Momentum of sgd.")] = DEFAULT.momentum,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = DEFAULT.weight_decay,
+    schedule: Annotated[str, typer.Option(help=f"Learning rate: {', '.join(SCHEDULES)}.")] = DEFAULT.schedule,
+    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up.")] = DEFAULT.warmup_epochs,
+    step_epochs: Annotated[int, typer.Option(help="Epochs between two steps of the step schedule.")]
+    = DEFAULT.step_epochs,
+    step_gamma: Annotated[float, typer.Option(help="Factor of a step of the step schedule.")] = DEFAULT.step_gamma,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient; default: no clipping.")] = None,
+    augment: Annotated[bool, typer.Option(help="Change the training images at random.")] = DEFAULT.augment,
+    flip: Annotated[float, typer.Option(help="Probability of a mirrored image.")] = DEFAULT.flip,
+    rotation: Annotated[float, typer.Option(help="Largest angle in degrees.")] = DEFAULT.rotation,
+    scaling: Annotated[float, typer.Option(help="0.1: up to 10 % larger or smaller.")] = DEFAULT.scaling,
+    translation: Annotated[float, typer.Option(help="Largest shift, as a share of the size.")] = DEFAULT.translation,
+    validation: Annotated[float, typer.Option(help="Share of the training images that chooses the best epoch.")]
+    = DEFAULT.validation,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better one.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = DEFAULT.seed,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard, besides the CSV.")] = False,
+    amp: Annotated[bool, typer.Option("--amp", help="Compute in bfloat16 where autocast does.",
+                                      rich_help_panel="Machine")] = False,
+    backend: BackendOption = DEFAULT.backend,
+    device: DeviceOption = DEFAULT.device,
+    threads: ThreadsOption = None,
+) -> None:  # fmt: skip
+    """Trains a model on a folder of images or a data set, and keeps the best epoch.
+
+    Ctrl-C leaves a checkpoint; `cvfast train --resume FOLDER` goes on from there, with the same result as without the
+    interruption. With several processes: `torchrun --nproc-per-node 2 -m cvfast train ...`
+    """
+    if resume is None:
+        config = _usage(lambda: TrainConfig(**{field.name: ctx.params[field.name] for field in fields(TrainConfig)}))
+        result = engine.train(config, console=Console())
+    else:
+        given = [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]
+        if given != ["resume"]:
+            raise typer.BadParameter("a resumed run keeps its settings: give no other option", param_hint="--resume")
+        result = engine.resume(resume, console=Console())
+    if result.first_process:
+        test = engine.evaluate(engine.load_classifier(result.folder), _run_data(result.folder).test)
+        typer.echo(f"best epoch {result.best_epoch}: test accuracy {test.accuracy:.2%}; in {result.folder}")
+        typer.echo(f"next: cvfast eval --checkpoint {result.folder}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: CheckpointOption,
+    data: Annotated[str | None, typer.Option(help="Data set; its test part is judged. Default: the run's own.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    backend: BackendOption = DEFAULT.backend,
+    device: DeviceOption = DEFAULT.device,
+) -> None:
+    """Judges a checkpoint on test images: accuracy, and precision, recall and F1 of each class."""
+    classifier = engine.load_classifier(checkpoint).to(choose_device(device))
+    test = _run_data(checkpoint, data).test
+    with cvfast.use_backend(_usage(lambda: backends.checked_name(backend))):
+        evaluation = engine.evaluate(classifier, test)
+    Console().print(evaluation.table())
+    if json_file is not None:
+        replace_file(json_file, json.dumps(evaluation.to_dict(), indent=2).encode())
+
+
+@app.command()
+def predict(
+    checkpoint: CheckpointOption,
+    images: Annotated[list[Path], typer.Argument(help="Image files, of any size.", show_default=False)],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show per image.")] = 3,
+    backend: BackendOption = DEFAULT.backend,
+) -> None:
+    """Names what image files show, with the probability of each of the likeliest classes."""
+    with cvfast.use_backend(_usage(lambda: backends.checked_name(backend))):
+        predictions = engine.predict(checkpoint, images, top)
+    for prediction in predictions:
+        classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.top)
+        typer.echo(f"{prediction.file}: {classes}")
+
+
+@app.command()
+def export(
+    checkpoint: CheckpointOption,
+    format: Annotated[str, typer.Option(help=f"One of: {', '.join(FORMATS)}.")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="File to write; default: model.onnx or model.pt2 beside the "
+                                                  "checkpoint.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare the file with the checkpoint on the test images.")] = True,
+    data: Annotated[str | None, typer.Option(help="Data set for the check. Default: the run's own.")] = None,
+) -> None:  # fmt: skip
+    """Writes a model for use elsewhere: ONNX (standard operators only) or torch.export.
+
+    The file takes uint8 images [N, C, H, W] of the data set's size, prepares them itself, and returns logits. It
+    carries the class names.
+    """
+    if format not in FORMATS:
+        raise typer.BadParameter(f"{format!r}; choose one of {', '.join(FORMATS)}", param_hint="--format")
+    classifier = engine.load_classifier(checkpoint)
+    test = _run_data(checkpoint, data).test if check else None
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    path = engine.export(classifier, out or folder / f"model{FORMATS[format]}", format)
+    typer.echo(f"wrote {path}: images uint8 [N, {', '.join(map(str, classifier.image_shape))}] -> logits "
+               f"[N, {len(classifier.classes)}]")  # fmt: skip
+    if test is not None:
+        result = engine.check_export(path, classifier, test)
+        typer.echo(f"checked: {result}")
+        if not result.passed:
+            raise RuntimeError(f"{path} does not compute what the checkpoint computes")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(ctx: typer.Context) -> None:
+    """Measures the kernels; in a clone of cvfast's repository. Options go to the benchmark runner."""
+    if not Path("benchmarks/run.py").is_file():
+        raise FileNotFoundError("no benchmarks/run.py here: run cvfast bench in a clone of cvfast's repository")
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *ctx.args], check=False).returncode)
+
+
+@app.command()
+def info() -> None:
+    """Says what this installation can do, what it can't, and why."""
+    cvfast.info()
+
+
+def _usage(make):
+    """What ``make`` returns; its ValueError becomes a usage error (exit code 2)."""
+    try:
+        return make()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _run_data(checkpoint: Path, data: str | None = None) -> DataSplits:
+    """The data set called ``data``, or the one that the checkpoint's run was trained on."""
+    meta = load_checkpoint(checkpoint).meta
+    height, width = meta["classifier"]["image_shape"][1:]
+    return load_data(data or meta["config"]["data"], (height, width))
+
+
+if __name__ == "__main__":
+    app()

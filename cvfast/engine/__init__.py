@@ -1,0 +1,34 @@
+"""The main job: train a classifier on images, judge it, use it, and take it elsewhere.
+
+From images to a deployed model:
+
+    result = train(TrainConfig(data="fashion-mnist"))
+    classifier = load_classifier(result.folder)
+    print(evaluate(classifier, cvfast.data.load("fashion-mnist").test).accuracy)
+    export(classifier, "classifier.onnx")
+"""
+
+from cvfast.engine.checkpoint import CheckpointError
+from cvfast.engine.classifier import Classifier, load_classifier
+from cvfast.engine.config import TrainConfig
+from cvfast.engine.evaluate import Evaluation, evaluate
+from cvfast.engine.export import ExportCheck, check_export, export
+from cvfast.engine.predict import Prediction, predict
+from cvfast.engine.train import TrainResult, resume, train
+
+__all__ = [
+    "CheckpointError",
+    "Classifier",
+    "Evaluation",
+    "ExportCheck",
+    "Prediction",
+    "TrainConfig",
+    "TrainResult",
+    "check_export",
+    "evaluate",
+    "export",
+    "load_classifier",
+    "predict",
+    "resume",
+    "train",
+]

@@ -1,0 +1,87 @@
+"""Where a run's figures go: a CSV file always, TensorBoard on request, the terminal if the caller gives a console."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """One epoch's figures: accuracies in [0, 1], losses are mean cross-entropy per image, in nats.
+
+    ``seconds`` is the wall time of training, without validation. An interrupted epoch counts from its resumption.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    seconds: float
+
+
+def write_csv(path: Path, history: list[EpochLog]) -> None:
+    """Writes the whole history, so that a resumed run's file has neither gaps nor repeated lines."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(EpochLog)])
+        writer.writeheader()
+        writer.writerows(asdict(entry) for entry in history)
+
+
+class RunLog:
+    """Writes each epoch to ``<folder>/log.csv`` and, if asked, to TensorBoard and a terminal."""
+
+    def __init__(self, folder: Path, epochs: int, tensorboard: bool, console: Console | None) -> None:
+        self.path = folder / "log.csv"
+        self.epochs = epochs
+        self.console = console
+        self.tensorboard = _tensorboard_writer(folder) if tensorboard else None
+
+    def add(self, history: list[EpochLog]) -> None:
+        """Records ``history``, whose last entry is new."""
+        write_csv(self.path, history)
+        entry = history[-1]
+        if self.tensorboard is not None:
+            for name, value in asdict(entry).items():
+                if name != "epoch":
+                    self.tensorboard.add_scalar(name, value, entry.epoch)
+            self.tensorboard.flush()
+        if self.console is not None:
+            self.console.print(
+                f"epoch {entry.epoch:>3}/{self.epochs}  loss {entry.train_loss:.4f}"
+                f"  validation: loss {entry.validation_loss:.4f}, accuracy {entry.validation_accuracy:.1%}"
+                f"  {entry.seconds:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def progress(self, batches: Iterable[T], epoch: int, total: int) -> Iterable[T]:
+        """``batches`` with a progress bar, if the console is a terminal; the bar goes when the epoch ends."""
+        if self.console is None or not self.console.is_terminal:
+            return batches
+        from rich.progress import track
+
+        return track(batches, f"epoch {epoch + 1:>3}/{self.epochs}", total, console=self.console, transient=True)
+
+    def close(self) -> None:
+        """Closes the TensorBoard file, if there is one."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def _tensorboard_writer(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("a TensorBoard log needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"))

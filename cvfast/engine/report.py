@@ -1,0 +1,169 @@
+"""Pictures and a report page of a run, for people."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from torch import Tensor
+
+from cvfast.engine.evaluate import Evaluation
+from cvfast.engine.logs import EpochLog
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402  (after the choice of the renderer)
+
+COLORS = ("#5b6770", "#d1495b", "#2e86ab", "#66a182")
+DPI = 130
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "legend.frameon": False,
+}
+
+
+def learning_curves(path: Path, histories: dict[str, list[EpochLog]]) -> None:
+    """Loss and accuracy over the epochs; validation as a line, training dashed, one colour per run."""
+    with plt.rc_context(STYLE):
+        figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+        for number, (name, history) in enumerate(histories.items()):
+            color, width = COLORS[number], 3.5 if number == 0 else 1.4  # runs that coincide stay visible
+            epochs = [entry.epoch for entry in history]
+            for part, line in (("validation", "-"), ("train", "--")):
+                label = f"{name}, {part}"
+                style = {"color": color, "alpha": 0.8, "linestyle": line, "linewidth": width, "label": label}
+                loss.plot(epochs, [getattr(entry, f"{part}_loss") for entry in history], **style)
+                accuracy.plot(epochs, [100 * getattr(entry, f"{part}_accuracy") for entry in history], **style)
+        loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy (nats per image)")
+        accuracy.set(title="Accuracy", xlabel="epoch", ylabel="right answers (%)")
+        for axes in (loss, accuracy):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        accuracy.legend(loc="lower right")
+        _save(figure, path)
+
+
+def confusion_matrix(path: Path, evaluation: Evaluation) -> None:
+    """True against predicted classes; colour: share of the true class, figure: number of images."""
+    counts = evaluation.confusion.numpy()
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    k = len(evaluation.classes)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(1.8 + 0.55 * k, 1.2 + 0.5 * k), layout="constrained")
+        image = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
+        axes.set_xticks(range(k), evaluation.classes, rotation=45, ha="right")
+        axes.set_yticks(range(k), evaluation.classes)
+        axes.set(title=f"Test accuracy {evaluation.accuracy:.1%}", xlabel="predicted class", ylabel="true class")
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=9)
+        figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class (%)")
+        _save(figure, path)
+
+
+def sample_predictions(
+    path: Path, images: Tensor, labels: Tensor, probabilities: Tensor, classes: Sequence[str], columns: int = 6
+) -> None:
+    """Images uint8 [N, C, H, W] with the predicted class and its probability; a wrong one in red, with the truth."""
+    rows = -(-len(images) // columns)
+    with plt.rc_context(STYLE | {"axes.grid": False}):
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(1.65 * columns, 2.1 * rows), layout="constrained", squeeze=False
+        )
+        for axes in grid.flat:
+            axes.axis("off")
+        for axes, image, label, scores in zip(grid.flat, images, labels.tolist(), probabilities, strict=False):
+            predicted = int(scores.argmax())
+            axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", interpolation="nearest")
+            title = f"{classes[predicted]} {scores[predicted]:.0%}"
+            if predicted != label:
+                title += f"\n(is: {classes[label]})"
+            axes.set_title(title, fontsize=8.5, color="black" if predicted == label else "#c1121f")
+        _save(figure, path)
+
+
+def epoch_times(path: Path, histories: dict[str, list[EpochLog]]) -> None:
+    """Median training time per epoch of each run, with the spread from the fastest to the slowest epoch."""
+    seconds = {name: np.array([entry.seconds for entry in history]) for name, history in histories.items()}
+    medians = np.array([np.median(values) for values in seconds.values()])
+    spread = [[median - v.min(), v.max() - median] for median, v in zip(medians, seconds.values(), strict=True)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.5, 0.9 + 0.6 * len(seconds)), layout="constrained")
+        bars = axes.barh(
+            list(seconds), medians, xerr=np.array(spread).T, height=0.55, color=COLORS[: len(seconds)],
+            error_kw={"ecolor": "#999999", "capsize": 3},
+        )  # fmt: skip
+        labels = [f"{median:.2f} s" for median in medians]
+        axes.bar_label(bars, labels, label_type="center", color="white", fontweight="bold")
+        axes.invert_yaxis()
+        axes.set(title="Training time per epoch (median, fastest to slowest)", xlabel="seconds")
+        axes.grid(axis="y", visible=False)
+        _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: a heading, then text, a table whose first row is its head, and a picture's file name."""
+
+    title: str
+    text: str = ""
+    table: list[list[str]] = field(default_factory=list)
+    picture: str | None = None
+
+
+def write_report(folder: Path, title: str, sections: Sequence[Section]) -> None:
+    """Writes ``report.md`` and ``report.html``, the same words, beside the pictures in ``folder``."""
+    (folder / "report.md").write_text(_markdown(title, sections), encoding="utf-8")
+    (folder / "report.html").write_text(_html(title, sections), encoding="utf-8")
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    lines = [f"# {title}"]
+    for section in sections:
+        lines += ["", f"## {section.title}"]
+        if section.text:
+            lines += ["", section.text]
+        if section.table:
+            head, *rows = section.table
+            ruler = ["---"] * len(head)
+            lines += ["", *("| " + " | ".join(row) + " |" for row in (head, ruler, *rows))]
+        if section.picture:
+            lines += ["", f"![{section.title}]({section.picture})"]
+    return "\n".join(lines) + "\n"
+
+
+CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left}
+img{max-width:100%}h2{margin-top:2.2rem}"""
+
+
+def _html(title: str, sections: Sequence[Section]) -> str:
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
+        if section.text:
+            parts.append(f"<p>{html.escape(section.text)}</p>")
+        if section.table:
+            tags = ["th"] + ["td"] * (len(section.table) - 1)
+            parts.append(f"<table>{''.join(map(_html_row, section.table, tags))}</table>")
+        if section.picture:
+            parts.append(f'<p><img src="{html.escape(section.picture)}" alt="{html.escape(section.title)}"></p>')
+    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{CSS}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
