@@ -61,14 +61,18 @@ def _register(card: Card, namespace: str, library: torch.library.Library) -> Non
         library.impl(card.name, partial(_autocast, getattr(ops, card.name), device.lower()), f"Autocast{device}")
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which an operator will see `tensor`: autocast's where that is on (it leaves float64 alone)."""
+    device = tensor.device.type
+    casts = torch.is_autocast_enabled(device) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else tensor.dtype
+
+
 def _autocast(op: Callable, device: str, *args):
-    """Runs `op` with its floating-point tensors (not float64, as torch's own rule has it) in autocast's dtype."""
-    dtype = torch.get_autocast_dtype(device)
+    """Runs `op` with its tensors in autocast's dtype."""
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    cast = [
+        arg.to(autocast_dtype(arg)) if isinstance(arg, Tensor) and arg.device.type == device else arg for arg in args
+    ]
     with torch._C._ExcludeDispatchKeyGuard(key):
-        return op(*(_cast(arg, device, dtype) for arg in args))
-
-
-def _cast(arg: object, device: str, dtype: torch.dtype) -> object:
-    castable = isinstance(arg, Tensor) and arg.is_floating_point() and arg.device.type == device
-    return arg.to(dtype) if castable and arg.dtype != torch.float64 else arg
+        return op(*cast)

@@ -18,15 +18,12 @@ def case(name: str, input: Shape, weight: Shape, layout: str = "dense", bias: bo
     return Case(name, {"input": input, "weight": weight, "bias": (weight[0],) if bias else None}, options, layout)
 
 
-CASES = (
+CASES = (  # run on every backend, interpreted ones too: a few tiles each
     case("1x1", (2, 5, 7, 6), (9, 5, 1, 1)),
     case("1x1-stride2", (2, 24, 9, 8), (17, 24, 1, 1), stride=2),
     case("3x3", (2, 8, 10, 9), (16, 8, 3, 3), padding=1),
     case("3x3-no-bias", (2, 8, 10, 9), (16, 8, 3, 3), bias=False, padding=1),
     case("3x3-stride2-odd-channels", (3, 7, 11, 13), (13, 7, 3, 3), stride=2, padding=1),
-    case("3x3-more-channels-than-a-block", (1, 130, 6, 7), (70, 130, 3, 3), padding=1),
-    case("5x5-rgb", (2, 3, 12, 11), (6, 3, 5, 5)),
-    case("7x7-stem", (1, 3, 15, 13), (20, 3, 7, 7), stride=2, padding=3),
     case("4x4-even", (2, 6, 9, 9), (8, 6, 4, 4), stride=2, padding=1),
     case("2x2-same", (2, 4, 6, 5), (5, 4, 2, 2), padding="same"),
     case("3x2-same-dilated", (2, 4, 8, 7), (5, 4, 3, 2), padding="same", dilation=(2, 1)),
@@ -35,10 +32,11 @@ CASES = (
     case("7x1", (2, 6, 12, 8), (10, 6, 7, 1), padding=(3, 0)),
     case("long-kernel", (1, 1, 45, 1), (6, 1, 40, 1), padding=(5, 0)),
     case("all-asymmetric", (2, 6, 15, 14), (9, 2, 3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 3), groups=3),
+    case("5x5-rgb", (2, 3, 9, 8), (6, 3, 5, 5)),
+    case("depthwise", (2, 5, 6, 7), (5, 1, 3, 3), padding=1, groups=5),
+    case("depthwise-stride2", (1, 6, 9, 8), (6, 1, 5, 5), stride=2, padding=2, groups=6),
+    case("depthwise-multiplier", (1, 3, 7, 6), (6, 1, 3, 3), padding=1, groups=3),
     case("dilated", (2, 8, 15, 13), (8, 8, 3, 3), padding=2, dilation=2),
-    case("depthwise", (2, 19, 10, 11), (19, 1, 3, 3), padding=1, groups=19),
-    case("depthwise-stride2", (2, 16, 11, 10), (16, 1, 5, 5), stride=2, padding=2, groups=16),
-    case("depthwise-multiplier", (2, 6, 9, 8), (12, 1, 3, 3), padding=1, groups=6),
     case("groups", (2, 12, 9, 8), (20, 3, 3, 3), padding=1, groups=4),
     case("kernel-covers-image", (2, 9, 5, 4), (11, 9, 5, 4)),
     case("padding-beyond-kernel", (1, 3, 4, 5), (4, 3, 2, 2), padding=3),
@@ -51,7 +49,23 @@ CASES = (
     case("expanded", (3, 8, 10, 9), (16, 8, 3, 3), "expanded", padding=1),
 )
 
-SMALL_CASES = (
+WIDE_CASES = (  # more vectors, tiles and blocks; not for interpreters
+    case("3x3-more-channels-than-a-block", (1, 130, 6, 7), (70, 130, 3, 3), padding=1),
+    case("7x7-stem", (1, 3, 41, 37), (20, 3, 7, 7), stride=2, padding=3),
+    case("5x5-rgb-batch", (4, 3, 32, 32), (6, 3, 5, 5)),
+    case("5x5", (3, 6, 14, 14), (16, 6, 5, 5)),
+    case("depthwise-wide", (2, 37, 20, 41), (37, 1, 3, 3), padding=1, groups=37),
+    case("depthwise-5x5-stride2", (2, 35, 23, 38), (35, 1, 5, 5), stride=2, padding=2, groups=35),
+    case("depthwise-multiplier-wide", (1, 12, 9, 35), (36, 1, 3, 3), padding=1, groups=12),
+    case("depthwise-dilated", (1, 20, 16, 18), (20, 1, 7, 7), padding=6, dilation=2, groups=20),
+    case("groups-wide", (2, 64, 14, 15), (64, 4, 3, 3), padding=1, groups=16),
+    case("3x3-many-tiles", (2, 36, 30, 29), (40, 36, 3, 3), padding=1),
+    case("3x3-padding-2", (1, 40, 13, 11), (33, 40, 3, 3), padding=2),
+    case("3x3-padding-3", (1, 17, 9, 8), (20, 17, 3, 3), padding=3),
+    case("1x1-wide", (2, 70, 13, 17), (90, 70, 1, 1)),
+)
+
+SMALL_CASES = (  # run on every backend, interpreted ones too: a few tiles each
     case("3x3", (2, 2, 4, 5), (3, 2, 3, 3), padding=1),
     case("stride-dilation-groups", (1, 4, 6, 5), (4, 2, 2, 2), stride=2, padding=1, dilation=2, groups=2),
     case("depthwise", (2, 3, 4, 3), (3, 1, 2, 3), padding=(0, 1), groups=3),
@@ -106,6 +120,7 @@ class Conv2dSpec(OpSpec):
     reference = staticmethod(reference.conv2d)
     dtypes = {"ext": CPU_DTYPES, "triton": (torch.float32, torch.float64), "native": CPU_DTYPES}
     cases = CASES
+    wide_cases = WIDE_CASES
     small_cases = SMALL_CASES
     errors = ERRORS
     vmap_dims = (

@@ -113,6 +113,7 @@ class OpSpec(ABC):
     reference: Callable[..., Tensor]  # cvfast.reference's
     dtypes: dict[str, tuple[torch.dtype, ...]]  # by backend
     cases: Sequence[Case]  # every option, odd sizes, layouts, one-element and empty operands
+    wide_cases: Sequence[Case]  # more vectors, tiles and blocks than an interpreter has time for
     small_cases: Sequence[Case]  # few elements: gradcheck, gradgradcheck and interpreters
     errors: Sequence[ErrorCase]
     vmap_dims: Sequence[dict[str, int | None]]  # in_dims by operand name
@@ -128,6 +129,10 @@ class OpSpec(ABC):
     @abstractmethod
     def flops(self, sample: Sample) -> int:
         """Floating-point operations of the call's definition (a fused multiply-add counts as two)."""
+
+    def accuracy(self, sample: Sample) -> dict[str, float]:
+        """More arguments for assert_as_accurate where the algorithm taken for `sample` has a bound of its own."""
+        return {}
 
     def bytes(self, sample: Sample) -> int:
         """Bytes that must move at least: every operand and the result once."""

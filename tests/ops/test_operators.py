@@ -17,6 +17,7 @@ from tests.conftest import isas
 from tests.triton import interpreter
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS = [("ext", isa) for isa in isas()] + [("triton", None), ("native", None)]
 
 
@@ -33,8 +34,10 @@ def strict_interpreter():
         yield
 
 
-def spec_cases(attribute: str):
-    params = [pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() for c in getattr(s, attribute)]
+def spec_cases(*attributes: str):
+    params = [
+        pytest.param(s, c, id=f"{s.name}-{c.name}") for s in SPECS.values() for a in attributes for c in getattr(s, a)
+    ]
     return pytest.mark.parametrize(("spec", "case"), params)
 
 
@@ -52,9 +55,9 @@ def derivatives(function, sample: Sample, cotangent: torch.Tensor | None = None)
     return output.detach(), cotangent, grads
 
 
-@lru_cache(maxsize=512)
-def expected(spec_name: str, case: Case | int, dtype: torch.dtype, memory_format: torch.memory_format):
-    """The case's sample, torch's own (result, gradients) and the float64 reference's."""
+@lru_cache(maxsize=1024)
+def torchs(spec_name: str, case: Case | int, dtype: torch.dtype, memory_format: torch.memory_format):
+    """The case's sample and cotangent, torch's own (result, gradients) and the float64 reference's."""
     spec = SPECS[spec_name]
     case = spec.random_case(random.Random(case)) if isinstance(case, int) else case
     sample = case.sample(dtype, memory_format)
@@ -66,20 +69,23 @@ def expected(spec_name: str, case: Case | int, dtype: torch.dtype, memory_format
 
 def check(spec: OpSpec, case: Case | int, backend: str, dtype: torch.dtype, memory_format: torch.memory_format):
     """Result and gradients of `backend` are as accurate as torch's own, and the operands are left as they were."""
-    sample, cotangent, native, exact = expected(spec.name, case, dtype, memory_format)
+    sample, cotangent, native, exact = torchs(spec.name, case, dtype, memory_format)
+    stand_ins = [None] * len(exact)
+    if dtype == torch.float64:
+        stand_ins = list(zip(*torchs(spec.name, case, torch.float32, memory_format)[2:], strict=True))
     before = [t.clone() for t in sample.tensors()]
     with cvfast.use_backend(backend):
         output, _, grads = derivatives(spec.function, sample, cotangent)
     names = ["result", *(f"gradient of {name}" for name, t in sample.operands.items() if t is not None)]
-    for name, *three in zip(names, (output, *grads), native, exact, strict=True):
-        assert_as_accurate(*three, what=f"{name} of {case} on {backend}")
+    for name, *three, stand_in in zip(names, (output, *grads), native, exact, stand_ins, strict=True):
+        assert_as_accurate(*three, what=f"{name} of {case} on {backend}", stand_in=stand_in)
     for old, new in zip(before, sample.tensors(), strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0, msg="an operand was overwritten")
 
 
 @spec_cases("cases")
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @backends
 def test_result_and_gradients(spec, case, backend, isa, dtype, memory_format, poisoned):
     if dtype not in spec.dtypes[backend]:
@@ -87,6 +93,14 @@ def test_result_and_gradients(spec, case, backend, isa, dtype, memory_format, po
             case.sample(dtype).call(spec.function)
         return
     check(spec, case, backend, dtype, FORMATS[memory_format])
+
+
+@spec_cases("wide_cases")
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+def test_wide_result_and_gradients(spec, case, isa, dtype, memory_format, poisoned):
+    check(spec, case, "ext", dtype, FORMATS[memory_format])
 
 
 RANDOM = [(b, isa, seed) for b, isa in BACKENDS for seed in range(4 if b == "triton" else 40)]  # triton: slow here
@@ -124,7 +138,7 @@ def test_opcheck(spec, case, namespace):
             torch.library.opcheck(op, args)
 
 
-@spec_cases("cases")
+@spec_cases("cases", "wide_cases")
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_fake_has_the_kernels_strides(spec, case, memory_format):
     sample = case.sample(torch.float32, FORMATS[memory_format])
@@ -134,7 +148,7 @@ def test_fake_has_the_kernels_strides(spec, case, memory_format):
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
-@spec_cases("cases")
+@spec_cases("cases", "wide_cases")
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_memory_format_is_torchs(spec, case, memory_format):
     """The result of dense operands lies in memory as torch's own does (an empty one lies nowhere)."""
@@ -177,7 +191,7 @@ def test_torchs_sample_inputs(spec):
     assert count > 0
 
 
-@spec_cases("cases")
+@spec_cases("cases", "wide_cases")
 @pytest.mark.parametrize("isa", isas(), indirect=True)
 def test_same_bits(spec, case, isa, threads):
     """Any number of threads, either memory format, a sample alone or in its batch: the same bits."""
@@ -195,7 +209,7 @@ def test_same_bits(spec, case, isa, threads):
         assert torch.equal(alone.call(spec.function, backend="ext"), expected[i : i + 1])
 
 
-@spec_cases("cases")
+@spec_cases("cases", "wide_cases")
 def test_gradients_same_bits_for_any_threads(spec, case, threads):
     sample = case.sample(torch.float32)
     with cvfast.use_backend("ext"):

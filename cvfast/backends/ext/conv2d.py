@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cvfast import _library
+from cvfast.ops.card import autocast_dtype
 
 DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -21,8 +22,9 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> lis
     library = _library.cuda if device == "cuda" else _library.ops
     if library.reason is not None:
         return [library.reason]
-    if input.dtype not in DTYPES[device]:
-        return [f"no kernel for {input.dtype} on {device}"]
+    dtype = autocast_dtype(input)
+    if dtype not in DTYPES[device]:
+        return [f"no kernel for {dtype} on {device}"]
     if input.layout != torch.strided or weight.layout != torch.strided:
         return ["sparse and other unusual layouts are torch's"]
     return []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cvfast import _env
 from cvfast.ops import conv2d as card
+from cvfast.ops.card import autocast_dtype
 
 DTYPES = (torch.float32, torch.float64)
 MIN_CAPABILITY = 8  # Triton gives up tensor cores, and spills registers, on older GPUs
@@ -54,7 +55,7 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> lis
         return [f"Triton kernels run on CUDA tensors (or with TRITON_INTERPRET=1 on the CPU), not on {device!r}"]
     if input.layout != torch.strided or weight.layout != torch.strided:
         return ["sparse and other unusual layouts are torch's"]
-    dtype = _dtype(input)
+    dtype = autocast_dtype(input)
     if dtype not in DTYPES:
         return [f"no kernel for {dtype}"]
     if not _env.triton_interpret:
@@ -87,6 +88,7 @@ def run(
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
     """torch.ops.cvfast_triton.conv2d: output [N, K, P, Q]."""
     output = card.conv2d_fake(input, weight, bias, *options)
+    bias = None if bias is None else bias.contiguous()  # the kernel takes strides of images only
     shape = _geometry(input.shape, weight.shape, output.shape, *options)
     _launch(
         "conv2d", (input, weight, bias, output), shape,
@@ -160,13 +162,6 @@ def _extent(tensor: Tensor) -> int:
 
 def _cdiv(number: int, divisor: int) -> int:
     return -(-number // divisor)
-
-
-def _dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which the operator will see `tensor`: autocast's where that is on (it leaves float64 alone)."""
-    device = tensor.device.type
-    autocast = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else tensor.dtype
 
 
 _implementations = torch.library.Library("cvfast_triton", "IMPL")

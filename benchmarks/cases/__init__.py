@@ -1,0 +1,1 @@
+"""Cases to measure: one module per operator with GROUPS, a dict from the group's name to its cases."""
