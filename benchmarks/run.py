@@ -12,6 +12,7 @@ import importlib
 import math
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -148,7 +149,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Times cvfast against torch on every case, in turns, and keeps the figures as CSV."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     torch.set_num_threads(threads)
     console.print(
         f"cvfast {cvfast.__version__}, torch {torch.__version__}, {platform.processor()}, {threads} thread(s)"

@@ -1,7 +1,10 @@
 // conv2d on the CPU: torch's tensors and threads -> the kernels of csrc/cpu. The schemas are in cvfast/ops/conv2d.py.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
+
 #include "../cpu/isa.h"
+#include "../cpu/poison.h"
 #include "conv2d_common.h"
 #include "thread_pool.h"
 
@@ -9,10 +12,23 @@ namespace {
 
 using namespace cvfast;
 
+void poison(const Tensor& result) {  // all bits set is NaN in every dtype
+  if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, result.numel() * result.element_size());
+}
+
 struct Kernels {
-  static void forward(const Conv2dForward& args, const Tensor&) { kernels().conv2d_forward(args, thread_pool()); }
-  static void input_grad(const Conv2dInputGrad& args, const Tensor&) { kernels().conv2d_input_grad(args, thread_pool()); }
-  static void weight_grad(const Conv2dWeightGrad& args, const Tensor&) { kernels().conv2d_weight_grad(args, thread_pool()); }
+  static void forward(const Conv2dForward& args, const Tensor& result) {
+    poison(result);
+    kernels().conv2d_forward(args, thread_pool());
+  }
+  static void input_grad(const Conv2dInputGrad& args, const Tensor& result) {
+    poison(result);
+    kernels().conv2d_input_grad(args, thread_pool());
+  }
+  static void weight_grad(const Conv2dWeightGrad& args, const Tensor& result) {
+    poison(result);
+    kernels().conv2d_weight_grad(args, thread_pool());
+  }
 };
 
 using Operators = Conv2dOperators<Kernels>;

@@ -50,11 +50,24 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-// An uninitialised result of the given size, of first's dtype and device, in the format the operands ask for.
+// An uninitialised result [N, C, H, W] of first's dtype and device, in the format the operands ask for. The C function is
+// called directly because torch::stable::empty costs more than the rest of the binding.
 inline Tensor empty_result(const Ints& size, const Tensor& first, const Tensor& second) {
-  using torch::headeronly::MemoryFormat;
-  auto format = is_channels_last(first) || is_channels_last(second) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-  return torch::stable::empty(size, first.scalar_type(), std::nullopt, first.device(), std::nullopt, format);
+  const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
+  const bool channels_last = is_channels_last(first) || is_channels_last(second);
+  auto at_least_1 = [](int64_t extent) { return extent > 0 ? extent : 1; };
+  const int64_t width = at_least_1(w), plane = at_least_1(h) * width;
+  const int64_t contiguous_strides[] = {at_least_1(c) * plane, plane, width, 1};
+  const int64_t channels_last_strides[] = {h * w * c, 1, w * c, c};
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(first.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(first.get(), &device_index));
+  AtenTensorHandle result;
+  const int64_t* strides = channels_last ? channels_last_strides : contiguous_strides;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, size.data(), strides, dtype, device_type, device_index, &result));
+  return Tensor(result);
 }
 
 // The operators can be called without cvfast.functional, so what would make a kernel leave its memory is checked here.
@@ -118,8 +131,8 @@ inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& fi
   return keep.const_data_ptr();
 }
 
-// The three operators on one device. `Kernels` gives `static void forward(const Conv2dForward&, const Tensor&)`, input_grad
-// and weight_grad; the tensor says on which device to run.
+// The three operators on one device. `Kernels` gives `static void forward(const Conv2dForward&, const Tensor& result)`,
+// input_grad and weight_grad; the result says on which device to run.
 template <class Kernels>
 struct Conv2dOperators {
   static Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
@@ -128,7 +141,7 @@ struct Conv2dOperators {
     Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
     Tensor keep, output = empty_result(output_sizes(shape), input, weight);
     const void* bias_pointer = bias_data(bias, input, shape.out_channels, keep);
-    Kernels::forward({shape, dtype_of(input), tensor4(input), tensor4(weight), bias_pointer, tensor4(output)}, input);
+    Kernels::forward({shape, dtype_of(input), tensor4(input), tensor4(weight), bias_pointer, tensor4(output)}, output);
     return output;
   }
 
@@ -138,7 +151,7 @@ struct Conv2dOperators {
     Conv2dShape shape = conv2d_shape(input_size, weight.sizes(), stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
     Tensor grad_input = empty_result(input_size, grad_output, weight);
-    Kernels::input_grad({shape, dtype_of(weight), tensor4(grad_output), tensor4(weight), tensor4(grad_input)}, weight);
+    Kernels::input_grad({shape, dtype_of(weight), tensor4(grad_output), tensor4(weight), tensor4(grad_input)}, grad_input);
     return grad_input;
   }
 
@@ -148,7 +161,7 @@ struct Conv2dOperators {
     Conv2dShape shape = conv2d_shape(input.sizes(), weight_size, stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
     Tensor grad_weight = empty_result(weight_size, grad_output, input);
-    Kernels::weight_grad({shape, dtype_of(input), tensor4(grad_output), tensor4(input), tensor4(grad_weight)}, input);
+    Kernels::weight_grad({shape, dtype_of(input), tensor4(grad_output), tensor4(input), tensor4(grad_weight)}, grad_weight);
     return grad_weight;
   }
 };

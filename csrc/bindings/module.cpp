@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "../cpu/isa.h"
+#include "../cpu/poison.h"
 
 namespace py = pybind11;
 
@@ -16,4 +17,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("active_isa", &cvfast::active_isa, "The one the kernels use now.");
   m.def("set_isa", &cvfast::set_isa, py::arg("name"),
         "Makes the kernels of the whole process use instruction set `name`; ValueError if this machine cannot run it.");
+  m.def("poison_results", &cvfast::poison_results, py::arg("on"),
+        "For tests: results of CPU operators start as NaN instead of uninitialised memory.");
 }

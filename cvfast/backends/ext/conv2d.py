@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cvfast import _library
-from cvfast.ops.card import autocast_dtype
+from cvfast.ops.card import autocast_dtype, call
 
 DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -47,4 +47,4 @@ def run(
     groups: int,
 ) -> Tensor:
     """Calls the operator; shapes and meaning as in cvfast.functional.conv2d."""
-    return torch.ops.cvfast.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return call(torch.ops.cvfast.conv2d.default, input, weight, bias, stride, padding, dilation, groups)
