@@ -23,8 +23,9 @@ class Card:
     schema: torch's schema string, without a namespace.
     fake: the result for fake tensors, with the kernel's exact strides.
     setup_context: `(ctx, inputs, output)`, keeps what backward needs.
-    backward: `(ops, ctx, *grads)`, one gradient per argument; `ops` is the namespace (torch.ops.cvfast, say) of the
-        operator that ran, so that a derivative runs on the backend of its forward.
+    backward: `(ops, ctx, needs, *grads)`, one gradient per argument, None where `needs` (a bool per argument) says so;
+        `ops` is the namespace (torch.ops.cvfast, say) of the operator that ran, so that a derivative runs on the
+        backend of its forward. It is made of operators called through `call`, hence differentiable itself.
     vmap: `(ops, info, in_dims, *args)`, as torch.library.register_vmap takes it, behind the namespace.
     """
 
@@ -54,23 +55,67 @@ _libraries: list[torch.library.Library] = []  # a Library takes its registration
 def _register(card: Card, namespace: str, library: torch.library.Library) -> None:
     name, ops = f"{namespace}::{card.name}", getattr(torch.ops, namespace)
     library.define(card.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    op = getattr(ops, card.name).default
     torch.library.register_fake(name, card.fake, lib=library)
-    torch.library.register_autograd(name, partial(card.backward, ops), setup_context=card.setup_context, lib=library)
     torch.library.register_vmap(name, partial(card.vmap, ops), lib=library)
+    _differentiable[op] = _function(card, ops)
+    library.impl(card.name, partial(_autograd, op), "Autograd", with_keyset=True)
     for device in ("CPU", "CUDA"):
-        library.impl(card.name, partial(_autocast, getattr(ops, card.name), device.lower()), f"Autocast{device}")
+        library.impl(card.name, partial(_autocast, op, device.lower()), f"Autocast{device}")
 
 
-def call(op: Callable, *args):
-    """Calls an operator, past its autograd layer where nothing asks for a gradient.
+# Derivatives. torch.library.register_autograd would do the same at twice the time per call.
 
-    The layer is Python that C++ calls back; passing by it saves about half of a small call's time. Tracers and
-    torch.func's transforms see the operator with all its layers.
+_differentiable: dict[torch._ops.OpOverload, Callable] = {}  # operator -> (run, *args) -> result that autograd knows
+
+
+def _function(card: Card, ops) -> Callable:
+    """The operator as a torch.autograd.Function: `run(*args)` computes the result below autograd."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, run, *args):
+            output = run(*args)
+            card.setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, *card.backward(ops, ctx, ctx.needs_input_grad[1:], *grads)
+
+    Function.__name__ = Function.__qualname__ = card.name
+    return Function.apply
+
+
+def _autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, *args):
+    """The operator's kernel for the dispatcher's autograd key."""
+    keyset = keyset & torch._C._after_autograd_keyset
+
+    def run(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset, *args)
+
+    return _differentiable[op](run, *args) if _wants_gradient(args) else run(*args)
+
+
+def _wants_gradient(args: tuple) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+
+
+def call(op: torch._ops.OpOverload, *args):
+    """Calls an operator without the detour through the dispatcher's autograd key, which is Python that C++ calls back.
+
+    Tracers and torch.func's transforms, which must see the operator as the dispatcher has it, do.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return op(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if torch.is_autocast_enabled(args[0].device.type):
         return op(*args)
+    run = partial(_below_autograd, op)
+    return _differentiable[op](run, *args) if _wants_gradient(args) else run(*args)
+
+
+def _below_autograd(op: torch._ops.OpOverload, *args):
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cvfast.ops.card import Card, register
+from cvfast.ops.card import Card, call, register
 
 _OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -57,12 +57,12 @@ def conv2d_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(input, weight)
 
 
-def conv2d_backward(ops, ctx, grad: Tensor):
+def conv2d_backward(ops, ctx, needs, grad: Tensor):
     input, weight = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_input, needs_weight, needs_bias = needs[:3]
     return (
-        ops.conv2d_input_grad(grad, weight, input.shape, *ctx.options) if needs_input else None,
-        ops.conv2d_weight_grad(grad, input, weight.shape, *ctx.options) if needs_weight else None,
+        call(ops.conv2d_input_grad.default, grad, weight, input.shape, *ctx.options) if needs_input else None,
+        call(ops.conv2d_weight_grad.default, grad, input, weight.shape, *ctx.options) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
         *(None for _ in ctx.options),
     )
@@ -94,12 +94,12 @@ def input_grad_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(grad, weight)
 
 
-def input_grad_backward(ops, ctx, second: Tensor):
+def input_grad_backward(ops, ctx, needs, second: Tensor):
     grad, weight = ctx.saved_tensors
-    needs_grad, needs_weight = ctx.needs_input_grad[:2]
+    needs_grad, needs_weight = needs[:2]
     return (
-        ops.conv2d(second, weight, None, *ctx.options) if needs_grad else None,
-        ops.conv2d_weight_grad(grad, second, weight.shape, *ctx.options) if needs_weight else None,
+        call(ops.conv2d.default, second, weight, None, *ctx.options) if needs_grad else None,
+        call(ops.conv2d_weight_grad.default, grad, second, weight.shape, *ctx.options) if needs_weight else None,
         None,
         *(None for _ in ctx.options),
     )
@@ -128,12 +128,12 @@ def weight_grad_setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(grad, input)
 
 
-def weight_grad_backward(ops, ctx, second: Tensor):
+def weight_grad_backward(ops, ctx, needs, second: Tensor):
     grad, input = ctx.saved_tensors
-    needs_grad, needs_input = ctx.needs_input_grad[:2]
+    needs_grad, needs_input = needs[:2]
     return (
-        ops.conv2d(input, second, None, *ctx.options) if needs_grad else None,
-        ops.conv2d_input_grad(grad, second, input.shape, *ctx.options) if needs_input else None,
+        call(ops.conv2d.default, input, second, None, *ctx.options) if needs_grad else None,
+        call(ops.conv2d_input_grad.default, grad, second, input.shape, *ctx.options) if needs_input else None,
         None,
         *(None for _ in ctx.options),
     )

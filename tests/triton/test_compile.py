@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 # Registers of a thread, of 65,536 for at most 2,048 threads, and bytes of shared memory of a program (128 threads).
 # The variant with 64-bit offsets serves tensors beyond 4 GiB only; on other GPUs than 8.0 it may spill a few bytes.
-REGISTERS = {"float32": 96, "float64": 128, "float32-wide": 168}
+REGISTERS = {"float32": 128, "float64": 128, "float32-wide": 168}
 SHARED = {"float32": 4096, "float64": 8192, "float32-wide": 4096}
 
 # float32 is multiplied by ordinary instructions (GPUs of 10.0 have one for two at once), not by TF32 tensor cores;
