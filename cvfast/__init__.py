@@ -9,6 +9,6 @@ __version__ = "0.1.0"
 
 from cvfast import functional, nn, ops
 from cvfast._info import info
-from cvfast.backend import use_backend
+from cvfast.backend import set_precision, use_backend
 
-__all__ = ["__version__", "functional", "info", "nn", "ops", "use_backend"]
+__all__ = ["__version__", "functional", "info", "nn", "ops", "set_precision", "use_backend"]

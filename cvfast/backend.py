@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from cvfast import _env
+from cvfast import _env, _library
 from cvfast.backends.ext import conv2d as ext_conv2d
 from cvfast.backends.native import conv2d as native_conv2d
 from cvfast.backends.triton import conv2d as triton_conv2d
@@ -44,6 +44,22 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _current = before
+
+
+PRECISIONS = ("fast", "strict")
+
+
+def set_precision(name: str) -> None:
+    """How the CPU kernels may compute, for the whole process.
+
+    "fast" (the default): the fastest algorithm, Winograd's among them, whose relative L2 error stays below 4e-6 in
+    float32 on normal data. "strict": only algorithms that form the sums of the definition itself.
+    Raises ValueError for another name. Without compiled kernels there is nothing to choose.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}; allowed: {', '.join(PRECISIONS)}")
+    if _library.C is not None:
+        _library.C.set_strict_precision(name == "strict")
 
 
 def checked_name(name: str) -> str:

@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "cvfast/backends/ext/": ("cvfast._library", "cvfast.ops", "cvfast.backends.ext"),
     "cvfast/backends/native/": ("cvfast.backends.native",),
     "cvfast/backends/triton/": ("cvfast._env", "cvfast._library", "cvfast.ops", "cvfast.backends.triton"),
-    "cvfast/backend.py": ("cvfast._env", "cvfast.backends"),
+    "cvfast/backend.py": ("cvfast._env", "cvfast._library", "cvfast.backends"),
     "cvfast/functional.py": ("cvfast.backend",),
     "cvfast/nn/": ("cvfast.functional", "cvfast.nn"),
     "cvfast/models/": ("cvfast.nn", "cvfast.models"),

@@ -4,6 +4,7 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
+#include "../cpu/precision.h"
 
 namespace py = pybind11;
 
@@ -17,6 +18,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("active_isa", &cvfast::active_isa, "The one the kernels use now.");
   m.def("set_isa", &cvfast::set_isa, py::arg("name"),
         "Makes the kernels of the whole process use instruction set `name`; ValueError if this machine cannot run it.");
+  m.def("strict_precision", &cvfast::strict_precision, "Whether only exact algorithms are taken.");
+  m.def("set_strict_precision", &cvfast::set_strict_precision, py::arg("strict"),
+        "Keeps CPU kernels to algorithms that form the sums of the definition itself: no Winograd.");
   m.def("poison_results", &cvfast::poison_results, py::arg("on"),
         "For tests: results of CPU operators start as NaN instead of uninitialised memory.");
 }

@@ -5,7 +5,9 @@
 
 #include "kernel_table.h"
 
+#ifndef CVFAST_EXPORT
 #define CVFAST_EXPORT __attribute__((visibility("default")))
+#endif
 
 namespace cvfast {
 

@@ -130,9 +130,9 @@ class OpSpec(ABC):
     def flops(self, sample: Sample) -> int:
         """Floating-point operations of the call's definition (a fused multiply-add counts as two)."""
 
-    def accuracy(self, sample: Sample) -> dict[str, float]:
-        """More arguments for assert_as_accurate where the algorithm taken for `sample` has a bound of its own."""
-        return {}
+    def bound(self, sample: Sample, backend: str) -> float:
+        """The relative error that an inexact algorithm of `backend` may have on `sample`; 0: there is none."""
+        return 0.0
 
     def bytes(self, sample: Sample) -> int:
         """Bytes that must move at least: every operand and the result once."""

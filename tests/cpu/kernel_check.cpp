@@ -3,8 +3,10 @@
 //   kernel_check [<instruction set>...]      (all available ones if none is named)
 //
 // For each instruction set, storage type, convolution and product (forward, gradient to input, gradient to weight):
-// - with small whole numbers, whose sums are exact, the result is exactly the plain sum in double, rounded once;
-// - with normal numbers the error stays within the bound for sums in the compute type;
+// - with small whole numbers, whose sums are exact, the result under strict precision is exactly the plain sum in double,
+//   rounded once;
+// - with normal numbers the error stays within the bound for sums in the compute type, or within Winograd's where that is
+//   taken; strict precision changes the bits there and nowhere else;
 // - any memory layouts, any number of threads and a sample alone give the same bits, and so does another vector width with
 //   the same instructions;
 // - every element of the result is written (it holds NaN before) and nothing between its elements is.
@@ -24,6 +26,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "precision.h"
 
 using namespace cvfast;
 
@@ -230,6 +233,14 @@ const Case cases[] = {
     {1, 2, 20, 17, 110, 3, 3, 1, 1, 0, 0, 1, 1, 1},    // more rows than a block holds
     {1, 2, 9, 9, 4, 2, 2, 7, 5, 0, 0, 1, 1, 1},        // stride wider than the kernel
     {5, 2, 33, 32, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1},      // weight gradient in several slices
+    // Winograd:
+    {2, 16, 3, 5, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1},      // not yet: too few pixels
+    {2, 32, 8, 8, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1},     // whole tiles, whole vectors
+    {2, 131, 5, 9, 19, 3, 3, 1, 1, 1, 1, 1, 1, 1},     // two blocks of channels, tails everywhere
+    {1, 38, 13, 6, 44, 3, 3, 1, 1, 0, 2, 1, 1, 2},     // groups; no padding above, more than usual aside
+    {1, 32, 6, 5, 32, 3, 3, 1, 1, 4, 3, 1, 1, 1},      // padding wider than the kernel
+    {1, 33, 4, 31, 34, 3, 3, 1, 1, 1, 1, 1, 1, 1},     // one line of tiles
+    {2, 64, 24, 23, 64, 3, 3, 1, 1, 1, 1, 1, 1, 4},    // several chunks of tiles
     {0, 4, 5, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1},        // nothing: batch, channels, outputs, pixels, kernel
     {2, 0, 5, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1},
     {2, 4, 5, 5, 0, 3, 3, 1, 1, 1, 1, 1, 1, 1},
@@ -342,8 +353,33 @@ Stored run(const Conv2dShape& s, Product product, DType dtype, const Operands& o
   return result;
 }
 
+constexpr double winograd_error = 2e-6;
+
 double epsilon(DType dtype) { return dtype == DType::f64 ? std::ldexp(1, -53) : std::ldexp(1, -24); }
 double half_ulp(DType dtype) { return dtype == DType::bf16 ? std::ldexp(1, -8) : dtype == DType::f16 ? std::ldexp(1, -11) : 0; }
+
+// Does Winograd's F(4x4, 3x3) compute this product? Then an error spreads over the tile.
+bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
+  const bool forward = product == Product::forward;
+  const int64_t height = forward ? s.out_height : s.in_height, width = forward ? s.out_width : s.in_width;
+  return product != Product::weight_grad && dtype != DType::f64 && s.kernel_height == 3 && s.kernel_width == 3 &&
+         s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
+         std::min(s.in_channels, s.out_channels) >= 16 * s.groups && height * width >= 16;
+}
+
+// Winograd's error: relative in the L2 norm over the whole result, and an element's against the largest sum.
+void compare_winograd(const Stored& result, const Reference& expected) {
+  const double largest = *std::max_element(expected.magnitude.value.begin(), expected.magnitude.value.end());
+  double error = 0, norm = 0;
+  result.each([&](int64_t i, int64_t at) {
+    const double want = expected.value.value[i], rounding = half_ulp(result.dtype) * std::fabs(want) + std::ldexp(1, -25);
+    const double beyond = std::fabs(read(&result.bytes[at], result.dtype) - want) - rounding;
+    if (!(beyond <= 24 * epsilon(result.dtype) * largest)) fail("element " + std::to_string(i) + " is wrong");
+    error += std::pow(std::max(beyond, 0.0), 2);
+    norm += want * want;
+  });
+  if (error > std::pow(winograd_error, 2) * norm) fail("relative error " + std::to_string(1e6 * std::sqrt(error / norm)) + "e-6");
+}
 
 void compare(const Stored& result, Reference& expected, bool exact) {
   result.each([&](int64_t i, int64_t at) {
@@ -395,17 +431,26 @@ std::vector<char> check(const Case& c, Product product, DType dtype) {
   const Layouts layouts[] = {{C, C, C}, {L, L, L}, {L, C, C}, {C, L, L}, {X, X, X}};
   const Encoded exact_bits(exact, dtype), rough_bits(rough, dtype);
   const std::string base = context;
+  const bool winograd = by_winograd(s, product, dtype);
+  set_strict_precision(true);
   compare(run(s, product, dtype, exact, exact_bits, layouts[0], pools[0]), exact_reference, true);
+  const std::vector<char> strict_bits = run(s, product, dtype, rough, rough_bits, layouts[0], pools[0]).packed();
+  set_strict_precision(false);
   std::vector<char> bits;
   for (const Layouts& layout : layouts) {
     const int number = static_cast<int>(&layout - layouts);
     context = base + ", layouts " + std::to_string(number);
     const Stored result = run(s, product, dtype, rough, rough_bits, layout, pools[number % 3]);
-    compare(result, rough_reference, false);
+    if (winograd)
+      compare_winograd(result, rough_reference);
+    else
+      compare(result, rough_reference, false);
     if (number == 0) bits = result.packed();
     if (bits != result.packed()) fail("bits differ from those of contiguous tensors and one thread");
   }
   context = base;
+  if (!winograd && bits != strict_bits) fail("strict precision changes the bits");
+  if (winograd && dtype == DType::f32 && bits == strict_bits) fail("strict precision has no effect");
   if (product != Product::weight_grad) check_samples(s, product, dtype, rough, bits);
   return bits;
 }
@@ -417,7 +462,7 @@ void check_conversions(DType dtype) {
   const Case identity = {1, 2, 1, count, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
   const Conv2dShape s = identity.shape();
   Operands o = make_operands(s, Product::forward, [] { return 0.0; });
-  char bits[2];
+  char bits[8] = {};  // a number of any type
   for (int64_t i = 0; i < count; ++i) {
     const uint16_t v = static_cast<uint16_t>(i);
     std::memcpy(bits, &v, 2);
@@ -448,8 +493,7 @@ void check_conversions(DType dtype) {
 }
 
 // One bad input pixel reaches exactly the outputs whose taps touch it.
-void check_nonfinite(DType dtype, double bad) {
-  const Case c = {2, 4, 7, 8, 34, 3, 3, 2, 1, 1, 1, 1, 1, 1};
+void check_nonfinite_input(DType dtype, double bad, const Case& c) {
   const Conv2dShape s = c.shape();
   std::mt19937 engine(1);
   std::uniform_int_distribution<int> whole(1, 3);
@@ -461,11 +505,41 @@ void check_nonfinite(DType dtype, double bad) {
       for (int64_t k = 0; k < s.out_channels; ++k)
         for (int64_t p = 0; p < s.out_height; ++p)
           for (int64_t q = 0; q < s.out_width; ++q) {
-            const bool touched = n == 1 && std::abs(p * 2 - 3) <= 1 && std::abs(q - 4) <= 1;
+            const bool touched = n == 1 && std::abs(p * s.stride_h - 3) <= 1 && std::abs(q * s.stride_w - 4) <= 1;
             const double got = read(&result.bytes[result.offset(n, k, p, q)], dtype);
             const bool good = touched ? (std::isnan(bad) ? std::isnan(got) : got == bad) : std::isfinite(got);
             if (!good) fail("a NaN or infinite input pixel came out wrong");
           }
+  }
+}
+
+// One bad weight reaches exactly its output channel; an infinite one makes NaN of padding.
+void check_nonfinite_weight(DType dtype, double bad, const Case& c) {
+  const Conv2dShape s = c.shape();
+  std::mt19937 engine(1);
+  std::uniform_int_distribution<int> whole(1, 3);
+  Operands o = make_operands(s, Product::forward, [&] { return whole(engine); });
+  o.second.at(3, 2, 0, 1) = bad;
+  for (Layout layout : {Layout::contiguous, Layout::channels_last}) {
+    const Stored result = run(s, Product::forward, dtype, o, Encoded(o, dtype), {layout, layout, layout}, pools[0]);
+    for (int64_t n = 0; n < s.batch; ++n)
+      for (int64_t k = 0; k < s.out_channels; ++k)
+        for (int64_t p = 0; p < s.out_height; ++p)
+          for (int64_t q = 0; q < s.out_width; ++q) {
+            const double got = read(&result.bytes[result.offset(n, k, p, q)], dtype);
+            const bool good = k != 3                         ? std::isfinite(got)
+                              : std::isnan(bad) || p == 0 ? std::isnan(got)
+                                                          : got == bad;
+            if (!good) fail("a NaN or infinite weight came out wrong");
+          }
+  }
+}
+
+void check_nonfinite(DType dtype, double bad) {
+  const Case by_gemm = {2, 4, 7, 8, 34, 3, 3, 2, 1, 1, 1, 1, 1, 1}, winograd = {2, 18, 7, 8, 34, 3, 3, 1, 1, 1, 1, 1, 1, 1};
+  for (const Case& c : {by_gemm, winograd}) {
+    check_nonfinite_input(dtype, bad, c);
+    check_nonfinite_weight(dtype, bad, c);
   }
 }
 

@@ -17,8 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "cpu" / "kernels" / "conv2d.cpp"
-SOURCES = [ROOT / "csrc" / "cpu" / "isa.cpp", ROOT / "csrc" / "cpu" / "scratch.cpp",
-           Path(__file__).with_name("kernel_check.cpp")]  # fmt: skip
+SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), Path(__file__).with_name("kernel_check.cpp")]
 FLAGS = ["-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-pthread",
          f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cpu'}"]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

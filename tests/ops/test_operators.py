@@ -78,7 +78,8 @@ def check(spec: OpSpec, case: Case | int, backend: str, dtype: torch.dtype, memo
         output, _, grads = derivatives(spec.function, sample, cotangent)
     names = ["result", *(f"gradient of {name}" for name, t in sample.operands.items() if t is not None)]
     for name, *three, stand_in in zip(names, (output, *grads), native, exact, stand_ins, strict=True):
-        assert_as_accurate(*three, what=f"{name} of {case} on {backend}", stand_in=stand_in)
+        what, bound = f"{name} of {case} on {backend}", spec.bound(sample, backend)
+        assert_as_accurate(*three, what=what, stand_in=stand_in, bound=bound)
     for old, new in zip(before, sample.tensors(), strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0, msg="an operand was overwritten")
 
@@ -101,6 +102,18 @@ def test_result_and_gradients(spec, case, backend, isa, dtype, memory_format, po
 @pytest.mark.parametrize("isa", isas(), indirect=True)
 def test_wide_result_and_gradients(spec, case, isa, dtype, memory_format, poisoned):
     check(spec, case, "ext", dtype, FORMATS[memory_format])
+
+
+@spec_cases("cases", "wide_cases")
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_strict_precision_is_exact(spec, case, memory_format):
+    """Under strict precision the bound of exact algorithms holds everywhere."""
+    cvfast.set_precision("strict")
+    try:
+        assert spec.bound(case.sample(), "ext") == 0
+        check(spec, case, "ext", torch.float32, FORMATS[memory_format])
+    finally:
+        cvfast.set_precision("fast")
 
 
 RANDOM = [(b, isa, seed) for b, isa in BACKENDS for seed in range(4 if b == "triton" else 40)]  # triton: slow here

@@ -3,6 +3,7 @@
 #include "../kernel_table.h"
 #include "conv2d_depthwise.h"
 #include "conv2d_implicit_gemm.h"
+#include "conv2d_winograd.h"
 
 namespace cvfast {
 namespace {
@@ -22,11 +23,13 @@ bool always(const Problem&) { return true; }
 template <class S>
 constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
+    {"winograd", winograd_applies, correlate_by_winograd<S>},
     {"implicit_gemm", always, correlate_by_gemm<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
+    {"winograd", winograd_applies, correlate_by_winograd<S>},
     {"implicit_gemm", always, correlate_by_gemm<S>},
 };
 template <class S>

@@ -1,0 +1,10 @@
+// Sizes of this machine's caches, by which kernels cut their work.
+#pragma once
+#include <cstdint>
+
+namespace cvfast {
+
+// Bytes of one core's second-level cache; 512 KiB where the system doesn't tell.
+int64_t l2_cache_bytes();
+
+}  // namespace cvfast

@@ -1,0 +1,141 @@
+// Winograd's F(4x4, 3x3): 4x4 results of a 3x3 correlation from a 6x6 patch, by 36 products instead of 144 (Lavin and
+// Gray, "Fast algorithms for convolutional neural networks", 2016).
+//
+// With the patch d and the kernel g, the results are A^T [(G g G^T) * (B^T d B)] A, where the product * goes element by
+// element and is summed over channels. The interpolation points are 0, +-a, +-b and infinity. a = 5/8 and b = 3/2 are exact
+// in binary and give about half the error of the usual 1 and 2.
+//
+// Every statement below has one way only to be contracted to fused multiply-adds, so that all instruction sets with a
+// fused multiply-add give the same bits.
+#pragma once
+#include <utility>
+
+#include "simd.h"
+
+namespace cvfast {
+namespace {
+
+constexpr int winograd_outputs = 4;  // of a tile, on each axis
+constexpr int winograd_inputs = 6;
+constexpr int winograd_points = winograd_inputs * winograd_inputs;  // products of a tile
+
+constexpr float point_a = 0.625f, point_b = 1.5f;
+constexpr float square_a = point_a * point_a, square_b = point_b * point_b;
+
+// B^T on six vectors.
+inline void transform_patch(const FloatVector (&d)[6], FloatVector (&t)[6]) {
+  const FloatVector even_a = d[4] - square_b * d[2], odd_a = d[3] - square_b * d[1];
+  const FloatVector even_b = d[4] - square_a * d[2], odd_b = d[3] - square_a * d[1];
+  const FloatVector zero = d[4] - (square_a + square_b) * d[2], infinity = d[5] - (square_a + square_b) * d[3];
+  t[0] = zero + (square_a * square_b) * d[0];
+  t[1] = even_a + point_a * odd_a;
+  t[2] = even_a - point_a * odd_a;
+  t[3] = even_b + point_b * odd_b;
+  t[4] = even_b - point_b * odd_b;
+  t[5] = infinity + (square_a * square_b) * d[1];
+}
+
+// A^T on six vectors, whose rows of +-a and +-b are divided by a and b^2 (G's are multiplied by them).
+inline void transform_products(const FloatVector (&m)[6], FloatVector (&o)[4]) {
+  const FloatVector even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+  const FloatVector first = m[0] + (1 / point_a) * even_a, last = m[5] + square_a * odd_a;
+  o[0] = first + (1 / square_b) * even_b;
+  o[1] = odd_a + (1 / point_b) * odd_b;
+  o[2] = even_b + point_a * even_a;
+  o[3] = last + point_b * odd_b;
+}
+
+// G on three vectors.
+inline void transform_kernel(const FloatVector (&g)[3], FloatVector (&t)[6]) {
+  constexpr float scale_a = 1 / (2 * point_a * (square_a - square_b)), scale_b = 1 / (2 * (square_b - square_a));
+  const FloatVector even_a = g[0] + square_a * g[2], even_b = g[0] + square_b * g[2];
+  t[0] = (1 / (square_a * square_b)) * g[0];
+  t[1] = scale_a * (even_a + point_a * g[1]);
+  t[2] = scale_a * (even_a - point_a * g[1]);
+  t[3] = scale_b * (even_b + point_b * g[1]);
+  t[4] = scale_b * (even_b - point_b * g[1]);
+  t[5] = g[2];
+}
+
+// ---- Four vectors seen as columns of 4x4 blocks: lane 4 q + j of vector i is element (i, j) of block q. ----
+
+template <class S>
+struct QuadOf { typedef uint16_t type __attribute__((vector_size(8))); };
+template <>
+struct QuadOf<float> { typedef float type __attribute__((vector_size(16))); };
+template <class S>
+using Quad = typename QuadOf<S>::type;  // four neighbours in memory
+template <class S>
+struct StoredVectorOf { using type = HalfVector; };
+template <>
+struct StoredVectorOf<float> { using type = FloatVector; };
+
+constexpr int quads = lanes<float> / 4;
+
+// Element i of two vectors, one after the other, that goes to lane `lane`.
+constexpr int interleave_low(int lane) { return lane / 4 * 4 + lane % 4 / 2 + lane % 2 * lanes<float>; }
+constexpr int interleave_high(int lane) { return interleave_low(lane) + 2; }
+constexpr int pairs_low(int lane) { return lane / 4 * 4 + lane % 2 + lane % 4 / 2 * lanes<float>; }
+constexpr int pairs_high(int lane) { return pairs_low(lane) + 2; }
+
+template <int (*Element)(int), int... Lane>
+FloatVector shuffle(FloatVector a, FloatVector b, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(a, b, Element(Lane)...);
+}
+template <int (*Element)(int)>
+FloatVector shuffle(FloatVector a, FloatVector b) {
+  return shuffle<Element>(a, b, std::make_integer_sequence<int, lanes<float>>{});
+}
+
+// Transposes each 4x4 block.
+inline void transpose_blocks(FloatVector (&v)[4]) {
+  const FloatVector low01 = shuffle<interleave_low>(v[0], v[1]), high01 = shuffle<interleave_high>(v[0], v[1]);
+  const FloatVector low23 = shuffle<interleave_low>(v[2], v[3]), high23 = shuffle<interleave_high>(v[2], v[3]);
+  v[0] = shuffle<pairs_low>(low01, low23);
+  v[1] = shuffle<pairs_high>(low01, low23);
+  v[2] = shuffle<pairs_low>(high01, high23);
+  v[3] = shuffle<pairs_high>(high01, high23);
+}
+
+// The quads at from, from + stride, ... as one vector.
+template <class S>
+FloatVector load_quads(const S* from, int64_t stride) {
+  typename StoredVectorOf<S>::type stored;
+  if constexpr (quads == 1) {
+    stored = load_as<Quad<S>>(from);
+  } else {
+    const auto two = [&](int64_t i) {
+      return __builtin_shufflevector(load_as<Quad<S>>(from + i * stride), load_as<Quad<S>>(from + (i + 1) * stride), 0, 1, 2, 3,
+                                     4, 5, 6, 7);
+    };
+    if constexpr (quads == 2)
+      stored = two(0);
+    else
+      stored = __builtin_shufflevector(two(0), two(2), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  return load_vector(reinterpret_cast<const S*>(&stored));
+}
+
+template <class S>
+void store_quads(FloatVector v, S* to, int64_t stride) {
+  typename StoredVectorOf<S>::type stored;
+  S* element = reinterpret_cast<S*>(&stored);
+  store_vector(v, element);
+  for (int q = 0; q < quads; ++q) store_as(to + q * stride, load_as<Quad<S>>(element + 4 * q));
+}
+
+// v[j] lane i = from[i * stride + j] for j < 4: four neighbours of each of as many lines as a vector has lanes.
+template <class S>
+void load_columns(const S* from, int64_t stride, FloatVector (&v)[4]) {
+  for (int i = 0; i < 4; ++i) v[i] = load_quads(from + i * stride, 4 * stride);
+  transpose_blocks(v);
+}
+
+template <class S>
+void store_columns(FloatVector (&v)[4], S* to, int64_t stride) {
+  transpose_blocks(v);
+  for (int i = 0; i < 4; ++i) store_quads(v[i], to + i * stride, 4 * stride);
+}
+
+}  // namespace
+}  // namespace cvfast
