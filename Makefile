@@ -15,7 +15,7 @@ test: $(READY)  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests
 
 test-install: $(READY)  ## pip install in fresh environments, wheel and sdist (slow)
-	$(BIN)/python -m pytest -s tests/install --install-tests
+	$(BIN)/python -m pytest -s tests/install --install-tests $(INSTALL)
 
 test-torch: $(READY)  ## this build, made with TORCH, under another torch: make test-torch OTHER=torch==2.14.1
 	$(PYTHON) -m venv .venv-other

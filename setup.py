@@ -35,17 +35,19 @@ class CMakeBuild(build_ext):
     def run(self):
         options = load_env().read_build()
         cmake = need("cmake", "install it: pip install cmake ninja")
-        need("ninja", "install it: pip install ninja")
+        ninja = need("ninja", "install it: pip install ninja")
         need(os.environ.get("CXX", "c++"), "install a C++20 compiler (Debian and Ubuntu: apt install g++), or set CXX")
         build = Path(self.build_temp).resolve()
         target = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         configure = [
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCVFAST_CUDA={options['cuda']}",
             f"-DCVFAST_CUDA_ARCHS={options['cuda_archs'] or ''}",
         ]
         jobs = str(options["max_jobs"] or os.cpu_count() or 1)
-        self.call(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure)
+        # --fresh: an earlier isolated build left paths of its vanished environment in the cache.
+        self.call(cmake, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure)
         self.call(cmake, "--build", str(build), "--parallel", jobs)
         self.call(cmake, "--install", str(build), "--prefix", str(target))
 
