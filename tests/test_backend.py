@@ -85,6 +85,20 @@ def test_environment_names_the_instruction_set(isa):
     assert run(code, CVFAST_ISA=isa).stdout.strip() == isa
 
 
+def test_precision():
+    """Strict precision changes the bits of a convolution that Winograd takes, and fast precision brings them back."""
+    x, w = torch.randn(1, 32, 16, 16), torch.randn(32, 32, 3, 3)
+    fast = cvfast.functional.conv2d(x, w, padding=1, backend="ext")
+    cvfast.set_precision("strict")
+    try:
+        assert not torch.equal(cvfast.functional.conv2d(x, w, padding=1, backend="ext"), fast)
+    finally:
+        cvfast.set_precision("fast")
+    assert torch.equal(cvfast.functional.conv2d(x, w, padding=1, backend="ext"), fast)
+    with pytest.raises(ValueError, match="unknown precision 'exact'; allowed: fast, strict"):
+        cvfast.set_precision("exact")
+
+
 def test_instruction_sets():
     C = _library.C
     assert C.active_isa() == C.best_isa()

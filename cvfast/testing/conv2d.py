@@ -166,12 +166,20 @@ class Conv2dSpec(OpSpec):
         value = sample.options.get(name, default)
         return (value, value) if isinstance(value, int) else value
 
-    def bound(self, sample: Sample, backend: str) -> float:
-        """Winograd's, where the CPU kernels may take it: 3x3, stride and dilation 1, not float64, fast precision."""
-        weight = sample.operands["weight"]
+    def bound(self, sample: Sample, backend: str, result: str) -> float:
+        """Winograd's for the output and the input's gradient, where csrc/cpu/kernels/conv2d_winograd.h takes it."""
+        input, weight, groups = sample.operands["input"], sample.operands["weight"], sample.options.get("groups", 1)
         steps = [self._pair(sample, name, 1) for name in ("stride", "dilation")]
-        able = weight.shape[2:] == (3, 3) and steps == [(1, 1), (1, 1)] and weight.dtype != torch.float64
-        return WINOGRAD_ERROR if backend == "ext" and able and not _library.C.strict_precision() else 0.0
+        taken = (
+            backend == "ext"
+            and not _library.C.strict_precision()
+            and result in ("output", "input")
+            and weight.dtype != torch.float64
+            and weight.shape[2:] == (3, 3)
+            and steps == [(1, 1), (1, 1)]
+            and min(input.shape[-3], weight.shape[0]) >= 16 * groups
+        )
+        return WINOGRAD_ERROR if taken else 0.0
 
     def flops(self, sample: Sample) -> int:
         output = sample.call(self.native)

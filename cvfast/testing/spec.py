@@ -130,8 +130,11 @@ class OpSpec(ABC):
     def flops(self, sample: Sample) -> int:
         """Floating-point operations of the call's definition (a fused multiply-add counts as two)."""
 
-    def bound(self, sample: Sample, backend: str) -> float:
-        """The relative error that an inexact algorithm of `backend` may have on `sample`; 0: there is none."""
+    def bound(self, sample: Sample, backend: str, result: str) -> float:
+        """The relative error that an inexact algorithm of `backend` may have on `sample`; 0: only exact ones are taken.
+
+        result: "output", or the name of the operand whose gradient is meant.
+        """
         return 0.0
 
     def bytes(self, sample: Sample) -> int:

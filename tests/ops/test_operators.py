@@ -76,10 +76,10 @@ def check(spec: OpSpec, case: Case | int, backend: str, dtype: torch.dtype, memo
     before = [t.clone() for t in sample.tensors()]
     with cvfast.use_backend(backend):
         output, _, grads = derivatives(spec.function, sample, cotangent)
-    names = ["result", *(f"gradient of {name}" for name, t in sample.operands.items() if t is not None)]
+    names = ["output", *(name for name, t in sample.operands.items() if t is not None)]
     for name, *three, stand_in in zip(names, (output, *grads), native, exact, stand_ins, strict=True):
-        what, bound = f"{name} of {case} on {backend}", spec.bound(sample, backend)
-        assert_as_accurate(*three, what=what, stand_in=stand_in, bound=bound)
+        what = f"{name}{'' if name == 'output' else ' gradient'} of {case} on {backend}"
+        assert_as_accurate(*three, what=what, stand_in=stand_in, bound=spec.bound(sample, backend, name))
     for old, new in zip(before, sample.tensors(), strict=True):
         torch.testing.assert_close(new, old, rtol=0, atol=0, msg="an operand was overwritten")
 
@@ -110,7 +110,7 @@ def test_strict_precision_is_exact(spec, case, memory_format):
     """Under strict precision the bound of exact algorithms holds everywhere."""
     cvfast.set_precision("strict")
     try:
-        assert spec.bound(case.sample(), "ext") == 0
+        assert spec.bound(case.sample(), "ext", "output") == 0
         check(spec, case, "ext", torch.float32, FORMATS[memory_format])
     finally:
         cvfast.set_precision("fast")
