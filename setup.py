@@ -52,6 +52,7 @@ class CMakeBuild(build_ext):
         self.call(cmake, "--install", str(build), "--prefix", str(target))
 
     def call(self, *command):
+        print("+", *command, flush=True)  # pip shows it with -v
         if subprocess.run(command).returncode:
             raise SystemExit(f"cvfast: the build failed in: {' '.join(command)}\nThe compiler's messages stand above.")
 
