@@ -34,8 +34,8 @@ cuda: $(READY)  ## builds the CUDA part (needs nvcc, no GPU) and runs its tests 
 	CVFAST_CUDA=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/cuda_on_cpu tests/triton
 
-gpu: cuda  ## everything that needs a GPU
-	$(BIN)/python -m pytest tests/gpu
+gpu: cuda  ## everything that needs a GPU; TORCH must name a CUDA build: make gpu TORCH=torch
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m benchmarks.run --device cuda
 
 clean:

@@ -1,0 +1,43 @@
+"""What only a GPU can show: the OpSpecs' cases on CUDA tensors, through bindings, streams and launches (make gpu)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cvfast
+from cvfast.testing import SPECS, assert_as_accurate
+from tests.ops.test_operators import FORMATS, derivatives, spec_cases
+
+if not torch.cuda.is_available():
+    pytest.skip("torch finds no CUDA GPU: make gpu runs these where there is one", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch):
+    """torch's float32 is the measure, so it must not be TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@spec_cases("cases", "wide_cases")
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["ext", "triton"])
+def test_result_and_gradients(spec, case, backend, dtype, memory_format):
+    """As accurate as torch's own on the GPU, both against the float64 reference on the CPU; on a stream of its own."""
+    sample = case.sample(dtype, FORMATS[memory_format])
+    exact, cotangent, exact_grads = derivatives(spec.reference, sample.to(torch.float64))
+    on_gpu, cotangent = sample.map(torch.Tensor.cuda), cotangent.to(dtype).cuda()
+    native, _, native_grads = derivatives(spec.native, on_gpu, cotangent)
+    with cvfast.use_backend(backend), torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        output, _, grads = derivatives(spec.function, on_gpu, cotangent)
+        torch.cuda.current_stream().synchronize()
+    for three in zip((output, *grads), (native, *native_grads), (exact, *exact_grads), strict=True):
+        assert_as_accurate(*(t.cpu() for t in three), what=f"{case} on {backend}")
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_auto_leaves_unmeasured_kernels_to_torch(spec):
+    sample = spec.cases[0].sample().map(torch.Tensor.cuda)
+    assert torch.equal(sample.call(spec.function), sample.call(spec.native))
