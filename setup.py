@@ -49,6 +49,7 @@ class CMakeBuild(build_ext):
         # --fresh: an earlier isolated build left paths of its vanished environment in the cache.
         self.call(cmake, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure)
         self.call(cmake, "--build", str(build), "--parallel", jobs)
+        shutil.rmtree(target / "cvfast" / "lib", ignore_errors=True)  # an earlier build's, perhaps with a CUDA part
         self.call(cmake, "--install", str(build), "--prefix", str(target))
 
     def call(self, *command):
