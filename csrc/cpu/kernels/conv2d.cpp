@@ -2,6 +2,8 @@
 // or 64> and that instruction set's flags. Exports cvfast::<CVFAST_ISA>::conv2d and nothing else.
 #include "../kernel_table.h"
 #include "conv2d_depthwise.h"
+#include "conv2d_direct.h"
+#include "conv2d_direct_weight_grad.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_winograd.h"
 
@@ -24,17 +26,20 @@ template <class S>
 constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
     {"winograd", winograd_applies, correlate_by_winograd<S>},
+    {"direct", direct_applies, correlate_direct<S>},
     {"implicit_gemm", always, correlate_by_gemm<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
     {"winograd", winograd_applies, correlate_by_winograd<S>},
+    {"direct", direct_applies, correlate_direct<S>},
     {"implicit_gemm", always, correlate_by_gemm<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
     {"depthwise", depthwise_applies, weight_grad_depthwise<S>},
+    {"direct", direct_applies, weight_grad_direct<S>},
     {"implicit_gemm", always, weight_grad_by_gemm<S>},
 };
 

@@ -9,11 +9,14 @@ namespace {
 inline bool is_depthwise(const Conv2dShape& s) {
   return s.in_channels == s.groups && s.out_channels == s.groups && s.kernel_height * s.kernel_width <= block_depth;
 }
+// Small images and strides, for which a copy of the image does not pay; the others are the direct algorithm's.
+inline bool depthwise_in_place_pays(const Conv2dShape& s) { return s.out_width < 20 || s.stride_w > 1; }
+
 inline bool depthwise_applies(const Conv2dForward& p) {
-  return is_depthwise(p.shape) && p.input.stride[1] == 1 && p.output.stride[1] == 1;
+  return is_depthwise(p.shape) && depthwise_in_place_pays(p.shape) && p.input.stride[1] == 1 && p.output.stride[1] == 1;
 }
 inline bool depthwise_applies(const Conv2dInputGrad& p) {
-  return is_depthwise(p.shape) && p.grad_output.stride[1] == 1 && p.grad_input.stride[1] == 1;
+  return is_depthwise(p.shape) && depthwise_in_place_pays(p.shape) && p.grad_output.stride[1] == 1 && p.grad_input.stride[1] == 1;
 }
 inline bool depthwise_applies(const Conv2dWeightGrad& p) {
   return is_depthwise(p.shape) && p.input.stride[1] == 1 && p.grad_output.stride[1] == 1;

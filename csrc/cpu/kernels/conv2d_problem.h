@@ -79,8 +79,9 @@ void join_lines(Phase<S>& phase) {
   y.positions = y.inputs = 1;
 }
 
+// `joined`: lines may be joined; else an axis of the phase is an axis of the image.
 template <class S>
-Phase<S> make_phase(const Correlation<S>& c, int64_t phase_y, int64_t phase_x) {
+Phase<S> make_phase(const Correlation<S>& c, int64_t phase_y, int64_t phase_x, bool joined = true) {
   const Conv2dShape& s = c.shape;
   Phase<S> phase;
   phase.patches = {c.source, c.source_stride[0], c.source_stride[1], c.source_stride[2], c.source_stride[3],
@@ -105,7 +106,7 @@ Phase<S> make_phase(const Correlation<S>& c, int64_t phase_y, int64_t phase_x) {
     phase.result_y_stride = c.result_stride[2];
     phase.result_x_stride = c.result_stride[3];
   }
-  join_lines(phase);
+  if (joined) join_lines(phase);
   return phase;
 }
 

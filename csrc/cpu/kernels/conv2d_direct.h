@@ -1,0 +1,312 @@
+// Convolution with few channels per group, depthwise included: the patches are read in place, a vector of neighbouring
+// pixels at a time, from a copy of the image in the compute type. No patch is gathered.
+//
+// The copy has zeros for padding and a plane for each remainder of a coordinate modulo the stride, so that the pixels that
+// one tap sees for consecutive results are neighbours, from one line to the next too: a tap is an offset into the copy.
+// An element's chain of operations is that of the implicit GEMM, so its bits are, too.
+#pragma once
+#include "conv2d_implicit_gemm.h"
+#include "gemm_indirect.h"
+#include "transpose.h"
+
+namespace cvfast {
+namespace {
+
+// What positions 0 .. positions - 1 of one axis read of the source, over all phases: i * step + [first, last].
+struct Window {
+  int64_t positions, inputs, step, first, last;
+
+  int64_t planes() const { return min(step, last - first + 1); }
+  int64_t length(int64_t count) const { return count + (last - first) / step; }  // of a plane, for `count` positions
+
+  // Elements of `plane` before the source's first one, and the number of those inside it.
+  Range inside(int64_t plane, int64_t from, int64_t length) const {
+    const int64_t start = from * step + first + plane;
+    const int64_t begin = start >= 0 ? 0 : ceil_div(-start, step);
+    const int64_t end = start >= inputs ? 0 : ceil_div(inputs - start, step);
+    return {min(begin, length), min(max(begin, end), length)};
+  }
+};
+
+inline void extend(Window& window, const Axis& axis) {
+  if (axis.taps == 0) return;
+  const int64_t other = axis.offset + (axis.taps - 1) * axis.tap_offset;
+  window.positions = max(window.positions, axis.positions);
+  window.first = min(window.first, min(axis.offset, other));
+  window.last = max(window.last, max(axis.offset, other));
+}
+
+constexpr int64_t no_offset = int64_t{1} << 40;
+
+// A piece of work: `band` lines of positions of one sample, for `group_block` groups.
+struct DirectPlan {
+  Window y, x;
+  int64_t group_block, group_blocks, band, bands;
+  int64_t pitch, plane_size, channel_size;  // of the copy, in elements: a line, a plane, a channel
+  int64_t shared;                           // zeros at the end of a line that are those at the start of the next one
+  bool channels_are_cols;                   // of a product; else its rows, and the pixels its columns
+  int64_t packed_channels;                  // of a group, rounded up to whole vectors if they are the columns
+  int64_t result_elements;                  // of a band
+};
+
+constexpr int64_t direct_image_bytes = 96 << 10;  // of a piece's copy: well inside the L2 cache
+constexpr int64_t direct_image_limit = 64 << 10;  // elements of a copy for one line of results, where it is larger
+
+template <class S>
+DirectPlan direct_plan(const Correlation<S>& c, int64_t threads) {
+  using T = Compute<S>;
+  DirectPlan p;
+  const Conv2dShape& s = c.shape;
+  const Phase<S> phase = make_phase(c, 0, 0, false);
+  p.y = {phase.patches.y.positions, phase.patches.y.inputs, phase.patches.y.step, no_offset, -no_offset};
+  p.x = {phase.patches.x.positions, phase.patches.x.inputs, phase.patches.x.step, no_offset, -no_offset};
+  for (int64_t i = 0; i < c.phases_y(); ++i) extend(p.y, make_phase(c, i, 0, false).patches.y);
+  for (int64_t i = 0; i < c.phases_x(); ++i) extend(p.x, make_phase(c, 0, i, false).patches.x);
+
+  const int64_t length = p.x.length(p.x.positions);
+  p.shared = length - p.x.positions;  // at most: the results of two lines stay apart, too
+  for (int64_t plane = 0; plane < p.x.planes(); ++plane) {
+    const Range inside = p.x.inside(plane, 0, length);
+    p.shared = min(p.shared, min(inside.begin, length - inside.end));
+  }
+  p.pitch = length - p.shared;
+
+  // Whole cache lines of channels where channels are neighbours.
+  const bool channels_neighbour = c.source_stride[1] == 1 || c.result_stride[1] == 1;
+  p.group_block = channels_neighbour ? min(c.groups, ceil_div(16, c.in_channels)) : 1;
+  p.group_blocks = ceil_div(c.groups, p.group_block);
+  const int64_t line_bytes =
+      p.group_block * c.in_channels * p.y.planes() * p.x.planes() * p.pitch * static_cast<int64_t>(sizeof(T));
+  const int64_t most = max<int64_t>(1, direct_image_bytes / line_bytes - (p.y.last - p.y.first) / p.y.step);
+  const int64_t wanted = ceil_div(2 * threads, max<int64_t>(1, s.batch * p.group_blocks));
+  p.band = even_block(p.y.positions, threads > 1 ? min(most, ceil_div(p.y.positions, wanted)) : most, 1);
+  p.bands = ceil_div(p.y.positions, p.band);
+  p.plane_size = p.y.length(p.band) * p.pitch;
+  p.channel_size = p.y.planes() * p.x.planes() * p.plane_size;
+  const int64_t pixels = p.y.positions * p.x.positions, cols = p.bands * round_up(p.band * p.pitch, lanes<T>);
+  p.packed_channels = round_up(c.out_channels, lanes<T>);
+  // Whichever wastes fewer lanes.
+  p.channels_are_cols = c.out_channels > lanes<T> && pixels * p.packed_channels <= cols * c.out_channels;
+  if (!p.channels_are_cols) p.packed_channels = c.out_channels;
+  p.result_elements = p.group_block * p.packed_channels *
+                      (p.channels_are_cols ? p.band * p.x.positions : round_up(p.band * p.pitch, lanes<T>));
+  return p;
+}
+
+// Copies lines for positions [position, position + count) of `channels` channels, whose first one is at `source`, into
+// `image`, which is zero where the source has no column.
+template <class S>
+void copy_image(const DirectPlan& p, const Correlation<S>& c, const S* source, int64_t channels, int64_t position,
+                int64_t count, Compute<S>* image) {
+  using T = Compute<S>;
+  const int64_t lines = p.y.length(count), *stride = c.source_stride;
+  for (int64_t plane_y = 0; plane_y < p.y.planes(); ++plane_y) {
+    const Range y = p.y.inside(plane_y, position, lines);
+    for (int64_t plane_x = 0; plane_x < p.x.planes(); ++plane_x) {
+      const Range x = p.x.inside(plane_x, 0, p.pitch);
+      if (x.begin == x.end) continue;
+      T* plane = image + (plane_y * p.x.planes() + plane_x) * p.plane_size + x.begin;
+      const S* from = source + ((position + y.begin) * p.y.step + p.y.first + plane_y) * stride[2] +
+                      (x.begin * p.x.step + p.x.first + plane_x) * stride[3];
+      const int64_t line_step = p.y.step * stride[2], pixel_step = p.x.step * stride[3];
+      copy_planes(Block<const S>{from, stride[1], line_step, pixel_step},
+                  Block<T>{plane + y.begin * p.pitch, p.channel_size, p.pitch, 1}, channels, y.end - y.begin, x.end - x.begin);
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        T* to = plane + channel * p.channel_size;
+        zero_matrix(Matrix<T>{to, p.pitch, 1}, y.begin, x.end - x.begin);
+        zero_matrix(Matrix<T>{to + y.end * p.pitch, p.pitch, 1}, lines - y.end, x.end - x.begin);
+      }
+    }
+  }
+}
+
+// Where tap (y, x), channel c of a phase lies in the copy, relative to the position: offset[(tap y, tap x, c)].
+template <class S>
+void tap_offsets(const DirectPlan& p, const Patches<S>& patches, int64_t* offset) {
+  for (int64_t tap_y = 0; tap_y < patches.y.taps; ++tap_y)
+    for (int64_t tap_x = 0; tap_x < patches.x.taps; ++tap_x) {
+      const int64_t y = patches.y.source(0, tap_y) - p.y.first, x = patches.x.source(0, tap_x) - p.x.first;
+      const int64_t plane = y % p.y.step * p.x.planes() + x % p.x.step;
+      const int64_t first = plane * p.plane_size + y / p.y.step * p.pitch + x / p.x.step;
+      for (int64_t channel = 0; channel < patches.channels; ++channel) *offset++ = first + channel * p.channel_size;
+    }
+}
+
+// Channels of the product's tile that begins with channel `out`.
+template <class T>
+int64_t direct_tile_channels(const DirectPlan& p, int64_t out) {
+  return min<int64_t>(p.channels_are_cols ? tile_cols<T> : tile_rows, p.packed_channels - out);
+}
+
+// The weights of one phase and group: tiles of output channels, each [depth, channels].
+template <class S>
+void pack_direct_weights(const DirectPlan& p, const Correlation<S>& c, const Patches<S>& patches, int64_t group,
+                         Compute<S>* to) {
+  using T = Compute<S>;
+  for (int64_t out = 0, width; out < p.packed_channels; out += width) {
+    width = direct_tile_channels<T>(p, out);
+    const int64_t channels = min(width, c.out_channels - out);
+    for (int64_t tap = 0; tap < patches.y.taps * patches.x.taps; ++tap) {
+      const S* source = c.weight + group * c.weight_group_stride + out * c.weight_out_stride +
+                        (patches.y.first_tap + tap / patches.x.taps * patches.y.tap_step) * c.weight_y_stride +
+                        (patches.x.first_tap + tap % patches.x.taps * patches.x.tap_step) * c.weight_x_stride;
+      for (int64_t in = 0; in < c.in_channels; ++in, to += width)
+        for (int64_t i = 0; i < width; ++i)
+          to[i] = i < channels ? to_compute(source[in * c.weight_in_stride + i * c.weight_out_stride]) : T{};
+    }
+  }
+}
+
+// One phase of one group in a band: lines x pixels results of each output channel.
+template <class T>
+struct DirectProduct {
+  int64_t depth, lines, pixels;
+  const T *weights, *image;
+  const int64_t* offset;
+  const T* bias;  // [packed_channels] or nullptr
+  Block<T> result;
+  bool in_place;  // the result is the caller's: just its elements may be written
+};
+
+// Output channels [out, out + channels) over the depth [start, start + depth).
+template <class T>
+void direct_tiles(const DirectPlan& p, const DirectProduct<T>& d, int64_t out, int64_t channels, int64_t start,
+                  int64_t depth, const T* bias) {
+  const T* weights = d.weights + out * d.depth + start * channels;
+  const Block<T>& result = d.result;
+  T* to = result.data + out * result.channel_stride;
+  const Chain chain = start > 0 ? Chain::add : Chain::start;
+  const auto pixels_at = [&](int64_t y) { return IndirectRows<T>{d.image + y * p.pitch, d.offset + start}; };
+  if (p.channels_are_cols) {
+    for (int64_t y = 0; y < d.lines; ++y)
+      indirect_a_product(d.pixels, channels, depth, pixels_at(y), weights, to + y * result.line_stride, result.pixel_stride,
+                         chain, bias);
+  } else if (d.in_place) {
+    for (int64_t y = 0; y < d.lines; ++y)
+      indirect_product(channels, d.pixels, depth, weights, pixels_at(y), to + y * result.line_stride,
+                       result.channel_stride, chain, bias, true);
+  } else {
+    indirect_product(channels, (d.lines - 1) * p.pitch + d.pixels, depth, weights, pixels_at(0), to,
+                     result.channel_stride, chain, bias);
+  }
+}
+
+template <class T>
+void direct_product(const DirectPlan& p, const DirectProduct<T>& d) {
+  for (int64_t out = 0, channels; out < p.packed_channels; out += channels) {
+    channels = direct_tile_channels<T>(p, out);
+    for (int64_t start = 0; start == 0 || start < d.depth; start += block_depth) {
+      const int64_t depth = min(d.depth - start, block_depth);
+      const bool last = start + depth == d.depth;
+      direct_tiles(p, d, out, channels, start, depth, last && d.bias ? d.bias + out : nullptr);
+    }
+  }
+}
+
+// Where the products put a band's results: in `to` if it has the compute type and fitting strides, else in `scratch`.
+template <class S, class T>
+Block<T> direct_results(const DirectPlan& p, const Phase<S>& phase, Block<S> to, int64_t out_channels, T* scratch) {
+  const int64_t pixels = phase.patches.x.positions;
+  if constexpr (__is_same(S, T)) {
+    // A tile of one line's pixels needs enough chains side by side to hide the latency of a multiply-add.
+    const bool full = min<int64_t>(out_channels, tile_rows) * ceil_div(pixels, lanes<T>) >= 6 && pixels >= lanes<T>;
+    const bool fits = p.channels_are_cols ? to.channel_stride == 1 && p.packed_channels == out_channels
+                                          : to.pixel_stride == 1 && full && phase.patches.columns() <= block_depth;
+    if (fits) return to;
+  }
+  if (p.channels_are_cols) {
+    const int64_t pixel_stride = p.group_block * p.packed_channels;
+    return {scratch, 1, pixels * pixel_stride, pixel_stride};
+  }
+  return {scratch, round_up(p.band * p.pitch, lanes<T>), p.pitch, 1};
+}
+
+// With many channels on both sides the implicit GEMM packs patches once for many products. The copy of one line, of
+// `channels` channels and `width` pixels, must fit the cache.
+inline bool direct_fits(const Conv2dShape& s, int64_t channels, int64_t width) {
+  const int64_t in = s.in_channels / s.groups, out = s.out_channels / s.groups;
+  const int64_t lines = s.dilation_h * (s.kernel_height - 1) + s.stride_h;
+  const int64_t line = width + 2 * s.dilation_w * (s.kernel_width - 1);
+  return s.kernel_height * s.kernel_width > 1 && s.out_height * s.out_width > 0 && min(in, out) > 0 &&
+         min(in, out) <= 64 && max(in, out) <= 128 && channels * lines * line <= direct_image_limit;
+}
+inline bool direct_applies(const Conv2dForward& p) {
+  return direct_fits(p.shape, p.shape.in_channels / p.shape.groups, p.shape.in_width);
+}
+inline bool direct_applies(const Conv2dInputGrad& p) {
+  return direct_fits(p.shape, p.shape.out_channels / p.shape.groups, p.shape.out_width);
+}
+
+template <class S, class Problem>
+void correlate_direct(const Problem& problem, const ThreadPool& pool) {
+  using T = Compute<S>;
+  const Correlation<S> c = correlation<S>(problem);
+  if (c.batch == 0 || c.groups * c.out_channels == 0 || make_phase(c, 0, 0).pixels(c.batch) == 0) return;
+  const DirectPlan p = direct_plan(c, pool.threads);
+  const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
+  const int64_t kernel_depth = c.shape.kernel_height * c.shape.kernel_width * c.in_channels;
+  const int64_t all_channels = c.groups * p.packed_channels;
+
+  int64_t* offsets = static_cast<int64_t*>(thread_scratch(
+      ScratchUse::caller, kernel_depth * 8 + (kernel_depth + 1) * all_channels * static_cast<int64_t>(sizeof(T))));
+  T* bias = reinterpret_cast<T*>(offsets + kernel_depth);
+  T* packed = bias + all_channels;
+  if (c.bias) {
+    zero_matrix(Matrix<T>{bias, 0, 1}, 1, all_channels);
+    copy_matrix(Matrix<const S>{c.bias, c.out_channels, 1}, Matrix<T>{bias, p.packed_channels, 1}, c.groups, c.out_channels);
+  }
+  for (int64_t index = 0; index < phases; ++index) {
+    const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x, false);
+    tap_offsets(p, phase.patches, offsets + phase.taps_before * c.in_channels);
+    T* weights = packed + phase.taps_before * c.in_channels * all_channels;
+    for (int64_t group = 0; group < c.groups; ++group)
+      pack_direct_weights(p, c, phase.patches, group, weights + group * phase.patches.columns() * p.packed_channels);
+  }
+
+  const int64_t image_elements = p.group_block * c.in_channels * p.channel_size + p.shared + lanes<T>;
+  parallel_for(pool, c.batch * p.bands * p.group_blocks, [&](int64_t begin, int64_t end) {
+    T* image = scratch<T>(ScratchUse::worker, image_elements + p.result_elements);
+    T* result = image + image_elements;
+    zero_matrix(Matrix<T>{image, 0, 1}, 1, image_elements);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first_group = i % p.group_blocks * p.group_block;
+      const int64_t groups = min(p.group_block, c.groups - first_group);
+      const int64_t position = i / p.group_blocks % p.bands * p.band, sample = i / p.group_blocks / p.bands;
+      copy_image(p, c, c.source + sample * c.source_stride[0] + first_group * c.in_channels * c.source_stride[1],
+                 groups * c.in_channels, position, min(p.band, p.y.positions - position), image);
+      for (int64_t index = 0; index < phases; ++index) {
+        const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x, false);
+        const int64_t lines = min(p.band, phase.patches.y.positions - position), pixels = phase.patches.x.positions;
+        if (lines <= 0) continue;
+        const int64_t depth = phase.patches.columns();
+        const T* weights = packed + phase.taps_before * c.in_channels * all_channels;
+        const Block<S> to = {phase.result + sample * phase.result_batch_stride + position * phase.result_y_stride +
+                                 first_group * c.out_channels * phase.result_channel_stride,
+                             phase.result_channel_stride, phase.result_y_stride, phase.result_x_stride};
+        const Block<T> from = direct_results(p, phase, to, c.out_channels, result);
+        const bool in_place = static_cast<void*>(from.data) == to.data;
+        for (int64_t group = 0; group < groups; ++group) {
+          Block<T> group_result = from;
+          group_result.data += group * p.packed_channels * from.channel_stride;
+          direct_product(p, DirectProduct<T>{depth, lines, pixels,
+                                             weights + (first_group + group) * depth * p.packed_channels,
+                                             image + group * c.in_channels * p.channel_size,
+                                             offsets + phase.taps_before * c.in_channels,
+                                             c.bias ? bias + (first_group + group) * p.packed_channels : nullptr,
+                                             group_result, in_place});
+        }
+        if (in_place) continue;
+        const bool together = p.packed_channels == c.out_channels;  // the groups' channels are neighbours
+        for (int64_t group = 0; group < (together ? 1 : groups); ++group)
+          copy_planes(Block<const T>{from.data + group * p.packed_channels * from.channel_stride, from.channel_stride,
+                                     from.line_stride, from.pixel_stride},
+                      Block<S>{to.data + group * c.out_channels * to.channel_stride, to.channel_stride, to.line_stride,
+                               to.pixel_stride},
+                      (together ? groups : 1) * c.out_channels, lines, pixels);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace cvfast
