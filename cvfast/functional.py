@@ -62,6 +62,10 @@ def conv2d(
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) from a number, or a sequence of one or two numbers."""
+    if type(value) is int:
+        return (value, value)
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return (value, value)
     if isinstance(value, (str, bool)) or not isinstance(value, Sequence):
@@ -112,47 +116,47 @@ def _check_conv2d(
     groups: int,
 ) -> None:
     """Raises RuntimeError, in torch's words where torch has some, for what does not fit together."""
-    out_channels, group_channels, *kernel = weight.shape
     if groups < 1:
         raise RuntimeError(f"conv2d: non-positive groups is not supported, got groups={groups}")
-    if min(stride) < 1:
+    if stride[0] < 1 or stride[1] < 1:
         raise RuntimeError(f"conv2d: non-positive stride is not supported, got {stride}")
-    if min(padding) < 0:
+    if padding[0] < 0 or padding[1] < 0:
         raise RuntimeError(f"conv2d: negative padding is not supported, got {padding}")
-    if min(dilation) < 1:
+    if dilation[0] < 1 or dilation[1] < 1:
         raise RuntimeError(f"conv2d: dilation should be greater than zero, got {dilation}")
     _check_same("weight", weight, input)
-    if bias is not None:
-        _check_same("bias", bias, input)
+    out_channels, group_channels, *kernel = weight.shape
+    _, channels, *size = input.shape
     if out_channels < groups or out_channels % groups:
         raise RuntimeError(
             f"conv2d: Given groups={groups}, expected weight to be at least {groups} at dimension 0 and divisible by "
             f"it, but got weight of size {list(weight.shape)} instead"
         )
-    if input.shape[1] != group_channels * groups:
+    if channels != group_channels * groups:
         raise RuntimeError(
             f"conv2d: Given groups={groups}, weight of size {list(weight.shape)}, expected input{list(input.shape)} "
-            f"to have {group_channels * groups} channels, but got {input.shape[1]} channels instead"
+            f"to have {group_channels * groups} channels, but got {channels} channels instead"
         )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_channels):
-        raise RuntimeError(
-            f"conv2d: Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with "
-            f"{out_channels} elements, but got bias of size {list(bias.shape)} instead"
-        )
-    for i, size in enumerate(input.shape[2:]):
-        padded, extent = size + 2 * padding[i], dilation[i] * (kernel[i] - 1) + 1
+    if bias is not None:
+        _check_same("bias", bias, input)
+        if bias.shape != (out_channels,):
+            raise RuntimeError(
+                f"conv2d: Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with "
+                f"{out_channels} elements, but got bias of size {list(bias.shape)} instead"
+            )
+    for i in (0, 1):
+        padded, extent = size[i] + 2 * padding[i], dilation[i] * (kernel[i] - 1) + 1
         if kernel[i] < 1 or padded < extent:
             raise RuntimeError(
                 "conv2d: Kernel size can't be greater than actual input size (or empty): "
-                f"{'height' if i == 0 else 'width'} "
-                f"{size} padded to {padded}, kernel {kernel[i]} covering {extent}"
+                f"{('height', 'width')[i]} {size[i]} padded to {padded}, kernel {kernel[i]} covering {extent}"
             )
 
 
 def _check_same(name: str, tensor: Tensor, input: Tensor) -> None:
     """Raises RuntimeError if `tensor` is not of input's device and, unless autocast will cast them, dtype."""
     device = input.device
-    if tensor.device == device and (tensor.dtype == input.dtype or _casts(device.type)):
+    if tensor.device == device and (tensor.dtype is input.dtype or _casts(device.type)):
         return
     raise RuntimeError(
         f"conv2d: Input type ({input.dtype}, {device}) and {name} type ({tensor.dtype}, {tensor.device}) "

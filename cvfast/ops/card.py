@@ -70,12 +70,12 @@ _differentiable: dict[torch._ops.OpOverload, Callable] = {}  # operator -> (run,
 
 
 def _function(card: Card, ops) -> Callable:
-    """The operator as a torch.autograd.Function: `run(*args)` computes the result below autograd."""
+    """The operator as a torch.autograd.Function: `run(*args)` computes the result, here below autograd."""
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, run, *args):
-            output = run(*args)
+            output = _below_autograd(run, *args)
             card.setup_context(ctx, args, output)
             return output
 
@@ -89,17 +89,7 @@ def _function(card: Card, ops) -> Callable:
 
 def _autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, *args):
     """The operator's kernel for the dispatcher's autograd key."""
-    keyset = keyset & torch._C._after_autograd_keyset
-
-    def run(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset, *args)
-
-    return _differentiable[op](run, *args) if _wants_gradient(args) else run(*args)
-
-
-def _wants_gradient(args: tuple) -> bool:
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    return _run(op, partial(op.redispatch, keyset & torch._C._after_autograd_keyset), args)
 
 
 def call(op: torch._ops.OpOverload, *args):
@@ -107,31 +97,38 @@ def call(op: torch._ops.OpOverload, *args):
 
     Tracers and torch.func's transforms, which must see the operator as the dispatcher has it, do.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or _transforms() is not None or torch.is_autocast_enabled(args[0].device.type):
         return op(*args)
-    if torch.is_autocast_enabled(args[0].device.type):
-        return op(*args)
-    run = partial(_below_autograd, op)
-    return _differentiable[op](run, *args) if _wants_gradient(args) else run(*args)
+    return _run(op, op, args)
 
 
-def _below_autograd(op: torch._ops.OpOverload, *args):
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+def _run(op: torch._ops.OpOverload, run: Callable, args: tuple):
+    """`run(*args)`, which computes the result of `op`, with its derivative where one is asked for."""
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _differentiable[op](run, *args)
+    return _below_autograd(run, *args)
+
+
+def _below_autograd(run: Callable, *args):
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return run(*args)
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which an operator will see `tensor`: autocast's where that is on (it leaves float64 alone)."""
-    device = tensor.device.type
-    casts = torch.is_autocast_enabled(device) and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else tensor.dtype
+def autocast_dtype(tensor: Tensor, device: str) -> torch.dtype:
+    """The dtype in which an operator will see `tensor`, on `device`: autocast's where that is on (never of float64)."""
+    dtype = tensor.dtype
+    if torch.is_autocast_enabled(device) and dtype.is_floating_point and dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype
 
 
 def _autocast(op: Callable, device: str, *args):
     """Runs `op` with its tensors in autocast's dtype."""
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-    cast = [
-        arg.to(autocast_dtype(arg)) if isinstance(arg, Tensor) and arg.device.type == device else arg for arg in args
-    ]
+    casts = lambda arg: isinstance(arg, Tensor) and arg.device.type == device  # noqa: E731
+    cast = [arg.to(autocast_dtype(arg, device)) if casts(arg) else arg for arg in args]
     with torch._C._ExcludeDispatchKeyGuard(key):
         return op(*cast)

@@ -22,10 +22,10 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> lis
     library = _library.cuda if device == "cuda" else _library.ops
     if library.reason is not None:
         return [library.reason]
-    dtype = autocast_dtype(input)
+    dtype = autocast_dtype(input, device)
     if dtype not in DTYPES[device]:
         return [f"no kernel for {dtype} on {device}"]
-    if input.layout != torch.strided or weight.layout != torch.strided:
+    if input.layout is not torch.strided or weight.layout is not torch.strided:
         return ["sparse and other unusual layouts are torch's"]
     return []
 

@@ -55,7 +55,7 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> lis
         return [f"Triton kernels run on CUDA tensors (or with TRITON_INTERPRET=1 on the CPU), not on {device!r}"]
     if input.layout != torch.strided or weight.layout != torch.strided:
         return ["sparse and other unusual layouts are torch's"]
-    dtype = autocast_dtype(input)
+    dtype = autocast_dtype(input, device)
     if dtype not in DTYPES:
         return [f"no kernel for {dtype}"]
     if not _env.triton_interpret:
