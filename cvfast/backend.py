@@ -14,12 +14,20 @@ from types import ModuleType
 
 from cvfast import _env, _library
 from cvfast.backends.ext import conv2d as ext_conv2d
+from cvfast.backends.ext import conv_transpose2d as ext_conv_transpose2d
 from cvfast.backends.native import conv2d as native_conv2d
+from cvfast.backends.native import conv_transpose2d as native_conv_transpose2d
 from cvfast.backends.triton import conv2d as triton_conv2d
+from cvfast.backends.triton import conv_transpose2d as triton_conv_transpose2d
 
 # Operator -> backend -> module, in the order in which `auto` asks them; `native` comes last and never refuses.
 BACKENDS: dict[str, dict[str, ModuleType]] = {
     "conv2d": {"ext": ext_conv2d, "triton": triton_conv2d, "native": native_conv2d},
+    "conv_transpose2d": {
+        "ext": ext_conv_transpose2d,
+        "triton": triton_conv_transpose2d,
+        "native": native_conv_transpose2d,
+    },
 }
 NAMES = ("auto", "ext", "triton", "native")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cvfast import backend as _backend
 
-__all__ = ["conv2d"]
+__all__ = ["conv2d", "conv_transpose2d"]
 
 
 def conv2d(
@@ -47,20 +47,65 @@ def conv2d(
         TypeError, ValueError: arguments of another type, an unknown backend.
     """
     if input.dim() not in (3, 4) or weight.dim() != 4:
-        _wrong_dimensions(input, weight)
+        _wrong_dimensions("conv2d", "weight is [K, C/groups, R, S]", input, weight)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    stride, dilation = _pair("conv2d", "stride", stride), _pair("conv2d", "dilation", dilation)
     if isinstance(padding, str):
         batched, padding = _string_padding(batched, weight, padding, stride, dilation)
     else:
-        padding = _pair("padding", padding)
+        padding = _pair("conv2d", "padding", padding)
     _check_conv2d(batched, weight, bias, stride, padding, dilation, groups)
     args = (batched, weight, bias, stride, padding, dilation, groups)
     output = _backend.select("conv2d", backend, *args).run(*args)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """2-D transposed convolution, with torch.nn.functional.conv_transpose2d's meaning and arguments (and their order).
+
+    Args:
+        input: [N, C, H, W] or [C, H, W] with H, W >= 1; contiguous and channels_last are both read in place.
+        weight: [C, K/groups, R, S], of input's dtype.
+        bias: [K] or None.
+        stride, dilation: >= 1, one number or (height, width).
+        padding: >= 0, one number or (height, width); so many lines of the result are left out on each side.
+        output_padding: >= 0, one number or (height, width), smaller than stride or dilation; so many lines are added
+            below and on the right.
+        groups: divides C and K.
+        backend: "auto", "ext", "triton" or "native"; None: what `cvfast.use_backend` or CVFAST_BACKEND says.
+
+    Returns:
+        [N, K, P, Q] (or [K, P, Q]) with P = (H - 1)*stride - 2*padding + dilation*(R - 1) + output_padding + 1 >= 1, Q
+        likewise; channels_last if input or weight is. dtypes: as conv2d.
+
+    Raises:
+        RuntimeError: as torch's, for shapes, dtypes or options that do not fit; or where the named backend cannot run.
+        TypeError, ValueError: arguments of another type, an unknown backend.
+    """
+    if input.dim() not in (3, 4) or weight.dim() != 4:
+        _wrong_dimensions("conv_transpose2d", "weight is [C, K/groups, R, S]", input, weight)
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    stride, padding = _pair("conv_transpose2d", "stride", stride), _pair("conv_transpose2d", "padding", padding)
+    output_padding = _pair("conv_transpose2d", "output_padding", output_padding)
+    dilation = _pair("conv_transpose2d", "dilation", dilation)
+    args = (batched, weight, bias, stride, padding, output_padding, groups, dilation)
+    _check_conv_transpose2d(*args)
+    output = _backend.select("conv_transpose2d", backend, *args).run(*args)
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+def _pair(operator: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) from a number, or a sequence of one or two numbers."""
     if type(value) is int:
         return (value, value)
@@ -69,11 +114,11 @@ def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return (value, value)
     if isinstance(value, (str, bool)) or not isinstance(value, Sequence):
-        raise TypeError(f"conv2d: {name} must be an int or a pair of ints, got {value!r}")
+        raise TypeError(f"{operator}: {name} must be an int or a pair of ints, got {value!r}")
     if len(value) not in (1, 2):
-        raise RuntimeError(f"conv2d: {name} takes one number or two (height, width), got {tuple(value)}")
+        raise RuntimeError(f"{operator}: {name} takes one number or two (height, width), got {tuple(value)}")
     if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in value):
-        raise TypeError(f"conv2d: {name} must be an int or a pair of ints, got {value!r}")
+        raise TypeError(f"{operator}: {name} must be an int or a pair of ints, got {value!r}")
     return (value[0], value[-1])
 
 
@@ -98,11 +143,11 @@ def _string_padding(
     return input, (height // 2, width // 2)
 
 
-def _wrong_dimensions(input: Tensor, weight: Tensor) -> None:
+def _wrong_dimensions(operator: str, weight_layout: str, input: Tensor, weight: Tensor) -> None:
     raise RuntimeError(
-        f"conv2d: Expected {weight.dim()}-dimensional input for {weight.dim()}-dimensional weight "
+        f"{operator}: Expected {weight.dim()}-dimensional input for {weight.dim()}-dimensional weight "
         f"{list(weight.shape)}, but got {input.dim()}-dimensional input of size {list(input.shape)} instead; "
-        "input is [N, C, H, W] or [C, H, W], weight is [K, C/groups, R, S]"
+        f"input is [N, C, H, W] or [C, H, W], {weight_layout}"
     )
 
 
@@ -116,34 +161,7 @@ def _check_conv2d(
     groups: int,
 ) -> None:
     """Raises RuntimeError, in torch's words where torch has some, for what does not fit together."""
-    if groups < 1:
-        raise RuntimeError(f"conv2d: non-positive groups is not supported, got groups={groups}")
-    if stride[0] < 1 or stride[1] < 1:
-        raise RuntimeError(f"conv2d: non-positive stride is not supported, got {stride}")
-    if padding[0] < 0 or padding[1] < 0:
-        raise RuntimeError(f"conv2d: negative padding is not supported, got {padding}")
-    if dilation[0] < 1 or dilation[1] < 1:
-        raise RuntimeError(f"conv2d: dilation should be greater than zero, got {dilation}")
-    _check_same("weight", weight, input)
-    out_channels, group_channels, *kernel = weight.shape
-    _, channels, *size = input.shape
-    if out_channels < groups or out_channels % groups:
-        raise RuntimeError(
-            f"conv2d: Given groups={groups}, expected weight to be at least {groups} at dimension 0 and divisible by "
-            f"it, but got weight of size {list(weight.shape)} instead"
-        )
-    if channels != group_channels * groups:
-        raise RuntimeError(
-            f"conv2d: Given groups={groups}, weight of size {list(weight.shape)}, expected input{list(input.shape)} "
-            f"to have {group_channels * groups} channels, but got {channels} channels instead"
-        )
-    if bias is not None:
-        _check_same("bias", bias, input)
-        if bias.shape != (out_channels,):
-            raise RuntimeError(
-                f"conv2d: Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with "
-                f"{out_channels} elements, but got bias of size {list(bias.shape)} instead"
-            )
+    size, kernel = _check_convolution(False, input, weight, bias, stride, padding, dilation, groups)
     for i in (0, 1):
         padded, extent = size[i] + 2 * padding[i], dilation[i] * (kernel[i] - 1) + 1
         if kernel[i] < 1 or padded < extent:
@@ -153,13 +171,90 @@ def _check_conv2d(
             )
 
 
-def _check_same(name: str, tensor: Tensor, input: Tensor) -> None:
+def _check_conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    output_padding: tuple[int, int],
+    groups: int,
+    dilation: tuple[int, int],
+) -> None:
+    """Raises RuntimeError, in torch's words where torch has some, for what does not fit together."""
+    size, kernel = _check_convolution(True, input, weight, bias, stride, padding, dilation, groups)
+    for i, axis in enumerate(("height", "width")):
+        extra = output_padding[i]
+        if extra < 0:
+            raise RuntimeError(f"conv_transpose2d: negative output_padding is not supported, got {output_padding}")
+        if extra >= stride[i] and extra >= dilation[i]:
+            raise RuntimeError(
+                "conv_transpose2d: output padding must be smaller than either stride or dilation, but got "
+                f"{axis} output_padding {extra}, stride {stride[i]}, dilation {dilation[i]}"
+            )
+        if size[i] < 1 or kernel[i] < 1:
+            raise RuntimeError(
+                f"conv_transpose2d: the {axis} of input and kernel must be positive, got {size[i]} and {kernel[i]}"
+            )
+        output = (size[i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + extra + 1
+        if output < 1:
+            raise RuntimeError(
+                f"conv_transpose2d: Output size is too small: {axis} {size[i]}, kernel {kernel[i]} and "
+                f"padding {padding[i]} give {output}"
+            )
+
+
+def _check_convolution(
+    transposed: bool,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> tuple[list[int], list[int]]:
+    """What both convolutions ask of their arguments; returns (H, W) of the input and (R, S) of the kernel."""
+    operator = "conv_transpose2d" if transposed else "conv2d"
+    if groups < 1:
+        raise RuntimeError(f"{operator}: non-positive groups is not supported, got groups={groups}")
+    if stride[0] < 1 or stride[1] < 1:
+        raise RuntimeError(f"{operator}: non-positive stride is not supported, got {stride}")
+    if padding[0] < 0 or padding[1] < 0:
+        raise RuntimeError(f"{operator}: negative padding is not supported, got {padding}")
+    if dilation[0] < 1 or dilation[1] < 1:
+        raise RuntimeError(f"{operator}: dilation should be greater than zero, got {dilation}")
+    _check_same(operator, "weight", weight, input)
+    first, second, *kernel = weight.shape
+    _, channels, *size = input.shape
+    in_channels, out_channels = (first, second * groups) if transposed else (second * groups, first)
+    if first < groups or first % groups:
+        raise RuntimeError(
+            f"{operator}: Given groups={groups}, expected weight to be at least {groups} at dimension 0 and divisible "
+            f"by it, but got weight of size {list(weight.shape)} instead"
+        )
+    if channels != in_channels:
+        raise RuntimeError(
+            f"{operator}: Given groups={groups}, weight of size {list(weight.shape)}, expected "
+            f"input{list(input.shape)} to have {in_channels} channels, but got {channels} channels instead"
+        )
+    if bias is not None:
+        _check_same(operator, "bias", bias, input)
+        if bias.shape != (out_channels,):
+            raise RuntimeError(
+                f"{operator}: Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with "
+                f"{out_channels} elements, but got bias of size {list(bias.shape)} instead"
+            )
+    return size, kernel
+
+
+def _check_same(operator: str, name: str, tensor: Tensor, input: Tensor) -> None:
     """Raises RuntimeError if `tensor` is not of input's device and, unless autocast will cast them, dtype."""
     device = input.device
     if tensor.device == device and (tensor.dtype is input.dtype or _casts(device.type)):
         return
     raise RuntimeError(
-        f"conv2d: Input type ({input.dtype}, {device}) and {name} type ({tensor.dtype}, {tensor.device}) "
+        f"{operator}: Input type ({input.dtype}, {device}) and {name} type ({tensor.dtype}, {tensor.device}) "
         "should be the same"
     )
 

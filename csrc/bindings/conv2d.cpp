@@ -1,4 +1,4 @@
-// conv2d on the CPU: torch's tensors and threads -> the kernels of csrc/cpu. The schemas are in cvfast/ops/conv2d.py.
+// conv2d and conv_transpose2d on the CPU: torch's tensors and threads -> the kernels of csrc/cpu. The schemas are in cvfast/ops.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -39,4 +39,5 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&Operators::forward));
   m.impl("conv2d_input_grad", TORCH_BOX(&Operators::input_grad));
   m.impl("conv2d_weight_grad", TORCH_BOX(&Operators::weight_grad));
+  m.impl("conv_transpose2d", TORCH_BOX(&Operators::transpose));
 }

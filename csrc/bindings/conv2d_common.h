@@ -83,16 +83,20 @@ inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t
   return span / stride + 1;
 }
 
-// From the sizes [N, C, H, W] of the input and [K, C/groups, R, S] of the weight. `Sizes`: anything indexable.
-template <class InputSizes, class WeightSizes>
-Conv2dShape conv2d_shape(const InputSizes& input, const WeightSizes& weight, const Ints& stride, const Ints& padding,
-                         const Ints& dilation, int64_t groups) {
-  STD_TORCH_CHECK(input.size() == 4 && weight.size() == 4, "cvfast conv2d: sizes must have 4 numbers");
+inline void check_options(const Ints& stride, const Ints& padding, const Ints& dilation) {
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "cvfast conv2d: stride, padding and dilation must have 2 numbers each");
   for (int i = 0; i < 2; ++i)
     STD_TORCH_CHECK(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
                     "cvfast conv2d: stride and dilation must be positive, padding must not be negative");
+}
+
+// From the sizes [N, C, H, W] of the input and [K, C/groups, R, S] of the weight. `Sizes`: anything indexable.
+template <class InputSizes, class WeightSizes>
+Conv2dShape conv2d_shape(const InputSizes& input, const WeightSizes& weight, const Ints& stride, const Ints& padding,
+                         const Ints& dilation, int64_t groups) {
+  STD_TORCH_CHECK(input.size() == 4 && weight.size() == 4, "cvfast conv2d: sizes must have 4 numbers");
+  check_options(stride, padding, dilation);
   STD_TORCH_CHECK(groups >= 1 && weight[0] % groups == 0 && input[1] == weight[1] * groups,
                   "cvfast conv2d: groups and channels do not fit");
   return {
@@ -107,6 +111,26 @@ Conv2dShape conv2d_shape(const InputSizes& input, const WeightSizes& weight, con
       .dilation_h = dilation[0], .dilation_w = dilation[1],
       .groups = groups,
   };
+}
+
+// The convolution whose gradient to the input the transposed convolution is: of its output [N, K, H, W], K = weight[1] *
+// groups, to its input [N, C, P, Q]. Where output_padding reaches over a stride, that input ends before the convolution's
+// output does.
+template <class Sizes>
+Conv2dShape transposed_shape(const Sizes& input, const Sizes& weight, const Ints& stride, const Ints& padding,
+                             const Ints& output_padding, int64_t groups, const Ints& dilation) {
+  check_options(stride, padding, dilation);
+  STD_TORCH_CHECK(output_padding.size() == 2 && output_padding[0] >= 0 && output_padding[1] >= 0,
+                  "cvfast conv_transpose2d: output_padding must have 2 numbers, not negative");
+  STD_TORCH_CHECK(input[1] == weight[0] && input[2] >= 1 && input[3] >= 1,
+                  "cvfast conv_transpose2d: the input has no pixels, or not the channels of the weight");
+  Ints output = {input[0], weight[1] * groups, 0, 0};
+  for (int i = 0; i < 2; ++i)
+    output[i + 2] = (input[i + 2] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (weight[i + 2] - 1) + output_padding[i] + 1;
+  STD_TORCH_CHECK(output[2] >= 1 && output[3] >= 1, "cvfast conv_transpose2d: the padding leaves no output");
+  Conv2dShape shape = conv2d_shape(output, weight, stride, padding, dilation, groups);
+  shape.out_height = input[2], shape.out_width = input[3];
+  return shape;
 }
 
 inline Ints output_sizes(const Conv2dShape& shape) {
@@ -131,7 +155,7 @@ inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& fi
   return keep.const_data_ptr();
 }
 
-// The three operators on one device. `Kernels` gives `static void forward(const Conv2dForward&, const Tensor& result)`,
+// The operators on one device. `Kernels` gives `static void forward(const Conv2dForward&, const Tensor& result)`,
 // input_grad and weight_grad; the result says on which device to run.
 template <class Kernels>
 struct Conv2dOperators {
@@ -151,8 +175,20 @@ struct Conv2dOperators {
     Conv2dShape shape = conv2d_shape(input_size, weight.sizes(), stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
     Tensor grad_input = empty_result(input_size, grad_output, weight);
-    Kernels::input_grad({shape, dtype_of(weight), tensor4(grad_output), tensor4(weight), tensor4(grad_input)}, grad_input);
+    Kernels::input_grad({shape, dtype_of(weight), tensor4(grad_output), tensor4(weight), nullptr, tensor4(grad_input)},
+                        grad_input);
     return grad_input;
+  }
+
+  static Tensor transpose(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+                          const Ints& padding, const Ints& output_padding, int64_t groups, const Ints& dilation) {
+    check_operands(input, weight);
+    Conv2dShape shape =
+        transposed_shape(input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
+    Tensor keep, output = empty_result({shape.batch, shape.in_channels, shape.in_height, shape.in_width}, input, weight);
+    const void* bias_pointer = bias_data(bias, input, shape.in_channels, keep);
+    Kernels::input_grad({shape, dtype_of(input), tensor4(input), tensor4(weight), bias_pointer, tensor4(output)}, output);
+    return output;
   }
 
   static Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Ints& weight_size, const Ints& stride,

@@ -112,7 +112,9 @@ struct InputGrad {
     return load<T>(conv.grad_output, at.outer, group * out_channels() + tap.outer, p, q);
   }
   __device__ void put(int64_t group, int64_t row, const Index3& at, T value) const {
-    store(conv.grad_input, at.outer, group * rows() + row, at.y, at.x, value);
+    const int64_t channel = group * rows() + row;
+    if (conv.bias != nullptr) value += static_cast<const T*>(conv.bias)[channel];
+    store(conv.grad_input, at.outer, channel, at.y, at.x, value);
   }
 
  private:

@@ -29,7 +29,7 @@ def result_format(first: Tensor, second: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _empty(size: Sequence[int], first: Tensor, second: Tensor) -> Tensor:
+def empty_result(size: Sequence[int], first: Tensor, second: Tensor) -> Tensor:
     return torch.empty(size, dtype=first.dtype, device=first.device, memory_format=result_format(first, second))
 
 
@@ -49,7 +49,7 @@ def conv2d_fake(
         output_size(input.shape[i + 2], weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in range(2)
     ]
     size = (input.shape[0], weight.shape[0], *spatial)
-    return _empty(size, input, weight)
+    return empty_result(size, input, weight)
 
 
 def conv2d_setup(ctx, inputs, output) -> None:
@@ -86,7 +86,7 @@ def conv2d_vmap(ops, info, in_dims, input, weight, bias, stride, padding, dilati
 
 
 def input_grad_fake(grad: Tensor, weight: Tensor, input_size: Sequence[int], *options) -> Tensor:
-    return _empty(input_size, grad, weight)
+    return empty_result(input_size, grad, weight)
 
 
 def input_grad_setup(ctx, inputs, output) -> None:
@@ -120,7 +120,7 @@ def input_grad_vmap(ops, info, in_dims, grad, weight, input_size, stride, paddin
 
 
 def weight_grad_fake(grad: Tensor, input: Tensor, weight_size: Sequence[int], *options) -> Tensor:
-    return _empty(weight_size, grad, input)
+    return empty_result(weight_size, grad, input)
 
 
 def weight_grad_setup(ctx, inputs, output) -> None:

@@ -23,7 +23,7 @@ def conv2d(
     if input.dim() == 3:
         return conv2d(input[None], weight, bias, stride, padding, dilation, groups)[0]
     (n, c, _, _), (k, _, kernel_h, kernel_w) = input.shape, weight.shape
-    stride, dilation = _pair(stride), _pair(dilation)
+    stride, dilation = pair(stride), pair(dilation)
     top, bottom, left, right = _sides(padding, (kernel_h, kernel_w), dilation)
     padded = torch.nn.functional.pad(input, (left, right, top, bottom))
     height = (padded.shape[2] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
@@ -42,7 +42,7 @@ def conv2d(
     return output if bias is None else output + bias[:, None, None]
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
@@ -53,5 +53,5 @@ def _sides(padding, kernel: tuple[int, int], dilation: tuple[int, int]) -> tuple
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
-    height, width = _pair(padding)
+    height, width = pair(padding)
     return (height, height, width, width)

@@ -6,8 +6,9 @@ memory format by themselves.
 
 from cvfast.testing.accuracy import assert_as_accurate, relative_error
 from cvfast.testing.conv2d import Conv2dSpec
+from cvfast.testing.conv_transpose2d import ConvTranspose2dSpec
 from cvfast.testing.spec import Case, ErrorCase, OpSpec, Sample
 
-SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (Conv2dSpec(),)}
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (Conv2dSpec(), ConvTranspose2dSpec())}
 
 __all__ = ["SPECS", "Case", "ErrorCase", "OpSpec", "Sample", "assert_as_accurate", "relative_error"]

@@ -269,8 +269,8 @@ Operands make_operands(const Conv2dShape& s, Product product, const std::functio
   std::copy(result, result + 4, o.result_size);
   for (double& v : o.first.value) v = number();
   for (double& v : o.second.value) v = number();
-  if (product == Product::forward)
-    for (int64_t k = 0; k < s.out_channels; ++k) o.bias.push_back(number());
+  if (product != Product::weight_grad)
+    for (int64_t k = 0; k < result[1]; ++k) o.bias.push_back(number());
   return o;
 }
 
@@ -281,15 +281,18 @@ struct Reference {
 
 Reference reference(const Conv2dShape& s, Product product, Operands& o) {
   Reference r{Array(o.result_size), Array(o.result_size)};
+  if (!o.bias.empty()) {
+    const int64_t channels = o.result_size[1], pixels = o.result_size[2] * o.result_size[3];
+    for (size_t i = 0; i < r.value.value.size(); ++i) {
+      r.value.value[i] = o.bias[i / pixels % channels];
+      r.magnitude.value[i] = std::fabs(r.value.value[i]);
+    }
+  }
   const int64_t in_group = s.in_channels / s.groups, out_group = s.out_channels / s.groups;
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t k = 0; k < s.out_channels; ++k)
       for (int64_t p = 0; p < s.out_height; ++p)
-        for (int64_t q = 0; q < s.out_width; ++q) {
-          if (product == Product::forward) {
-            r.value.at(n, k, p, q) += o.bias[k];
-            r.magnitude.at(n, k, p, q) += std::fabs(o.bias[k]);
-          }
+        for (int64_t q = 0; q < s.out_width; ++q)
           for (int64_t c = 0; c < in_group; ++c)
             for (int64_t i = 0; i < s.kernel_height; ++i)
               for (int64_t j = 0; j < s.kernel_width; ++j) {
@@ -308,7 +311,6 @@ Reference reference(const Conv2dShape& s, Product product, Operands& o) {
                 add(r.value, false);
                 add(r.magnitude, true);
               }
-        }
   return r;
 }
 
@@ -343,7 +345,7 @@ Stored run(const Conv2dShape& s, Product product, DType dtype, const Operands& o
       kernels().conv2d_forward({s, dtype, const_first.view(), const_second.view(), bits.bias.data(), result.view()}, pool);
       break;
     case Product::input_grad:
-      kernels().conv2d_input_grad({s, dtype, const_first.view(), const_second.view(), result.view()}, pool);
+      kernels().conv2d_input_grad({s, dtype, const_first.view(), const_second.view(), bits.bias.data(), result.view()}, pool);
       break;
     case Product::weight_grad:
       kernels().conv2d_weight_grad({s, dtype, const_first.view(), const_second.view(), result.view()}, pool);

@@ -183,6 +183,8 @@ def test_torchs_error_inputs(spec):
     from torch.testing._internal.common_methods_invocations import op_db
 
     info = next(op for op in op_db if op.name == f"nn.functional.{spec.name}")
+    if info.error_inputs_func is None:
+        pytest.skip("torch lists no wrong calls of it")
     for wrong in info.error_inputs("cpu"):
         sample = wrong.sample_input
         with pytest.raises(wrong.error_type, match=wrong.error_regex):

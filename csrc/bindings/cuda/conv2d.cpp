@@ -1,5 +1,5 @@
-// conv2d on CUDA devices: torch's tensors, device and stream -> the launchers of csrc/cuda. The schemas are in
-// cvfast/ops/conv2d.py.
+// conv2d and conv_transpose2d on CUDA devices: torch's tensors, device and stream -> the launchers of csrc/cuda. The
+// schemas are in cvfast/ops.
 #include "../../cuda/conv2d.h"
 
 #include <torch/csrc/stable/library.h>
@@ -34,4 +34,5 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CUDA, m) {
   m.impl("conv2d", TORCH_BOX(&Operators::forward));
   m.impl("conv2d_input_grad", TORCH_BOX(&Operators::input_grad));
   m.impl("conv2d_weight_grad", TORCH_BOX(&Operators::weight_grad));
+  m.impl("conv_transpose2d", TORCH_BOX(&Operators::transpose));
 }

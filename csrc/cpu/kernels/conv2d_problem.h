@@ -130,7 +130,7 @@ Correlation<S> correlation(const Conv2dInputGrad& p) {
   return {true, s, s.batch, s.groups, in, out,
           static_cast<const S*>(p.grad_output.data), {g[0], g[1], g[2], g[3]},
           static_cast<const S*>(p.weight.data), w[1], w[0], w[2], w[3], in * w[0],
-          nullptr,
+          static_cast<const S*>(p.bias),
           static_cast<S*>(p.grad_input.data), {o[0], o[1], o[2], o[3]}};
 }
 

@@ -32,11 +32,14 @@ struct Conv2dForward {
   Tensor4 output;
 };
 
-// grad_input [N, C, H, W] from grad_output [N, K, P, Q] and weight.
+// grad_input [N, C, H, W] from grad_output [N, K, P, Q] and weight; with + bias [C] (contiguous, or nullptr) it is the
+// transposed convolution of grad_output. P and Q may be smaller than what a convolution of [H, W] gives: the rest of its
+// output counts as zeros.
 struct Conv2dInputGrad {
   Conv2dShape shape;
   DType dtype;
   ConstTensor4 grad_output, weight;
+  const void* bias;
   Tensor4 grad_input;
 };
 

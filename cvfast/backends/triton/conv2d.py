@@ -1,8 +1,8 @@
-"""conv2d by Triton kernels: the three operators of torch.ops.cvfast_triton and the launches behind them."""
+"""conv2d by Triton kernels: its three operators of torch.ops.cvfast_triton and the launches behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from math import prod
@@ -100,9 +100,15 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Ten
 def input_grad(grad_output: Tensor, weight: Tensor, input_size: Sequence[int], *options) -> Tensor:
     """torch.ops.cvfast_triton.conv2d_input_grad: grad_input [N, C, H, W] = input_size."""
     grad_input = card.input_grad_fake(grad_output, weight, input_size, *options)
-    shape = _geometry(input_size, weight.shape, grad_output.shape, *options)
+    return launch_input_grad(grad_output, weight, None, grad_input, *options)
+
+
+def launch_input_grad(grad_output: Tensor, weight: Tensor, bias: Tensor | None, grad_input: Tensor, *options) -> Tensor:
+    """Fills grad_input [N, C, H, W]; with bias [C] added it is the transposed convolution of grad_output."""
+    bias = None if bias is None else bias.contiguous()
+    shape = _geometry(grad_input.shape, weight.shape, grad_output.shape, *options)
     _launch(
-        "conv2d_input_grad", (grad_output, weight, grad_input), shape,
+        "conv2d_input_grad", (grad_output, weight, bias, grad_input), shape,
         rows=_positions(grad_input), columns=shape.in_channels,
         reduction=shape.out_channels * shape.kernel_height * shape.kernel_width,
     )  # fmt: skip
@@ -164,8 +170,13 @@ def _cdiv(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
+def implement(operator: str, function: Callable) -> None:
+    """Makes `function` the implementation of torch.ops.cvfast_triton.<operator>."""
+    for device in ("CUDA", "CPU") if _env.triton_interpret else ("CUDA",):
+        _implementations.impl(operator, function, device)
+
+
 _implementations = torch.library.Library("cvfast_triton", "IMPL")
-for _device in ("CUDA", "CPU") if _env.triton_interpret else ("CUDA",):
-    _implementations.impl("conv2d", forward, _device)
-    _implementations.impl("conv2d_input_grad", input_grad, _device)
-    _implementations.impl("conv2d_weight_grad", weight_grad, _device)
+implement("conv2d", forward)
+implement("conv2d_input_grad", input_grad)
+implement("conv2d_weight_grad", weight_grad)

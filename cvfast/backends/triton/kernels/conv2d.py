@@ -51,11 +51,12 @@ def conv2d(
 
 @triton.jit
 def conv2d_input_grad(
-    grad_output, weight, grad_input, shape, grad_output_stride, weight_stride, grad_input_stride, rows, reduction,
+    grad_output, weight, bias, grad_input, shape, grad_output_stride, weight_stride, grad_input_stride, rows, reduction,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_input [N, C, H, W]: row = (n, y, x), column = input channel of the group, k = (output channel, r, s).
 
+    With a bias [C] added it is the transposed convolution of grad_output.
     Tap (r, s) carried input (y, x) to output ((y + padding - r * dilation) / stride, ...) if that is a whole number.
     """
     group, row, column = tile(shape.groups, shape.in_channels, WIDE, BLOCK_M, BLOCK_N)
@@ -83,6 +84,8 @@ def conv2d_input_grad(
         )  # fmt: skip
         total = multiply_add(a, b, total)
 
+    if bias is not None:
+        total += tl.load(bias + in_channel, mask=column < shape.in_channels, other=0.0)[None, :]
     store(
         grad_input, grad_input_stride, n[:, None], in_channel[None, :], y[:, None], x[:, None], total,
         (row < rows)[:, None] & (column < shape.in_channels)[None, :],
