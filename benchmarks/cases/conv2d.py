@@ -42,5 +42,16 @@ GROUPS = {
     "grouped": [same(8, c, s, c, 3, groups=32) for c, s in ((128, 28), (256, 14))],
     "dilated": [same(8, 64, 28, 64, dilation=2), same(2, 256, 28, 256, dilation=4)],
     "long": [case("4x16x4096x1-32-k512x1", (4, 16, 4096, 1), (32, 16, 512, 1))],
+    "dcgan": [  # discriminator, 64x64 images; Radford et al. 2015
+        layer
+        for b in (1, 16)
+        for layer in (
+            *(
+                square(b, c, s, k, 4, stride=2, padding=1)
+                for c, s, k in ((3, 64, 64), (64, 32, 128), (128, 16, 256), (256, 8, 512))
+            ),
+            square(b, 512, 4, 1, 4),
+        )
+    ],
     "small": [same(1, 16, 8, 16), same(1, 8, 8, 8), same(8, 32, 8, 32)],
 }
