@@ -39,7 +39,9 @@ class Conv2dForward(ctypes.Structure):
 
 
 class Conv2dInputGrad(ctypes.Structure):
-    _fields_ = (*_HEAD, ("grad_output", Tensor4), ("weight", Tensor4), ("grad_input", Tensor4))
+    _fields_ = (
+        *_HEAD, ("grad_output", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("grad_input", Tensor4)
+    )  # fmt: skip
 
 
 class Conv2dWeightGrad(ctypes.Structure):
@@ -69,13 +71,15 @@ def forward(
 
 
 def input_grad(
-    module: Module, grad_output: Tensor, weight: Tensor, grad_input: Tensor, geometry: Geometry, **options
-) -> list[Launch]:
+    module: Module, grad_output: Tensor, weight: Tensor, bias: Tensor | None, grad_input: Tensor, geometry: Geometry,
+    **options,
+) -> list[Launch]:  # fmt: skip
+    """Writes the gradient to conv2d's input, plus bias: conv_transpose2d(grad_output, weight, bias)."""
     arguments = Conv2dInputGrad(
         shape(grad_input.shape, weight.shape, grad_output.shape, geometry), DTYPES[weight.dtype],
-        Tensor4.of(grad_output), Tensor4.of(weight), Tensor4.of(grad_input),
+        Tensor4.of(grad_output), Tensor4.of(weight), None if bias is None else bias.data_ptr(), Tensor4.of(grad_input),
     )  # fmt: skip
-    reads = {"grad_output": grad_output, "weight": weight}
+    reads = {"grad_output": grad_output, "weight": weight} | ({} if bias is None else {"bias": bias})
     return module.call("conv2d_input_grad", arguments, reads=reads, writes={"grad_input": grad_input}, **options)
 
 

@@ -67,7 +67,7 @@ def run_all(
     bias = None if bias is None else bias.contiguous()  # as the contract asks
     shape = geometry(options)
     conv2d.forward(module, input, weight, bias, results["output"].tensor, shape, **run)
-    conv2d.input_grad(module, grad_output, weight, results["grad_input"].tensor, shape, **run)
+    conv2d.input_grad(module, grad_output, weight, None, results["grad_input"].tensor, shape, **run)
     conv2d.weight_grad(module, grad_output, input, results["grad_weight"].tensor, shape, **run)
     for result in results.values():
         result.assert_gaps_untouched()
@@ -104,6 +104,23 @@ def test_results(case: Case, dtype: torch.dtype, layout: torch.memory_format, co
         assert_as_accurate(first[name], native[name], exact[name], f"{name} of {case}")
         for other in others:
             assert torch.equal(first[name], other[name]), f"{name}: the order of threads changes the result"
+
+
+TRANSPOSED = SPECS["conv_transpose2d"]
+
+
+@pytest.mark.parametrize("case", [c for c in TRANSPOSED.cases if len(c.shapes["input"]) == 4], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_transposed_results(case: Case, dtype: torch.dtype, conv2d_module):
+    """conv_transpose2d is the input gradient's launcher with a bias; also where output_padding spans a stride."""
+    sample = case.sample(dtype, torch.channels_last)
+    input, weight, bias = (sample.operands[name] for name in ("input", "weight", "bias"))
+    bias = None if bias is None else bias.contiguous()  # as the contract asks
+    native = sample.call(TRANSPOSED.native)
+    result = Result(native, case.layout, torch.channels_last)
+    conv2d.input_grad(conv2d_module, input, weight, bias, result.tensor, geometry(case.options), check_races=True)
+    result.assert_gaps_untouched()
+    assert_as_accurate(result.tensor, native, sample.to(torch.float64).call(TRANSPOSED.reference), str(case))
 
 
 GEOMETRY = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}

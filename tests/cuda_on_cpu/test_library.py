@@ -16,7 +16,7 @@ def library():
         pytest.skip(f"no CUDA library: {_library.cuda.reason}")
 
 
-@pytest.mark.parametrize("operator", ["conv2d", "conv2d_input_grad", "conv2d_weight_grad"])
+@pytest.mark.parametrize("operator", ["conv2d", "conv2d_input_grad", "conv2d_weight_grad", "conv_transpose2d"])
 def test_operators_are_registered(operator: str):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cvfast::{operator}", "CUDA")
 

@@ -1,4 +1,4 @@
-"""cvfast.nn.Conv2d stands in for torch.nn.Conv2d."""
+"""cvfast.nn.Conv2d and ConvTranspose2d stand in for torch.nn's."""
 
 from __future__ import annotations
 
@@ -90,3 +90,69 @@ def test_training_changes_the_next_result():
             module(x).square().mean().backward()
             change(module)
         torch.testing.assert_close(layer(x), native(x), rtol=1e-4, atol=1e-4)
+
+
+TRANSPOSED = [
+    dict(kernel_size=4, stride=2, padding=1),
+    dict(kernel_size=4, bias=False),
+    dict(kernel_size=(3, 5), stride=(2, 3), padding=(1, 2), output_padding=(1, 0), dilation=(1, 2)),
+    dict(kernel_size=3, groups=4, padding=1),
+]
+
+
+def transposed_twins(**configuration):
+    """A torch layer and a cvfast layer of the same parameters."""
+    torch.manual_seed(0)
+    native = torch.nn.ConvTranspose2d(8, 12, **configuration)
+    layer = cvfast.nn.ConvTranspose2d(8, 12, **configuration)
+    layer.load_state_dict(native.state_dict())
+    return native, layer
+
+
+@pytest.mark.parametrize("configuration", TRANSPOSED, ids=str)
+@pytest.mark.parametrize("backend", ["ext", "native"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_transposed_same_numbers(configuration, backend, memory_format):
+    native, layer = transposed_twins(**configuration)
+    native.double(), layer.double()
+    x = torch.randn(2, 8, 5, 6, dtype=torch.float64).contiguous(memory_format=memory_format)
+    with cvfast.use_backend(backend):
+        outputs = [m(x.requires_grad_()) for m in (layer, native)]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    grads = [
+        torch.autograd.grad(o.sin().sum(), (x, *m.parameters())) for o, m in zip(outputs, (layer, native), strict=True)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [(9, 12), (10, 11), (2, 12, 10, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 5, 6), (8, 5, 6)], ids=str)
+def test_transposed_output_size(shape, size):
+    """The requested size chooses among those that the stride allows; unbatched input takes (P, Q) or (K, P, Q)."""
+    native, layer = transposed_twins(kernel_size=3, stride=2, padding=1)
+    x, size = torch.randn(shape), size[4 - len(shape) :] if len(size) == 4 else size
+    output = layer(x, output_size=size)
+    assert output.shape[-2:] == size[-2:]
+    torch.testing.assert_close(output, native(x, output_size=size))
+
+
+def test_transposed_refuses_what_torchs_refuses():
+    _, layer = transposed_twins(kernel_size=3, stride=2, padding=1)
+    for size, match in (((8, 11), "requested an output size"), ((9,), "output_size must have 2 or 4 elements")):
+        with pytest.raises(ValueError, match=match):
+            layer(torch.randn(2, 8, 5, 6), output_size=size)
+    with pytest.raises(ValueError, match='Only "zeros" padding mode'):
+        cvfast.nn.ConvTranspose2d(8, 12, 3, padding_mode="reflect")
+
+
+def test_transposed_stands_in_for_torchs():
+    native, layer = transposed_twins(kernel_size=4, stride=2, padding=1)
+    assert isinstance(layer, torch.nn.ConvTranspose2d)
+    assert repr(layer) == repr(native)
+    assert list(layer.state_dict()) == list(native.state_dict())
+    x = torch.randn(1, 8, 5, 6)
+    with torch.profiler.profile() as profile:
+        expected = layer(x)
+    assert "cvfast::conv_transpose2d" in {event.key for event in profile.key_averages()}
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), expected)

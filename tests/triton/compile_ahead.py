@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from cvfast.backends.triton import conv2d
+from cvfast.backends.triton import conv2d, conv_transpose2d
 
 
 class Target:
@@ -75,16 +75,18 @@ def report(kernel) -> dict:
 
 
 def variant_report(capability: int, variant: str) -> list[dict]:
-    """What forward, input gradient and weight gradient compile to."""
+    """What forward, input gradient, weight gradient and transposed convolution compile to."""
     dtype, _, wide = variant.partition("-")
     dtype = getattr(torch, dtype)
-    options = ((2, 2), (3, 2), (2, 2), 2)
+    stride, padding, dilation, groups = options = ((2, 2), (3, 2), (2, 2), 2)
     input, weight = torch.empty(3, 10, 18, 21, dtype=dtype), torch.empty(14, 5, 3, 5, dtype=dtype)
+    bias = torch.empty(10, dtype=dtype)
     output = torch.nn.functional.conv2d(input, weight, None, *options)
     calls = (
         (conv2d.forward, input, weight, torch.empty(14, dtype=dtype), *options),
         (conv2d.input_grad, output, weight, input.shape, *options),
         (conv2d.weight_grad, output, input, weight.shape, *options),
+        (conv_transpose2d.forward, output, weight, bias, stride, padding, (1, 0), groups, dilation),
     )
     with patch.object(conv2d, "OFFSETS_32", 0 if wide else conv2d.OFFSETS_32):
         return [report(kernel) for call in calls for kernel in compiled_launches(capability, *call)]

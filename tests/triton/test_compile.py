@@ -34,7 +34,8 @@ def test_kernels_compile_within_budget(capability, tmp_path):
     assert run.returncode == 0, run.stderr
     reports = json.loads(run.stdout)
     for variant, intended in MULTIPLY[capability].items():
-        assert [k["kernel"] for k in reports[variant]] == ["conv2d", "conv2d_input_grad", "conv2d_weight_grad"]
+        names = ["conv2d", "conv2d_input_grad", "conv2d_weight_grad", "conv2d_input_grad"]  # the last one with a bias
+        assert [k["kernel"] for k in reports[variant]] == names
         for kernel in reports[variant]:
             assert kernel["stack"] == 0, f"{variant}: registers are spilled: {kernel}"
             assert kernel["registers"] <= REGISTERS[variant], f"{variant}: {kernel}"

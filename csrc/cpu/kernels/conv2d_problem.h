@@ -122,9 +122,17 @@ Correlation<S> correlation(const Conv2dForward& p) {
           static_cast<S*>(p.output.data), {o[0], o[1], o[2], o[3]}};
 }
 
+// Where the gradient of the output has one line, any stride is right. This one gives every line of the result a phase of
+// its own, with at most one tap, instead of sums that are zeros but for one term.
+inline int64_t input_grad_stride(int64_t in, int64_t out, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
+  return out == 1 ? max(in + padding, (taps - 1) * dilation + 1) : stride;
+}
+
 template <class S>
 Correlation<S> correlation(const Conv2dInputGrad& p) {
-  const Conv2dShape& s = p.shape;
+  Conv2dShape s = p.shape;
+  s.stride_h = input_grad_stride(s.in_height, s.out_height, s.kernel_height, s.stride_h, s.padding_h, s.dilation_h);
+  s.stride_w = input_grad_stride(s.in_width, s.out_width, s.kernel_width, s.stride_w, s.padding_w, s.dilation_w);
   const int64_t out = s.in_channels / s.groups, in = s.out_channels / s.groups;
   const int64_t *g = p.grad_output.stride, *w = p.weight.stride, *o = p.grad_input.stride;
   return {true, s, s.batch, s.groups, in, out,
