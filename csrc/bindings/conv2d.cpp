@@ -1,4 +1,4 @@
-// conv2d and conv_transpose2d on the CPU: torch's tensors and threads -> the kernels of csrc/cpu. The schemas are in cvfast/ops.
+// conv2d and conv_transpose2d on the CPU: torch's tensors and threads -> the kernels of csrc/cpu. Schemas: cvfast/ops.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
