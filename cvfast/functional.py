@@ -46,9 +46,10 @@ def conv2d(
         RuntimeError: as torch's, for shapes, dtypes or options that do not fit; or where the named backend cannot run.
         TypeError, ValueError: arguments of another type, an unknown backend.
     """
-    if input.dim() not in (3, 4) or weight.dim() != 4:
+    dims = input.dim()
+    if dims not in (3, 4) or weight.dim() != 4:
         _wrong_dimensions("conv2d", "weight is [K, C/groups, R, S]", input, weight)
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    batched = input if dims == 4 else input.unsqueeze(0)
     stride, dilation = _pair("conv2d", "stride", stride), _pair("conv2d", "dilation", dilation)
     if isinstance(padding, str):
         batched, padding = _string_padding(batched, weight, padding, stride, dilation)
@@ -57,7 +58,7 @@ def conv2d(
     _check_conv2d(batched, weight, bias, stride, padding, dilation, groups)
     args = (batched, weight, bias, stride, padding, dilation, groups)
     output = _backend.select("conv2d", backend, *args).run(*args)
-    return output if input.dim() == 4 else output.squeeze(0)
+    return output if dims == 4 else output.squeeze(0)
 
 
 def conv_transpose2d(
@@ -93,16 +94,17 @@ def conv_transpose2d(
         RuntimeError: as torch's, for shapes, dtypes or options that do not fit; or where the named backend cannot run.
         TypeError, ValueError: arguments of another type, an unknown backend.
     """
-    if input.dim() not in (3, 4) or weight.dim() != 4:
+    dims = input.dim()
+    if dims not in (3, 4) or weight.dim() != 4:
         _wrong_dimensions("conv_transpose2d", "weight is [C, K/groups, R, S]", input, weight)
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    batched = input if dims == 4 else input.unsqueeze(0)
     stride, padding = _pair("conv_transpose2d", "stride", stride), _pair("conv_transpose2d", "padding", padding)
     output_padding = _pair("conv_transpose2d", "output_padding", output_padding)
     dilation = _pair("conv_transpose2d", "dilation", dilation)
     args = (batched, weight, bias, stride, padding, output_padding, groups, dilation)
     _check_conv_transpose2d(*args)
     output = _backend.select("conv_transpose2d", backend, *args).run(*args)
-    return output if input.dim() == 4 else output.squeeze(0)
+    return output if dims == 4 else output.squeeze(0)
 
 
 def _pair(operator: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -251,7 +253,9 @@ def _check_convolution(
 def _check_same(operator: str, name: str, tensor: Tensor, input: Tensor) -> None:
     """Raises RuntimeError if `tensor` is not of input's device and, unless autocast will cast them, dtype."""
     device = input.device
-    if tensor.device == device and (tensor.dtype is input.dtype or _casts(device.type)):
+    if tensor.dtype is input.dtype and tensor.device == device:
+        return
+    if tensor.device == device and _casts(device.type):
         return
     raise RuntimeError(
         f"{operator}: Input type ({input.dtype}, {device}) and {name} type ({tensor.dtype}, {tensor.device}) "

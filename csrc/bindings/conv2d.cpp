@@ -35,9 +35,5 @@ using Operators = Conv2dOperators<Kernels>;
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) {
-  m.impl("conv2d", TORCH_BOX(&Operators::forward));
-  m.impl("conv2d_input_grad", TORCH_BOX(&Operators::input_grad));
-  m.impl("conv2d_weight_grad", TORCH_BOX(&Operators::weight_grad));
-  m.impl("conv_transpose2d", TORCH_BOX(&Operators::transpose));
-}
+STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement_conv2d<Operators>(m); }
+STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) { implement_conv2d<Operators>(m); }

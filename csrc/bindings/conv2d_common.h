@@ -1,5 +1,6 @@
 // What the CPU's and the GPU's bindings of conv2d share: checks, shapes, allocation. No loops over elements.
 #pragma once
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -201,5 +202,14 @@ struct Conv2dOperators {
     return grad_weight;
   }
 };
+
+// Registers the operators in a namespace; both cvfast and its twin without derivatives have them (cvfast/ops/card.py).
+template <class Operators, class Library>
+void implement_conv2d(Library& m) {
+  m.impl("conv2d", TORCH_BOX(&Operators::forward));
+  m.impl("conv2d_input_grad", TORCH_BOX(&Operators::input_grad));
+  m.impl("conv2d_weight_grad", TORCH_BOX(&Operators::weight_grad));
+  m.impl("conv_transpose2d", TORCH_BOX(&Operators::transpose));
+}
 
 }  // namespace cvfast

@@ -30,9 +30,5 @@ using Operators = Conv2dOperators<Kernels>;
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cvfast, CUDA, m) {
-  m.impl("conv2d", TORCH_BOX(&Operators::forward));
-  m.impl("conv2d_input_grad", TORCH_BOX(&Operators::input_grad));
-  m.impl("conv2d_weight_grad", TORCH_BOX(&Operators::weight_grad));
-  m.impl("conv_transpose2d", TORCH_BOX(&Operators::transpose));
-}
+STABLE_TORCH_LIBRARY_IMPL(cvfast, CUDA, m) { implement_conv2d<Operators>(m); }
+STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CUDA, m) { implement_conv2d<Operators>(m); }

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from cvfast import _library
 from cvfast.ops.card import autocast_dtype, call
 
-DTYPES = {
-    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-    "cuda": (torch.float32, torch.float64),
-}
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
+CUDA_DTYPES = (torch.float32, torch.float64)
 
 
 def why_not(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> list[str]:
     """Reasons why the compiled kernels cannot run this call."""
-    device = input.device.type
-    if device not in DTYPES:
-        return [f"no kernel for device {device!r} (there are kernels for {', '.join(DTYPES)})"]
-    library = _library.cuda if device == "cuda" else _library.ops
+    if input.is_cpu:
+        library, dtype, dtypes = _library.ops, input.dtype, CPU_DTYPES
+    elif input.is_cuda:
+        library, dtype, dtypes = _library.cuda, autocast_dtype(input, "cuda"), CUDA_DTYPES
+    else:
+        return [f"no kernel for device {input.device.type!r} (there are kernels for cpu, cuda)"]
     if library.reason is not None:
         return [library.reason]
-    dtype = autocast_dtype(input, device)
-    if dtype not in DTYPES[device]:
-        return [f"no kernel for {dtype} on {device}"]
+    if dtype not in dtypes:
+        return [f"no kernel for {dtype} on {input.device.type}"]
     if input.layout is not torch.strided or weight.layout is not torch.strided:
         return ["sparse and other unusual layouts are torch's"]
     return []
@@ -32,19 +33,9 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> lis
 
 def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> list[str]:
     """Where torch's own operator is taken although the kernels could run."""
-    if input.device.type == "cuda":
+    if input.is_cuda:
         return ["the CUDA kernel is a first, simple one and unmeasured against cuDNN"]
     return []
 
 
-def run(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """Calls the operator; shapes and meaning as in cvfast.functional.conv2d."""
-    return call(torch.ops.cvfast.conv2d.default, input, weight, bias, stride, padding, dilation, groups)
+run = partial(call, torch.ops.cvfast.conv2d.default)  # shapes and meaning as in cvfast.functional.conv2d

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
 
 from cvfast.backends.ext.conv2d import why_not, why_slower
 from cvfast.ops.card import call
@@ -11,18 +12,4 @@ from cvfast.ops.card import call
 __all__ = ["run", "why_not", "why_slower"]
 
 
-def run(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    output_padding: tuple[int, int],
-    groups: int,
-    dilation: tuple[int, int],
-) -> Tensor:
-    """Calls the operator; shapes and meaning as in cvfast.functional.conv_transpose2d."""
-    return call(
-        torch.ops.cvfast.conv_transpose2d.default,
-        input, weight, bias, stride, padding, output_padding, groups, dilation,
-    )  # fmt: skip
+run = partial(call, torch.ops.cvfast.conv_transpose2d.default)  # arguments as in cvfast.functional.conv_transpose2d

@@ -171,12 +171,13 @@ def _cdiv(number: int, divisor: int) -> int:
 
 
 def implement(operator: str, function: Callable) -> None:
-    """Makes `function` the implementation of torch.ops.cvfast_triton.<operator>."""
-    for device in ("CUDA", "CPU") if _env.triton_interpret else ("CUDA",):
-        _implementations.impl(operator, function, device)
+    """Makes `function` the implementation of torch.ops.cvfast_triton.<operator> and of its twin without derivatives."""
+    for library in _implementations:
+        for device in ("CUDA", "CPU") if _env.triton_interpret else ("CUDA",):
+            library.impl(operator, function, device)
 
 
-_implementations = torch.library.Library("cvfast_triton", "IMPL")
+_implementations = [torch.library.Library(name, "IMPL") for name in ("cvfast_triton", "cvfast_triton_kernels")]
 implement("conv2d", forward)
 implement("conv2d_input_grad", input_grad)
 implement("conv2d_weight_grad", weight_grad)
