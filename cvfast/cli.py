@@ -19,8 +19,8 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 import cvfast
+from cvfast import _peak, engine
 from cvfast import backend as backends
-from cvfast import engine
 from cvfast.data import DataSplits
 from cvfast.engine.checkpoint import CheckpointError, load_checkpoint, replace_file
 from cvfast.engine.config import OPTIMIZERS, SCHEDULES, TrainConfig
@@ -250,7 +250,13 @@ def export(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(ctx: typer.Context) -> None:
-    """Measures the kernels; in a clone of cvfast's repository. Options go to the benchmark runner."""
+    """Measures the kernels; in a clone of cvfast's repository. Options go to the benchmark runner.
+
+    `cvfast bench --peak` works anywhere: it measures what one core of this machine does at most.
+    """
+    if ctx.args == ["--peak"]:
+        Console().print(_peak.table(_peak.measure()))
+        return
     if not Path("benchmarks/run.py").is_file():
         raise FileNotFoundError("no benchmarks/run.py here: run cvfast bench in a clone of cvfast's repository")
     raise typer.Exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *ctx.args], check=False).returncode)

@@ -69,6 +69,7 @@ def test_includes(path):
 MAY_IMPORT = {
     "cvfast/_env.py": (),
     "cvfast/_library.py": ("cvfast._env",),
+    "cvfast/_peak.py": ("cvfast._library",),
     "cvfast/ops/": ("cvfast.ops", "cvfast._library"),
     "cvfast/backends/ext/": ("cvfast._library", "cvfast.ops", "cvfast.backends.ext"),
     "cvfast/backends/native/": ("cvfast.backends.native",),

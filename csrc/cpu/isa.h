@@ -14,6 +14,9 @@ namespace cvfast {
 // The active kernels; at first those of best_isa(). Safe to call from any thread.
 CVFAST_EXPORT const KernelTable& kernels();
 
+// Those of instruction set `name`, whichever is active. std::invalid_argument if `name` is not available.
+CVFAST_EXPORT const KernelTable& kernels(const std::string& name);
+
 // Names of the instruction sets in this library, and of those among them that this machine can run, best last.
 // "emulated512" (64-byte vectors made of AVX2 instructions) is there for tests and is never the best.
 CVFAST_EXPORT std::vector<std::string> compiled_isas();

@@ -11,12 +11,21 @@ struct Conv2dKernels {
   void (*weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
 };
 
+// What kernels/peak.cpp exports: work at a core's limits, for a clock outside. Results only keep the work alive.
+struct PeakKernels {
+  int64_t bytes_per_step;  // of the sums s = s * x + x that one step forms; they stay normal for 0.1 < x < 0.9
+  double (*multiply_adds_f32)(int64_t steps, double x);
+  double (*multiply_adds_f64)(int64_t steps, double x);
+  uint32_t (*read)(const char* data, int64_t bytes, int64_t passes);  // bytes: a multiple of 512
+};
+
 struct KernelTable {
   const char* isa;
   int vector_bytes;
   void (*conv2d_forward)(const Conv2dForward&, const ThreadPool&);
   void (*conv2d_input_grad)(const Conv2dInputGrad&, const ThreadPool&);
   void (*conv2d_weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
+  PeakKernels peak;
 };
 
 }  // namespace cvfast

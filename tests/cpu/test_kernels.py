@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "csrc" / "cpu" / "kernels" / "conv2d.cpp"
+KERNELS = sorted((ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp"))
 SOURCES = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), Path(__file__).with_name("kernel_check.cpp")]
 FLAGS = ["-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-pthread",
          f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cpu'}"]  # fmt: skip
@@ -32,11 +33,14 @@ x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="
 
 
 def compile_kernels(folder: Path, compiler: str, isa: str, flags: list[str]) -> Path:
-    """Compiles the kernels of one instruction set into an object file."""
+    """Compiles the kernels of one instruction set into one object file."""
     vector_bytes, isa_flags = ISAS[isa]
-    path = folder / f"conv2d_{isa}.o"
-    defines = [f"-DCVFAST_ISA={isa}", f"-DCVFAST_VECTOR_BYTES={vector_bytes}"]
-    subprocess.run([compiler, *FLAGS, *flags, *isa_flags, *defines, "-c", KERNELS, "-o", path], check=True)
+    options = [*FLAGS, *flags, *isa_flags, f"-DCVFAST_ISA={isa}", f"-DCVFAST_VECTOR_BYTES={vector_bytes}"]
+    parts = [folder / f"{source.stem}_{isa}.o" for source in KERNELS]
+    for source, part in zip(KERNELS, parts, strict=True):
+        subprocess.run([compiler, *options, "-c", source, "-o", part], check=True)
+    path = folder / f"{isa}.o"
+    subprocess.run([compiler, "-r", "-nostdlib", *parts, "-o", path], check=True)
     return path
 
 
@@ -80,14 +84,24 @@ def test_unavailable_instruction_set_is_refused_by_name(program):
 
 
 @x86
-def test_objects_export_one_table_and_nothing_the_linker_could_merge(objects):
+def test_objects_export_their_tables_and_nothing_the_linker_could_merge(objects):
     """A weak symbol compiled for AVX-512 could replace its baseline twin and crash an older machine."""
     for isa, path in objects.items():
         listing = subprocess.run(["nm", "--demangle", path], capture_output=True, text=True, check=True).stdout
         lines = listing.splitlines()
         exported = [line.split(maxsplit=2)[1:] for line in lines if line[17].isupper() and line[17] != "U"]
-        assert exported == [["D", f"cvfast::{isa}::conv2d"]] or exported == [["R", f"cvfast::{isa}::conv2d"]]
+        assert {name for _, name in exported} == {f"cvfast::{isa}::{source.stem}" for source in KERNELS}
+        assert {kind for kind, _ in exported} <= {"D", "R"}
         assert not [line for line in lines if line[17] in "wWvVu"]
+
+
+@x86
+def test_the_peak_is_of_independent_multiply_adds(objects):
+    """Sums that a compiler merges or spills would make the measured peak a wrong one."""
+    listing = subprocess.run(["objdump", "-d", objects["avx2"]], capture_output=True, text=True, check=True).stdout
+    (loop,) = [body for body in listing.split("\n\n") if re.match(r"\w+ <\w*multiply_addsIf", body)]
+    sums = re.findall(r"vfmadd132ps (?:%ymm\d+,){2}(%ymm\d+)$", loop, re.M)
+    assert len(sums) == len(set(sums)) == 12
 
 
 @x86
