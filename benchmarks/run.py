@@ -1,169 +1,152 @@
-"""Compares cvfast with torch: python -m benchmarks.run [operator ...]; figures go to benchmarks/results/<operator>.csv.
+"""Compares cvfast with torch and other engines: python -m benchmarks.run [subject ...]; see docs/benchmarks.md.
 
 Providers take turns within one process, so that the machine's drifting speed meets all of them; the minimum and the
 median of the repeats are kept. No time is given for a result that is wrong: each provider's result is first compared
-with the float64 reference.
+with the float64 reference. Figures go to benchmarks/results/<operator>.csv.
 """
 
 from __future__ import annotations
 
-import csv
-import importlib
-import math
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import cvfast
-from cvfast.testing import SPECS, Case, OpSpec, Sample, assert_as_accurate, relative_error
+from benchmarks import memory, overhead, report, results
+from benchmarks.providers import PROVIDERS, Prepared, Provider, Unable
+from benchmarks.results import Row
+from benchmarks.subject import Subject, Work
+from benchmarks.timing import QUICK, Effort, take_turns
+from cvfast import _library, _peak
+from cvfast.testing import SPECS, assert_as_accurate, relative_error
 
-RESULTS = Path(__file__).parent / "results"
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One provider's figures on one case, as it stands in the CSV file."""
-
-    operator: str
-    group: str
-    case: str
-    direction: str  # "forward" or "training" (forward and all gradients)
-    threads: int
-    provider: str
-    min_ms: float
-    median_ms: float
-    gflops: float  # of the minimum; training counts three times the forward's operations
-    relative_error: float  # L2, of the forward result against float64
+DIRECTIONS = ("forward", "training")
+WRONG = 1e-2  # a relative error from here on is no rounding error
+OTHERS = {"memory": memory.main, "overhead": overhead.main}
 
 
-def providers(spec: OpSpec) -> dict[str, tuple[Callable, torch.memory_format]]:
-    """Who competes: torch and cvfast, each in both memory formats."""
-    functions = {"torch": spec.native, "cvfast": lambda **k: spec.function(**k, backend="ext")}
-    return {f"{name} {f}": (function, FORMATS[f]) for name, function in functions.items() for f in FORMATS}
+def prepare(provider: Provider, work: Work) -> tuple[Prepared | None, float | None, str]:
+    """(what to time, its relative error, why not). Other engines fail in their own ways; each failure is told."""
+    try:
+        provider.check(work)
+        prepared = provider.prepare(work)
+        result = work.ends(prepared.output())
+    except Unable as reason:
+        return None, None, str(reason)
+    except Exception as error:
+        if provider.name in results.CVFAST + results.TORCH:
+            raise
+        return None, None, f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+    error = relative_error(result, work.exact)
+    if provider.name in results.CVFAST:
+        sample = work.ends_of_sample()
+        native, bound = sample.call(work.subject.spec.native), work.subject.spec.bound(sample, "ext", "output")
+        assert_as_accurate(result, native, work.exact, f"{provider.name} on {work.case}", bound=bound)
+    if not error < WRONG:
+        return None, error, f"wrong result: relative error {error:.1e}"
+    return prepared, error, ""
 
 
-def forward(function: Callable, sample: Sample) -> Callable[[], object]:
-    def run():
-        with torch.no_grad():
-            return sample.call(function)
-
-    return run
-
-
-def training(function: Callable, sample: Sample) -> Callable[[], object]:
-    sample = sample.requiring_grad()
-    cotangent = torch.ones_like(sample.call(function))
-    return lambda: torch.autograd.grad(sample.call(function), sample.tensors(), cotangent)
-
-
-DIRECTIONS = {"forward": forward, "training": training}
-
-
-def measure(spec: OpSpec, group: str, case: Case, direction: str, repeats: int, device: str) -> Iterator[Row]:
+def measure(work: Work, group: str, effort: Effort, providers: tuple[Provider, ...] = PROVIDERS) -> list[Row]:
     """The figures of all providers on one case."""
-    exact = case.sample(torch.float32, device=device).to(torch.float64).call(spec.reference)
-    native = case.sample(torch.float32, device=device).call(spec.native)
-    runs, errors = {}, {}
-    for name, (function, memory_format) in providers(spec).items():
-        sample = case.sample(torch.float32, memory_format, device)
-        result = sample.call(function)
-        assert_as_accurate(result, native, exact, f"{name} on {case}", bound=spec.bound(sample, "ext", "output"))
-        errors[name] = relative_error(result, exact)
-        runs[name] = DIRECTIONS[direction](function, sample)
-    times = {name: [] for name in runs}
-    for _ in range(repeats + 2):
-        for name, run in runs.items():
-            times[name].append(timed(run, device))
-    flops = spec.flops(case.sample(torch.float32)) * (1 if direction == "forward" else 3)
-    for name, all_times in times.items():
-        kept = all_times[2:]  # the first two rounds warm up
-        yield Row(
-            spec.name, group, case.name, direction, torch.get_num_threads(), name,
-            round(min(kept) * 1e3, 4), round(statistics.median(kept) * 1e3, 4),
-            round(flops / min(kept) / 1e9, 2), float(f"{errors[name]:.2g}"),
-        )  # fmt: skip
+    outcomes = {provider.name: prepare(provider, work) for provider in providers}
+    on_cpu = work.device == "cpu"
+    turns = take_turns(
+        {name: prepared.run for name, (prepared, _, _) in outcomes.items() if prepared is not None},
+        effort,
+        between=(lambda: _peak.burst(_library.C.active_isa())) if on_cpu else None,
+        synchronize=None if on_cpu else torch.cuda.synchronize,
+    )
+    peak = max(turns.between, default=None)
+    rows = []
+    for name, (_, error, note) in outcomes.items():
+        row = Row(work.subject.spec.name, group, work.case.name, work.direction, work.threads, name, note=note)
+        if name in turns.seconds:
+            seconds = turns.seconds[name]
+            gflops = work.flops / min(seconds) / 1e9
+            row = replace(
+                row, repeats=len(seconds), min_ms=round(min(seconds) * 1e3, 4),
+                median_ms=round(statistics.median(seconds) * 1e3, 4), gflops=round(gflops, 2),
+                peak_share=None if peak is None else round(gflops / peak / work.threads, 3),
+            )  # fmt: skip
+        rows.append(row if error is None else replace(row, relative_error=float(f"{error:.2g}")))
+    return rows
 
 
-def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def measure_subject(
+    subject: Subject, groups: list[str], directions: list[str], threads: int, effort: Effort,
+    providers: tuple[Provider, ...], device: str, console: Console,
+) -> list[Row]:  # fmt: skip
+    """The figures of all cases, with a bar that shows how far it is."""
+    torch.set_num_threads(threads)
+    wanted = [(g, c, d) for g in groups for d in directions for c in subject.groups[g]]
+    rows: list[Row] = []
+    for group, case, direction in track(wanted, f"{subject.spec.name}, {threads} thread(s)", console=console):
+        rows += measure(Work(subject, case, direction, threads, device), group, effort, providers)
+    return rows
 
 
-def ratio(rows: list[Row]) -> float:
-    """torch's best time over cvfast's best, of one case's minima: above 1 cvfast is faster."""
-    best = {who: min(r.min_ms for r in rows if r.provider.startswith(who)) for who in ("torch", "cvfast")}
-    return best["torch"] / best["cvfast"]
+def chosen(what: str, wanted: list[str] | None, known: list[str]) -> list[str]:
+    """The wanted names, all known ones if none is wanted; a usage error for a name that is not known."""
+    for name in wanted or ():
+        if name not in known:
+            raise typer.BadParameter(f"unknown {what} {name!r}; there are {', '.join(known)}")
+    return wanted or known
 
 
-def geomean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
-
-
-def show(console: Console, rows: list[Row]) -> None:
-    """One line per case and direction, one per group."""
-    table = Table("group", "case", "direction", *(f"{n}, ms" for n in dict.fromkeys(r.provider for r in rows)), "ratio")
-    by_case: dict[tuple, list[Row]] = {}
-    for row in rows:
-        by_case.setdefault((row.group, row.direction, row.case), []).append(row)
-    groups: dict[tuple, list[float]] = {}
-    for (group, direction, case), of_case in by_case.items():
-        groups.setdefault((group, direction), []).append(ratio(of_case))
-        table.add_row(group, case, direction, *(f"{r.min_ms:.3f}" for r in of_case), f"{ratio(of_case):.2f}")
-    console.print(table)
-    summary = Table("group", "direction", "geomean of torch's best / cvfast's best", "least")
-    for (group, direction), ratios in groups.items():
-        summary.add_row(group, direction, f"{geomean(ratios):.2f}", f"{min(ratios):.2f}")
-    console.print(summary)
-
-
-def write(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
+def thread_counts(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"threads {text!r}: expected numbers from 1 on, such as 1 or 1,2")
+    return [int(part) for part in parts]
 
 
 def main(
-    operators: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(SPECS)}; all if none is named")] = None,
+    subjects: Annotated[list[str] | None, typer.Argument(
+        help=f"of {', '.join([*SPECS, *OTHERS])}; all operators if none is named")] = None,
     group: Annotated[list[str] | None, typer.Option(help="only these groups of cases")] = None,
     direction: Annotated[list[str] | None, typer.Option(help="forward, training; both if none is named")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="torch's threads")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="timed calls of each provider")] = 20,
+    provider: Annotated[list[str] | None, typer.Option(help="only these providers; all if none is named")] = None,
+    threads: Annotated[str, typer.Option(help="threads of every provider; 1,2: both, and their ratio")] = "1",
+    repeats: Annotated[int | None, typer.Option(
+        min=1, help="timed calls of each provider; default: as many as fit into 0.4 s, 4 to 60")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-) -> None:
-    """Times cvfast against torch on every case, in turns, and keeps the figures as CSV."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    torch.set_num_threads(threads)
-    console.print(
-        f"cvfast {cvfast.__version__}, torch {torch.__version__}, {platform.processor()}, {threads} thread(s)"
-    )
-    for name in operators or list(SPECS):
-        spec, groups = SPECS[name], importlib.import_module(f"benchmarks.cases.{name}").GROUPS
-        wanted = [
-            (g, c, d) for g in group or groups for d in direction or DIRECTIONS for c in groups[g]
-        ]  # fmt: skip
-        rows = []
-        for g, c, d in track(wanted, description=name, console=console):
-            rows += measure(spec, g, c, d, repeats, device)
-        show(console, rows)
-        write(rows, RESULTS / f"{name}{'' if threads == 1 else f'-{threads}-threads'}.csv")
+    quick: Annotated[bool, typer.Option("--quick", help="few repeats: a look, not a measurement")] = False,
+    peak: Annotated[bool, typer.Option("--peak", help="only what one core does at most")] = False,
+) -> None:  # fmt: skip
+    """Times cvfast against torch and other engines on every case, in turns, and keeps the figures as CSV."""
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    if peak:
+        console.print(_peak.table(_peak.measure()))
+        return
+    names = chosen("subject", subjects, [*SPECS, *OTHERS]) if subjects else list(SPECS)
+    directions = chosen("direction", direction, list(DIRECTIONS))
+    providers = tuple(p for p in PROVIDERS if p.name in chosen("provider", provider, [p.name for p in PROVIDERS]))
+    effort = Effort(0, repeats, repeats) if repeats else QUICK if quick else Effort()
+    counts = thread_counts(threads)
+    console.print(f"cvfast {cvfast.__version__}, torch {torch.__version__}, {_library.C.active_isa()}")
+    for name in names:
+        if name in OTHERS:
+            OTHERS[name](console, quick)
+            continue
+        subject, rows = Subject.load(name), []
+        groups = chosen("group", group, list(subject.groups))
+        for count in counts:
+            of_count = measure_subject(subject, groups, directions, count, effort, providers, device, console)
+            results.write(of_count, results.FOLDER / f"{name}{'' if count == 1 else f'-{count}-threads'}.csv")
+            for table in (*report.group_tables(of_count), report.goals_table(subject.goals, of_count)):
+                console.print(table)
+            rows += of_count
+        if len(counts) > 1:
+            console.print(report.scaling_table(rows))
+        for note in report.notes(rows):
+            console.print(note, markup=False)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Cases to measure: one module per operator with GROUPS, a dict from the group's name to its cases."""
+"""Cases to measure: one module per operator with GROUPS (a dict from a group's name to its cases) and its GOALS."""

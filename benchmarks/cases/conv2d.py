@@ -1,5 +1,7 @@
 """Shapes of convolutions as they stand in networks, grouped by what makes them fast or slow."""
 
+from benchmarks.goals import Goal
+from benchmarks.results import WINOGRAD_PEERS
 from cvfast.testing.conv2d import case
 
 
@@ -15,11 +17,15 @@ def same(batch: int, channels: int, size: int, out: int, kernel: int = 3, **opti
     return square(batch, channels, size, out, kernel, padding=options.get("dilation", 1) * (kernel // 2), **options)
 
 
+DATA = ("input",)
+FORMATS = ("contiguous", "channels_last")
+BATCH_FIRST = True
+
+RESNET = ((64, 56, 64), (128, 28, 128), (256, 14, 256), (512, 7, 512))  # channels, size, channels out
+VGG = ((64, 32, 64), (64, 16, 128), (128, 16, 128), (256, 8, 256))  # its 32x32 form
+
 GROUPS = {
-    "3x3": [
-        *(same(b, c, s, c) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7)) for b in (1, 8)),
-        same(64, 64, 32, 64),
-    ],
+    "3x3": [same(b, c, s, k) for b in (1, 8, 64) for c, s, k in (*RESNET, *VGG)],
     "3x3-stride2": [same(8, c, s, 2 * c, stride=2) for c, s in ((64, 56), (128, 28), (256, 14))],
     "1x1": [
         *(square(8, c, s, k, 1) for c, s, k in ((64, 56, 256), (256, 56, 64), (512, 14, 1024))),
@@ -55,3 +61,19 @@ GROUPS = {
     ],
     "small": [same(1, 16, 8, 16), same(1, 8, 8, 8), same(8, 32, 8, 32)],
 }
+
+SLOW_GROUPS = ("few-channels", "depthwise", "grouped", "small")  # where torch is far from the peak
+OTHER_GROUPS = ("3x3-stride2", "1x1", "stem", "dilated", "long")
+NEVER_SLOWER = 0.97
+
+GOALS = (
+    Goal("3x3 against torch", ("3x3",), "forward", geomean=2.5, each=1.7),
+    Goal("3x3 against MNN and ncnn", ("3x3",), "forward", WINOGRAD_PEERS, geomean=1.1, error=4e-6),
+    Goal("against torch", SLOW_GROUPS, "forward", geomean=1.5, each=NEVER_SLOWER),
+    Goal("against torch", OTHER_GROUPS, "forward", geomean=1.1, each=NEVER_SLOWER),
+    Goal("training against torch", tuple(GROUPS), "training", geomean=1.7, each=NEVER_SLOWER),
+    Goal("share of the peak, >= 64 channels", ("3x3-stride2", "1x1", "dilated"), "forward", peak_share=0.85),
+)
+
+OVERHEAD_GOALS = {"no grad": 3.0, "forward with grad": 15.0}  # µs over torch's operator on 1x8x8x8
+MEMORY_GOAL_MB = 5.0  # resident memory, over 10 000 different shapes

@@ -1,0 +1,77 @@
+"""Goals: what a benchmark's figures have to show. Each operator's stand in its cases file and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.results import CVFAST, TORCH, Row, best, by_case, geomean, ratio
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line: asked of every group by itself, in one direction. What is None is not asked.
+
+    geomean, each: at least this ratio of the rivals' best time to cvfast's best.
+    peak_share: at least this share of the peak in each case.
+    error: at most this relative L2 error of cvfast in each case.
+    """
+
+    text: str
+    groups: tuple[str, ...]
+    direction: str
+    rivals: tuple[str, ...] = TORCH
+    geomean: float | None = None
+    each: float | None = None
+    peak_share: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the figures of one group say. holds is None where there are none, or not all, to judge by."""
+
+    goal: Goal
+    group: str
+    holds: bool | None
+    seen: str
+
+
+def judge(goals: tuple[Goal, ...], rows: list[Row]) -> list[Verdict]:
+    """A verdict per goal and group."""
+    return [_judge(goal, group, rows) for goal in goals for group in goal.groups]
+
+
+def _judge(goal: Goal, group: str, rows: list[Row]) -> Verdict:
+    cases = list(by_case(r for r in rows if r.group == group and r.direction == goal.direction).values())
+    checks = [
+        _check("geomean", goal.geomean, [ratio(case, goal.rivals) for case in cases], geomean),
+        _check("least", goal.each, [ratio(case, goal.rivals) for case in cases], min),
+        _check("least share of peak", goal.peak_share, _of_cvfast(cases, "peak_share"), min),
+        _check("largest error", goal.error, _of_cvfast(cases, "relative_error"), max, at_most=True),
+    ]
+    asked = [check for check in checks if check is not None]
+    states = [holds for holds, _ in asked]
+    holds = False if False in states else None if None in states else True
+    return Verdict(goal, group, holds, "; ".join(text for _, text in asked))
+
+
+def _of_cvfast(cases: list[list[Row]], figure: str) -> list[float | None]:
+    rows = [best(case, CVFAST) for case in cases]
+    return [None if row is None else getattr(row, figure) for row in rows]
+
+
+def _check(
+    name: str, bound: float | None, values: list[float | None], reduce: Callable, at_most: bool = False
+) -> tuple[bool | None, str] | None:
+    """(whether it holds, in words); None if nothing is asked. One missing figure leaves open what the others hold."""
+    if bound is None:
+        return None
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, f"{name}: not measured"
+    seen = reduce(known)
+    holds = seen <= bound if at_most else seen >= bound
+    missing = len(values) - len(known)
+    text = f"{name} {seen:.3g} ({'at most' if at_most else 'at least'} {bound:g})"
+    return (None if holds and missing else holds), text + (f", {missing} not measured" if missing else "")

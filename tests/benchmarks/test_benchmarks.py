@@ -1,0 +1,219 @@
+"""The benchmark suite: what it says of figures, and that it says it of every provider, measured or not."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import memory, plot, providers, report, results, run
+from benchmarks.cases.conv2d import GROUPS, MEMORY_GOAL_MB
+from benchmarks.goals import Goal, judge
+from benchmarks.results import Row
+from benchmarks.subject import Subject, Work
+from benchmarks.timing import Effort, take_turns
+from cvfast import _library, _peak
+from cvfast.cli import app
+
+EFFORT = Effort(0, 2, 2)
+CASE = GROUPS["small"][0]
+
+
+def row(case: str, provider: str, min_ms: float | None, group: str = "g", **more) -> Row:
+    return Row("conv2d", group, case, "forward", 1, provider, min_ms=min_ms, **more)
+
+
+ROWS = [
+    row("a", "cvfast contiguous", 2.0, relative_error=1e-6, peak_share=0.9),
+    row("a", "cvfast channels_last", 1.0, relative_error=2e-6, peak_share=1.8),
+    row("a", "torch contiguous", 8.0),
+    row("a", "torch channels_last", 4.0),
+    row("a", "MNN", 1.5),
+    row("a", "ncnn", None, note="not installed: pip install cvfast[peers]"),
+    row("b", "cvfast contiguous", 3.0, relative_error=1e-7, peak_share=0.5),
+    row("b", "torch contiguous", 3.0),
+    row("b", "MNN", None, note="failed: broken"),
+]
+
+
+def bench(*arguments: str):
+    """Runs python -m benchmarks.run in this process."""
+    command = typer.Typer()
+    command.command()(run.main)
+    return CliRunner().invoke(command, arguments)
+
+
+def work(direction: str = "forward") -> Work:
+    return Work(Subject.load("conv2d"), CASE, direction, 1)
+
+
+def test_the_best_formats_are_compared():
+    cases = results.by_case(ROWS)
+    assert results.ratio(cases["g", "forward", "a"]) == 4.0
+    assert results.ratio(cases["g", "forward", "a"], ("MNN", "ncnn")) == 1.5
+    assert results.ratio(cases["g", "forward", "b"], ("MNN",)) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "holds", "seen"),
+    [
+        ({"geomean": 2.0, "each": 1.0}, True, "geomean 2 (at least 2); least 1 (at least 1)"),
+        ({"geomean": 2.01}, False, "geomean 2 (at least 2.01)"),
+        ({"each": 1.1}, False, "least 1 (at least 1.1)"),
+        ({"peak_share": 0.5}, True, "least share of peak 0.5 (at least 0.5)"),
+        ({"error": 1e-6}, False, "largest error 2e-06 (at most 1e-06)"),
+        ({"geomean": 1.2, "rivals": ("MNN",)}, None, "geomean 1.5 (at least 1.2), 1 not measured"),
+        ({"geomean": 1.2, "rivals": ("OpenVINO",)}, None, "geomean: not measured"),
+        ({"geomean": 2.0, "direction": "training"}, None, "geomean: not measured"),
+    ],
+)
+def test_goals_are_judged(asked, holds, seen):
+    (verdict,) = judge((Goal("text", ("g",), **{"direction": "forward", **asked}),), ROWS)
+    assert (verdict.holds, verdict.seen) == (holds, seen)
+
+
+def test_the_goals_name_groups_that_there_are():
+    subject = Subject.load("conv2d")
+    assert {group for goal in subject.goals for group in goal.groups} == set(subject.groups)
+
+
+def test_rows_survive_the_csv_file(tmp_path):
+    results.write(ROWS, tmp_path / "rows.csv")
+    assert results.read(tmp_path / "rows.csv") == ROWS
+
+
+def test_calls_take_turns_and_slow_ones_sit_out_rounds():
+    order = []
+    calls = {"quick": lambda: order.append("quick"), "slow": lambda: (order.append("slow"), time.sleep(0.01))}
+    turns = take_turns(calls, Effort(seconds=0.05, least=3, most=12), between=lambda: 1.0)
+    assert len(turns.seconds["quick"]) == len(turns.between) == 12
+    assert 3 <= len(turns.seconds["slow"]) <= 5
+    assert min(turns.seconds["slow"]) >= 0.01
+    assert "slow" in order[2:9] and order[-1] == "slow"  # spread over the rounds
+
+
+def test_a_call_of_20_ms_is_timed_20_times():
+    assert Effort().repeats(0.02) == 20
+
+
+@pytest.mark.parametrize("provider", providers.PROVIDERS, ids=lambda p: p.name)
+def test_every_provider_measures_the_case_or_says_why_not(provider):
+    (measured,) = run.measure(work(), "small", EFFORT, (provider,))
+    if measured.min_ms is None:
+        assert measured.note == providers.NOT_INSTALLED or provider.name == "torch.compile"
+        return
+    assert measured.repeats == 2 and measured.min_ms <= measured.median_ms
+    assert measured.relative_error < 1e-4
+    assert measured.peak_share > 0
+    assert not measured.note
+
+
+def test_a_missing_engine_is_reported_not_dropped(monkeypatch):
+    monkeypatch.setattr(providers.Mnn, "module", "there_is_no_such_engine")
+    (measured,) = run.measure(work(), "small", EFFORT, (providers.Mnn(),))
+    assert measured.note == "not installed: pip install cvfast[peers]" and measured.min_ms is None
+    assert report.notes([measured]) == ["MNN, forward: not installed: pip install cvfast[peers] (1 case(s))"]
+
+
+class Wrong(providers.Eager):
+    """Says what it is told to, whatever the case."""
+
+    def __init__(self, name: str, output) -> None:
+        super().__init__("torch", "contiguous")
+        self.name, self.output = name, output
+
+    def prepare(self, work):
+        return replace(super().prepare(work), output=self.output)
+
+
+def test_a_wrong_result_gets_no_time():
+    (measured,) = run.measure(work(), "small", EFFORT, (Wrong("MNN", lambda: torch.zeros(1, 16, 8, 8)),))
+    assert measured.min_ms is None and measured.note == "wrong result: relative error 1.0e+00"
+
+
+def test_an_engine_that_fails_is_reported():
+    def fail():
+        raise OverflowError("no room")
+
+    (measured,) = run.measure(work(), "small", EFFORT, (Wrong("OpenVINO", fail),))
+    assert measured.min_ms is None and measured.note == "failed: OverflowError: no room"
+
+
+def test_cvfast_itself_must_be_right():
+    with pytest.raises(AssertionError, match="cvfast contiguous on 1x16x8x8"):
+        run.measure(work(), "small", EFFORT, (Wrong("cvfast contiguous", lambda: torch.zeros(1, 16, 8, 8)),))
+
+
+def test_only_torch_and_cvfast_train():
+    competitors = tuple(p for p in providers.PROVIDERS if p.name != "torch.compile")
+    rows = run.measure(work("training"), "small", EFFORT, competitors)
+    assert {r.provider for r in rows if r.min_ms is not None} == {*results.CVFAST, *results.TORCH}
+    assert {r.note for r in rows if r.min_ms is None} == {"inference only"}
+
+
+def test_training_forms_all_gradients():
+    sample = work().sample
+    grads = providers.training(torch.nn.functional.conv2d, sample)()
+    assert [g.shape for g in grads] == [t.shape for t in sample.tensors()]
+
+
+def test_the_command_prints_tables_and_keeps_the_csv(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    before = torch.get_num_threads()
+    options = ["--group", "small", "--repeats", "1", "--threads", "1,2", "--direction", "forward"]
+    names = [word for name in (*results.CVFAST, *results.TORCH) for word in ("--provider", name)]
+    result = bench("conv2d", *options, *names)
+    torch.set_num_threads(before)
+    assert result.exit_code == 0, result.output
+    for text in ("torch/cvfast", "geometric mean", "goals", "threads: times faster"):
+        assert text in result.output
+    for file, threads in (("conv2d.csv", 1), ("conv2d-2-threads.csv", 2)):
+        rows = results.read(tmp_path / file)
+        assert {r.threads for r in rows} == {threads} and len(rows) == 4 * len(GROUPS["small"])
+
+
+def test_unknown_names_are_told():
+    for arguments in (["conv9d"], ["--group", "huge"], ["--provider", "abacus"], ["--threads", "0"]):
+        result = bench(*arguments)
+        assert result.exit_code == 2 and arguments[-1] in result.output
+
+
+def test_the_picture_is_drawn(tmp_path):
+    assert plot.group_ratios(ROWS, "forward")["torch"] == {"g": pytest.approx(2.0)}
+    plot.draw(ROWS, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_peaks_fit_together():
+    """Twice as many float32 as float64 in a vector; no product that anybody computes is faster than the peak."""
+    best = _peak.isas()[-1]
+    single, double = (max(_peak.burst(best, float64) for _ in range(100)) for float64 in (False, True))
+    assert 1.5 < single / double < 2.5
+    a = torch.randn(512, 512)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = min(take_turns({"product": lambda: a @ a}, Effort(0, 10, 10)).seconds["product"])
+    torch.set_num_threads(threads)
+    assert 2 * 512**3 / seconds / 1e9 < 1.1 * single
+    with pytest.raises(ValueError, match="'sse9'"):
+        _library.C.multiply_adds("sse9", False, 1)
+
+
+def test_peak_is_measured_outside_of_a_clone_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["bench", "--peak"])
+    assert result.exit_code == 0, result.output
+    for isa in _peak.isas():
+        assert isa in result.output
+    assert "GFLOP/s" in result.output and "GB/s" in result.output
+
+
+@pytest.mark.skipif(not memory.STATM.exists(), reason="needs /proc")
+def test_memory_does_not_grow_with_the_number_of_shapes():
+    """1000 different shapes, forward and backward, in a process of their own."""
+    assert memory.growth_mb("cvfast", 1000) <= MEMORY_GOAL_MB
+    assert memory.growth_mb("torch", 50) > MEMORY_GOAL_MB  # which keeps kernels: growth is seen
