@@ -131,12 +131,16 @@ def main(
     effort = Effort(0, repeats, repeats) if repeats else QUICK if quick else Effort()
     counts = thread_counts(threads)
     console.print(f"cvfast {cvfast.__version__}, torch {torch.__version__}, {_library.C.active_isa()}")
+    operators = {name: Subject.load(name) for name in names if name in SPECS}
+    wanted_groups = chosen("group", group, list(dict.fromkeys(g for s in operators.values() for g in s.groups)))
     for name in names:
         if name in OTHERS:
             OTHERS[name](console, quick)
             continue
-        subject, rows = Subject.load(name), []
-        groups = chosen("group", group, list(subject.groups))
+        subject, rows = operators[name], []
+        groups = [g for g in wanted_groups if g in subject.groups]
+        if not groups:
+            continue
         for count in counts:
             of_count = measure_subject(subject, groups, directions, count, effort, providers, device, console)
             results.write(of_count, results.FOLDER / f"{name}{'' if count == 1 else f'-{count}-threads'}.csv")

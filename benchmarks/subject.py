@@ -108,9 +108,10 @@ class Work:
         path = self.file("-single.onnx" if single else ".onnx")
         if not path.exists():
             data = tuple(tensor[:1] for tensor in self.data) if single else tuple(self.data)
+            part = path.with_suffix(".part")  # what is interrupted is not taken for a file
+            names = {"input_names": list(self.subject.data), "output_names": ["output"]}
             with warnings.catch_warnings():  # this exporter is quick, and said to go one day
                 warnings.simplefilter("ignore")
-                torch.onnx.export(
-                    self.model, data, path, dynamo=False, input_names=list(self.subject.data), output_names=["output"]
-                )
+                torch.onnx.export(self.model, data, part, dynamo=False, **names)
+            part.replace(path)
         return path

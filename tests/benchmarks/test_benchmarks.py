@@ -216,4 +216,4 @@ def test_peak_is_measured_outside_of_a_clone_too(tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_number_of_shapes():
     """1000 different shapes, forward and backward, in a process of their own."""
     assert memory.growth_mb("cvfast", 1000) <= MEMORY_GOAL_MB
-    assert memory.growth_mb("torch", 50) > MEMORY_GOAL_MB  # which keeps kernels: growth is seen
+    assert memory.growth_mb("torch", 200) > MEMORY_GOAL_MB  # which keeps kernels: growth is seen
