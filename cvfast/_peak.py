@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cvfast import _library
 
-BURST_STEPS = 20_000  # 0.1 ms at a step in 12 cycles and 2.5 GHz
+BURST_STEPS = 20_000  # about 0.1 ms
 BURSTS = 200
 READ_BYTES = 64 << 20  # read per measurement of a cache
 MEMORY_BYTES = 256 << 20  # more than caches hold

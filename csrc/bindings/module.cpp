@@ -40,7 +40,7 @@ PYBIND11_MODULE(_C, m) {
         "Keeps CPU kernels to algorithms that form the sums of the definition itself: no Winograd.");
   m.def("multiply_adds", &multiply_adds, py::arg("isa"), py::arg("float64"), py::arg("steps"),
         py::call_guard<py::gil_scoped_release>(),
-        "Multiplies and adds in registers of instruction set `isa` as fast as a core can, `steps` times 12 vectors; "
+        "Multiplies and adds in registers of instruction set `isa` as fast as a core can, `steps` times some vectors; "
         "returns the number of floating-point operations. ValueError if this machine cannot run it.");
   m.def("read", &read_buffer, py::arg("isa"), py::arg("data"), py::arg("passes"),
         "Reads the buffer `data`, whole multiples of 512 bytes of it, `passes` times with loads of `isa`.");

@@ -7,7 +7,7 @@ namespace cvfast {
 namespace {
 
 // Independent sums: enough to hide the latency of a multiply-add, few enough for 16 registers.
-constexpr int chains = 12;
+constexpr int chains = 14;
 
 template <class T>
 double multiply_adds(int64_t steps, double x) {
