@@ -1,5 +1,6 @@
 """Shapes of transposed convolutions as they stand in networks, grouped by what makes them fast or slow."""
 
+from benchmarks.goals import Goal
 from cvfast.testing.conv_transpose2d import case
 
 
@@ -11,6 +12,10 @@ def square(batch: int, channels: int, size: int, out: int, kernel: int, **option
 
 
 DOUBLING = {"stride": 2, "padding": 1}  # 4x4 kernels: twice as high and wide
+
+DATA = ("input",)
+FORMATS = ("contiguous", "channels_last")
+BATCH_FIRST = True
 
 GROUPS = {
     "dcgan": [  # generator, 64x64 images; Radford et al. 2015
@@ -28,3 +33,8 @@ GROUPS = {
         square(8, 128, 14, 128, 3, padding=1),
     ],
 }
+
+GOALS = (
+    Goal("DCGAN against torch", ("dcgan",), "forward", geomean=1.5),
+    Goal("training against torch", tuple(GROUPS), "training", geomean=1.7, each=0.97),
+)
