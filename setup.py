@@ -44,6 +44,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCVFAST_CUDA={options['cuda']}",
             f"-DCVFAST_CUDA_ARCHS={options['cuda_archs'] or ''}",
+            f"-DCVFAST_EMULATED512={options['emulated512']}",
         ]
         jobs = str(options["max_jobs"] or os.cpu_count() or 1)
         # --fresh: an earlier isolated build left paths of its vanished environment in the cache.

@@ -91,6 +91,10 @@ BUILD_VARIABLES = {
         "CVFAST_CUDA_ARCHS", cuda_archs, None,
         "CUDA architectures to build for, such as 80;90 (default: all that the toolkit and cvfast support)",
     ),
+    "emulated512": Variable(
+        "CVFAST_EMULATED512", one_of("0", "1"), "0",
+        "1: build the instruction set emulated512 too, with which tests run the avx512 kernels' logic on AVX2",
+    ),
     "max_jobs": Variable("MAX_JOBS", positive, None, "compilations at the same time (default: one per core)"),
 }  # fmt: skip
 

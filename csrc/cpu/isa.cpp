@@ -5,15 +5,24 @@
 
 namespace cvfast {
 
+// What each file of kernels/ exports for the instruction set, and the table of it. Names of namespaces are no values, so
+// these two are macros.
+#define CVFAST_DECLARE(isa) \
+  namespace isa { extern const Conv2dKernels conv2d; extern const PeakKernels peak; }
+#define CVFAST_TABLE(isa, vector_bytes) \
+  KernelTable{#isa, vector_bytes, isa::conv2d.forward, isa::conv2d.input_grad, isa::conv2d.weight_grad, isa::peak}
+
 #if defined(__x86_64__)
-namespace emulated512 { extern const Conv2dKernels conv2d; extern const PeakKernels peak; }
-namespace baseline { extern const Conv2dKernels conv2d; extern const PeakKernels peak; }
-namespace avx2 { extern const Conv2dKernels conv2d; extern const PeakKernels peak; }
-namespace avx512 { extern const Conv2dKernels conv2d; extern const PeakKernels peak; }
+#if defined(CVFAST_EMULATED512)
+CVFAST_DECLARE(emulated512)
+#endif
+CVFAST_DECLARE(baseline)
+CVFAST_DECLARE(avx2)
+CVFAST_DECLARE(avx512)
 #elif defined(__aarch64__)
-namespace neon { extern const Conv2dKernels conv2d; extern const PeakKernels peak; }
+CVFAST_DECLARE(neon)
 #else
-namespace baseline { extern const Conv2dKernels conv2d; extern const PeakKernels peak; }
+CVFAST_DECLARE(baseline)
 #endif
 
 namespace {
@@ -23,10 +32,6 @@ struct Variant {
   bool runnable;
 };
 
-KernelTable make_table(const char* isa, int vector_bytes, const Conv2dKernels& conv2d, const PeakKernels& peak) {
-  return {isa, vector_bytes, conv2d.forward, conv2d.input_grad, conv2d.weight_grad, peak};
-}
-
 // Best last.
 const std::vector<Variant>& variants() {
 #if defined(__x86_64__)
@@ -35,15 +40,17 @@ const std::vector<Variant>& variants() {
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const std::vector<Variant> all = {
-      {make_table("emulated512", 64, emulated512::conv2d, emulated512::peak), has_avx2},
-      {make_table("baseline", 16, baseline::conv2d, baseline::peak), true},
-      {make_table("avx2", 32, avx2::conv2d, avx2::peak), has_avx2},
-      {make_table("avx512", 64, avx512::conv2d, avx512::peak), has_avx512},
+#if defined(CVFAST_EMULATED512)
+      {CVFAST_TABLE(emulated512, 64), has_avx2},
+#endif
+      {CVFAST_TABLE(baseline, 16), true},
+      {CVFAST_TABLE(avx2, 32), has_avx2},
+      {CVFAST_TABLE(avx512, 64), has_avx512},
   };
 #elif defined(__aarch64__)
-  static const std::vector<Variant> all = {{make_table("neon", 16, neon::conv2d, neon::peak), true}};
+  static const std::vector<Variant> all = {{CVFAST_TABLE(neon, 16), true}};
 #else
-  static const std::vector<Variant> all = {{make_table("baseline", 16, baseline::conv2d, baseline::peak), true}};
+  static const std::vector<Variant> all = {{CVFAST_TABLE(baseline, 16), true}};
 #endif
   return all;
 }

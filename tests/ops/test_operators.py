@@ -21,6 +21,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS = [("ext", isa) for isa in isas()] + [("triton", None), ("native", None)]
 
 
+def test_16_lane_kernels_are_tested():
+    """A machine with AVX2 but without AVX-512 runs the avx512 kernels' logic as emulated512."""
+    assert "avx2" not in isas() or {"avx512", "emulated512"} & set(isas()), "build with CVFAST_EMULATED512=1"
+
+
 def backends(test):
     """Parametrizes over (backend, instruction set); only `ext` has the latter."""
     params = [pytest.param(b, i, id=f"{b}-{i}" if i else b) for b, i in BACKENDS]
