@@ -2,6 +2,7 @@
 // or 64> and that instruction set's flags. Exports cvfast::<CVFAST_ISA>::conv2d and nothing else.
 #include "../kernel_table.h"
 #include "conv2d_depthwise.h"
+#include "conv2d_depthwise_weight_grad.h"
 #include "conv2d_direct.h"
 #include "conv2d_direct_weight_grad.h"
 #include "conv2d_implicit_gemm.h"

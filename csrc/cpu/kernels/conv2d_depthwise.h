@@ -1,7 +1,10 @@
-// Depthwise convolution (one channel in and one out per group) of channels_last tensors: vectors of channels, taps read
-// in place. The chain of operations per element is that of the implicit GEMM, zeros for padding included, so the bits are too.
+// Depthwise convolution (one channel in and one out per group): vectors of neighbouring channels, read in place or, where
+// channels are no neighbours in memory, from a transposed copy of some lines. A tile of pixels of one line is computed at
+// a time, so that a pixel loaded serves every tap of a kernel line. The chain of operations per element is that of the
+// implicit GEMM, zeros for padding included, so the bits are too.
 #pragma once
 #include "conv2d_implicit_gemm.h"
+#include "transpose.h"
 
 namespace cvfast {
 namespace {
@@ -9,151 +12,343 @@ namespace {
 inline bool is_depthwise(const Conv2dShape& s) {
   return s.in_channels == s.groups && s.out_channels == s.groups && s.kernel_height * s.kernel_width <= block_depth;
 }
-// Small images and strides, for which a copy of the image does not pay; the others are the direct algorithm's.
-inline bool depthwise_in_place_pays(const Conv2dShape& s) { return s.out_width < 20 || s.stride_w > 1; }
-
+// Transposing costs more than the direct algorithm's plain copy where that has long lines without a stride.
+inline bool depthwise_pays(const Conv2dShape& s, const int64_t* stride, const int64_t* other_stride) {
+  return (stride[1] == 1 && other_stride[1] == 1) || s.out_width < 20 || s.stride_w > 1;
+}
 inline bool depthwise_applies(const Conv2dForward& p) {
-  return is_depthwise(p.shape) && depthwise_in_place_pays(p.shape) && p.input.stride[1] == 1 && p.output.stride[1] == 1;
+  return is_depthwise(p.shape) && depthwise_pays(p.shape, p.input.stride, p.output.stride);
 }
 inline bool depthwise_applies(const Conv2dInputGrad& p) {
-  return is_depthwise(p.shape) && depthwise_in_place_pays(p.shape) && p.grad_output.stride[1] == 1 && p.grad_input.stride[1] == 1;
-}
-inline bool depthwise_applies(const Conv2dWeightGrad& p) {
-  return is_depthwise(p.shape) && p.input.stride[1] == 1 && p.grad_output.stride[1] == 1;
+  return is_depthwise(p.shape) && depthwise_pays(p.shape, p.grad_output.stride, p.grad_input.stride);
 }
 
-// For each tap of pixel (n, y, x), where its channels begin: in the source, or in `zeros` if it lies in the padding.
+// The source's columns in the order in which a line's pixels and taps need them, both upwards: pixel i (counted from the
+// line's end if tap offsets are negative) and tap t read column i * step + t * tap_step of the list.
+struct Columns {
+  int64_t count, first, direction, inputs, step, tap_step;
+
+  explicit Columns(const Axis& x)
+      : count((x.positions - 1) * x.step + 1), first(x.offset), direction(1), inputs(x.inputs), step(x.step),
+        tap_step(x.tap_offset) {
+    if (tap_step < 0) direction = -1, tap_step = -tap_step, first += (x.positions - 1) * x.step;
+    if (x.taps > 0) count += (x.taps - 1) * tap_step;
+  }
+};
+
+// Lines of pixels with neighbouring channels.
 template <class S>
-void tap_sources(const Patches<S>& patches, int64_t n, int64_t y, int64_t x, const S* zeros, const S** sources) {
-  for (int64_t tap_y = 0; tap_y < patches.y.taps; ++tap_y) {
-    const int64_t source_y = patches.y.source(y, tap_y);
-    const bool y_inside = source_y >= 0 && source_y < patches.y.inputs;
-    for (int64_t tap_x = 0; tap_x < patches.x.taps; ++tap_x) {
-      const int64_t source_x = patches.x.source(x, tap_x);
-      const bool inside = y_inside && source_x >= 0 && source_x < patches.x.inputs;
-      *sources++ = inside ? patches.data + n * patches.batch_stride + source_y * patches.y_stride +
-                                source_x * patches.x_stride
-                          : zeros;
+struct PixelLines {
+  S* data;  // line `first`
+  int64_t first, line_stride, pixel_stride;
+
+  S* at(int64_t line, int64_t pixel) const { return data + (line - first) * line_stride + pixel * pixel_stride; }
+};
+
+// Where the pixels of one source line lie, by list of columns: to[column]; `zeros` if outside of the source.
+template <class S>
+void point_at_pixels(const Columns& columns, const PixelLines<const S>& source, int64_t line, bool inside, const S* zeros,
+                     const S** to) {
+  for (int64_t j = 0; j < columns.count; ++j) {
+    const int64_t x = columns.first + j * columns.direction;
+    to[j] = inside && x >= 0 && x < columns.inputs ? source.at(line, x) : zeros;
+  }
+}
+
+// Pointers to the pixels of source lines [first, first + lines) and, last, a line outside: [line][column].
+template <class S>
+struct PixelTable {
+  const S** pixels;
+  int64_t first, lines, columns;
+
+  void fill(const Columns& list, const PixelLines<const S>& source, const S* zeros) {
+    for (int64_t i = 0; i <= lines; ++i)
+      point_at_pixels(list, source, first + i, i < lines, zeros, pixels + i * columns);
+  }
+  const S* const* line(int64_t y) const { return pixels + (y >= first && y < first + lines ? y - first : lines) * columns; }
+};
+
+// The lines, inside the source, that positions [position, position + count) read.
+inline Range source_lines(const Axis& y, int64_t position, int64_t count) {
+  if (y.taps == 0 || count <= 0) return {0, 0};
+  const int64_t a = y.source(position, 0), b = y.source(position, y.taps - 1), more = (count - 1) * y.step;
+  const int64_t begin = min(max<int64_t>(min(a, b), 0), y.inputs);
+  return {begin, max(begin, min(max(a, b) + more + 1, y.inputs))};
+}
+
+// Channels [begin, end), at least `lanes`, of one line of results. The taps of row i and pixel p begin at rows[i][p * step].
+template <class S>
+struct DepthwiseLine {
+  int64_t begin, end;
+  const S* const* const* rows;
+  int64_t row_count, pixels, step;
+  const Compute<S>* weights;  // [row, tap][weight_stride]
+  int64_t weight_stride;
+  const Compute<S>* bias;  // or nullptr
+  S* to;
+  int64_t to_stride;
+};
+
+// Step 0: line.step.
+template <class S, int Taps, int Step, int Pixels>
+void depthwise_tile(const DepthwiseLine<S>& line, int64_t pixel) {
+  using V = Vector<Compute<S>>;
+  constexpr int64_t L = lanes<Compute<S>>;
+  const int64_t step = Step ? Step : line.step;
+  S* to = line.to + pixel * line.to_stride;
+  for (int64_t c = line.begin; c < line.end; c += L) {
+    const int64_t channel = min(c, line.end - L);  // the last vector may overlap the one before
+    const Compute<S>* weights = line.weights + channel;
+    V sum[Pixels] = {};
+    for (int64_t i = 0; i < line.row_count; ++i) {
+      const S* const* source = line.rows[i] + pixel * step;
+      V w[Taps];
+#pragma GCC unroll 8
+      for (int t = 0; t < Taps; ++t, weights += line.weight_stride) w[t] = load_as<V>(weights);
+      if constexpr (Step == 0) {
+#pragma GCC unroll 8
+        for (int p = 0; p < Pixels; ++p) sum[p] += load_vector(source[p * step] + channel) * w[0];
+      } else {
+#pragma GCC unroll 32
+        for (int j = 0; j < (Pixels - 1) * Step + Taps; ++j) {
+          const V x = load_vector(source[j] + channel);
+#pragma GCC unroll 8
+          for (int t = 0; t < Taps; ++t)
+            if (j >= t && (j - t) % Step == 0 && (j - t) / Step < Pixels) sum[(j - t) / Step] += x * w[t];
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < Pixels; ++p) {
+      if (line.bias) sum[p] += load_as<V>(line.bias + channel);
+      store_vector(sum[p], to + p * line.to_stride + channel);
     }
   }
 }
 
-// One pixel: to[c] = sum over taps of sources[tap][c] * weights[tap, c] + bias[c].
+// In tiles of 7 or 4 pixels, whichever computes fewer twice; the last one overlaps its neighbour.
+template <class S, int Taps, int Step>
+void depthwise_line(const DepthwiseLine<S>& line) {
+  const int64_t pixels = line.pixels;
+  if (pixels >= 7 && round_up(pixels, 7) <= round_up(pixels, 4))
+    for (int64_t p = 0; p < pixels; p += 7) depthwise_tile<S, Taps, Step, 7>(line, min(p, pixels - 7));
+  else if (pixels >= 4)
+    for (int64_t p = 0; p < pixels; p += 4) depthwise_tile<S, Taps, Step, 4>(line, min(p, pixels - 4));
+  else
+    for (int64_t p = 0; p < pixels; ++p) depthwise_tile<S, Taps, Step, 1>(line, p);
+}
+
 template <class S>
-void depthwise_pixel(const S* const* sources, int64_t taps, const Compute<S>* weights, int64_t weight_stride, const S* bias,
-                     S* to, int64_t channels) {
-  using V = Vector<Compute<S>>;
-  for (int64_t c = 0; c < channels; c += lanes<Compute<S>>) {
-    V sum = {};
-    for (int64_t tap = 0; tap < taps; ++tap)
-      sum += load_first(sources[tap] + c, channels - c) * load_as<V>(weights + tap * weight_stride + c);
-    if (bias) sum += load_first(bias + c, channels - c);
-    store_first<S>(sum, to + c, channels - c);
+struct DepthwiseLineKernel {
+  int64_t row_taps;  // taps in a row: those of a kernel line, or one
+  void (*run)(const DepthwiseLine<S>&);
+};
+
+template <class S>
+DepthwiseLineKernel<S> depthwise_line_kernel(const Axis& x) {
+  const Columns columns(x);
+  if (columns.tap_step == 1 && x.step == 1) switch (x.taps) {
+      case 2: return {2, depthwise_line<S, 2, 1>};
+      case 3: return {3, depthwise_line<S, 3, 1>};
+      case 4: return {4, depthwise_line<S, 4, 1>};
+      case 5: return {5, depthwise_line<S, 5, 1>};
+      case 7: return {7, depthwise_line<S, 7, 1>};
+    }
+  if (columns.tap_step == 1 && x.step == 2) switch (x.taps) {
+      case 3: return {3, depthwise_line<S, 3, 2>};
+      case 5: return {5, depthwise_line<S, 5, 2>};
+      case 7: return {7, depthwise_line<S, 7, 2>};
+    }
+  return {1, depthwise_line<S, 1, 0>};
+}
+
+// A piece of work: `band` lines of positions of one sample for `chunk` channels (the last chunk takes what is left), `block`
+// of them at a time.
+struct DepthwisePlan {
+  bool in_place;
+  int64_t chunk, chunks, block, band, bands;
+  int64_t source_lines, columns;  // of a band and of its tables, at most
+};
+
+constexpr int64_t depthwise_band_bytes = 128 << 10;  // of a band's source
+constexpr int64_t depthwise_rows_bytes = 160 << 10;  // of the source lines that a line of results reads in place
+
+template <class S>
+DepthwisePlan depthwise_plan(const Correlation<S>& c, int64_t threads) {
+  using T = Compute<S>;
+  constexpr int64_t L = lanes<T>;
+  const Conv2dShape& s = c.shape;
+  const Patches<S> patches = make_phase(c, 0, 0, false).patches;
+  DepthwisePlan p;
+  p.in_place = c.source_stride[1] == 1 && c.result_stride[1] == 1 && c.groups >= L;
+  p.columns = patches.x.positions * patches.x.step + s.dilation_w * (s.kernel_width - 1);
+  const int64_t span = s.dilation_h * (s.kernel_height - 1) + 1;  // the gradient to the input divides it by the stride
+  // A band is transposed, or read in place by several phases in turn.
+  const bool phases = c.phases_y() * c.phases_x() > 1;
+  const int64_t pixel_bytes = (p.in_place && phases ? c.groups : L) * static_cast<int64_t>(sizeof(T));
+  const int64_t most = max<int64_t>(1, (depthwise_band_bytes / (p.columns * pixel_bytes) - span) / patches.y.step);
+  const int64_t pieces = threads > 1 ? ceil_div(4 * threads, s.batch) : 1;  // wanted of a sample
+  p.band = even_block(patches.y.positions, min(most, max<int64_t>(4, ceil_div(patches.y.positions, pieces))), 1);
+  p.bands = ceil_div(patches.y.positions, p.band);
+  p.chunks = min(max<int64_t>(1, c.groups / (2 * L)), ceil_div(pieces, p.bands));
+  p.chunk = max<int64_t>(L, c.groups / p.chunks / L * L);
+  const int64_t rows_bytes = p.columns * s.kernel_height * static_cast<int64_t>(sizeof(S));
+  p.block = p.in_place ? max(4 * L, depthwise_rows_bytes / rows_bytes / L * L) : L;
+  p.source_lines = min((p.band - 1) * patches.y.step + span, patches.y.inputs);
+  return p;
+}
+
+// The weights as [tap of all phases, channel].
+template <class S>
+void pack_depthwise_weights(const Correlation<S>& c, int64_t padded, Compute<S>* to) {
+  for (int64_t index = 0; index < c.phases_y() * c.phases_x(); ++index) {
+    const Patches<S> patches = make_phase(c, index / c.phases_x(), index % c.phases_x()).patches;
+    const Axis &y = patches.y, &x = patches.x;
+    for (int64_t tap = 0; tap < y.taps * x.taps; ++tap, to += padded)
+      copy_strided(c.weight + (y.first_tap + tap / x.taps * y.tap_step) * c.weight_y_stride +
+                       (x.first_tap + tap % x.taps * x.tap_step) * c.weight_x_stride,
+                   c.weight_group_stride, to, 1, c.groups);
+  }
+}
+
+// Lines [position, position + lines) of one phase for channels [begin, end), into `result`.
+template <class S>
+void depthwise_lines(const PixelTable<S>& table, const Axis& y, const Axis& x, int64_t position, int64_t lines, int64_t begin,
+                     int64_t end, const Compute<S>* weights, int64_t weight_stride, const Compute<S>* bias,
+                     const PixelLines<S>& result) {
+  const DepthwiseLineKernel<S> kernel = depthwise_line_kernel<S>(x);
+  const Columns columns(x);
+  const int64_t rows_per_line = x.taps / kernel.row_taps;
+  const S* const* rows[block_depth];
+  DepthwiseLine<S> line = {begin, end, rows, y.taps * rows_per_line, x.positions, x.step, weights, weight_stride, bias,
+                           nullptr, columns.direction * result.pixel_stride};
+  for (int64_t i = position; i < position + lines; ++i) {
+    for (int64_t row = 0; row < line.row_count; ++row)
+      rows[row] = table.line(y.source(i, row / rows_per_line)) + row % rows_per_line * columns.tap_step;
+    line.to = result.at(i, columns.direction < 0 ? x.positions - 1 : 0);
+    kernel.run(line);
+  }
+}
+
+// One phase of a band.
+template <class S>
+struct DepthwisePhase {
+  Phase<S> phase;
+  int64_t lines;  // of positions
+  Range source;   // lines
+
+  DepthwisePhase(const Correlation<S>& c, int64_t index, int64_t position, int64_t band)
+      : phase(make_phase(c, index / c.phases_x(), index % c.phases_x(), false)),
+        lines(max<int64_t>(0, min(band, phase.patches.y.positions - position))),
+        source(source_lines(phase.patches.y, position, lines)) {}
+};
+
+// A band of one sample, channels [first, last), read and written in place.
+template <class S>
+void depthwise_in_place(const Correlation<S>& c, const DepthwisePlan& p, int64_t sample, int64_t position, int64_t first,
+                        int64_t last, const Compute<S>* weights, int64_t padded, const Compute<S>* bias, const S* zeros) {
+  constexpr int64_t L = lanes<Compute<S>>;
+  const int64_t* stride = c.source_stride;
+  const PixelLines<const S> source = {c.source + sample * stride[0], 0, stride[2], stride[3]};
+  const S** pixels = scratch<const S*>(ScratchUse::worker, (p.source_lines + 1) * p.columns);
+  for (int64_t index = 0; index < c.phases_y() * c.phases_x(); ++index) {
+    const DepthwisePhase<S> d(c, index, position, p.band);
+    const Phase<S>& phase = d.phase;
+    const Columns columns(phase.patches.x);
+    PixelTable<S> table = {pixels, d.source.begin, d.source.end - d.source.begin, columns.count};
+    table.fill(columns, source, zeros);
+    const PixelLines<S> result = {phase.result + sample * phase.result_batch_stride, 0, phase.result_y_stride,
+                                  phase.result_x_stride};
+    for (int64_t begin = first, end; begin < last; begin = end) {
+      end = last - begin < p.block + L ? last : begin + p.block;
+      depthwise_lines(table, phase.patches.y, phase.patches.x, position, d.lines, begin, end,
+                      weights + phase.taps_before * padded, padded, bias, result);
+    }
+  }
+}
+
+// The same through copies of `lanes` channels at a time: lines [y][x][channel] in the compute type.
+template <class S>
+void depthwise_transposed(const Correlation<S>& c, const DepthwisePlan& p, int64_t sample, int64_t position, int64_t first,
+                          int64_t last, const Compute<S>* weights, int64_t padded, const Compute<S>* bias,
+                          const Compute<S>* zeros) {
+  using T = Compute<S>;
+  constexpr int64_t L = lanes<T>;
+  const Conv2dShape& s = c.shape;
+  const int64_t width = c.input_grad ? s.out_width : s.in_width, result_width = c.input_grad ? s.in_width : s.out_width;
+  const int64_t result_height = c.input_grad ? s.in_height : s.out_height;
+  const int64_t step_y = c.input_grad ? s.stride_h : 1, step_x = c.input_grad ? s.stride_w : 1;  // from result to result
+  const int64_t first_line = position * step_y, result_lines = min(p.band * step_y, result_height - first_line);
+  const int64_t phases = c.phases_y() * c.phases_x(), table_size = (p.source_lines + 1) * p.columns;
+  const int64_t *stride = c.source_stride, *result_stride = c.result_stride;
+  T* source = scratch<T>(ScratchUse::worker, (p.source_lines * width + p.band * step_y * result_width) * L +
+                                                 phases * table_size * ceil_div(sizeof(T*), sizeof(T)));
+  T* result = source + p.source_lines * width * L;
+  const T** pixels = reinterpret_cast<const T**>(result + p.band * step_y * result_width * L);
+
+  Range lines = DepthwisePhase<S>(c, 0, position, p.band).source;
+  for (int64_t index = 1; index < phases; ++index) {
+    const Range more = DepthwisePhase<S>(c, index, position, p.band).source;
+    if (more.begin == more.end) continue;
+    lines = lines.begin == lines.end ? more : Range{min(lines.begin, more.begin), max(lines.end, more.end)};
+  }
+  const PixelLines<const T> copy = {source, lines.begin, width * L, L};
+  const auto table = [&](const DepthwisePhase<S>& d, const Columns& columns, int64_t index) {
+    return PixelTable<T>{pixels + index * table_size, d.source.begin, d.source.end - d.source.begin, columns.count};
+  };
+  for (int64_t index = 0; index < phases; ++index) {
+    const DepthwisePhase<S> d(c, index, position, p.band);
+    const Columns columns(d.phase.patches.x);
+    table(d, columns, index).fill(columns, copy, zeros);
+  }
+
+  for (int64_t channel = first; channel < last; channel += L) {
+    const int64_t channels = min(last - channel, L);
+    copy_planes(Block<const S>{c.source + sample * stride[0] + channel * stride[1] + lines.begin * stride[2], stride[1],
+                               stride[2], stride[3]},
+                Block<T>{source, 1, width * L, L}, channels, lines.end - lines.begin, width);
+    for (int64_t index = 0; index < phases; ++index) {
+      const DepthwisePhase<S> d(c, index, position, p.band);
+      const Axis &y = d.phase.patches.y, &x = d.phase.patches.x;
+      T* first_result = result + (index / c.phases_x() * result_width + index % c.phases_x()) * L;
+      depthwise_lines(table(d, Columns(x), index), y, x, position, d.lines, 0, L,
+                      weights + d.phase.taps_before * padded + channel, padded, bias ? bias + channel : nullptr,
+                      PixelLines<T>{first_result, position, step_y * result_width * L, step_x * L});
+    }
+    copy_planes(Block<const T>{result, 1, result_width * L, L},
+                Block<S>{c.result + sample * result_stride[0] + channel * result_stride[1] + first_line * result_stride[2],
+                         result_stride[1], result_stride[2], result_stride[3]},
+                channels, result_lines, result_width);
   }
 }
 
 template <class S, class Problem>
 void correlate_depthwise(const Problem& problem, const ThreadPool& pool) {
   using T = Compute<S>;
+  constexpr int64_t L = lanes<T>;
   const Correlation<S> c = correlation<S>(problem);
-  const int64_t channels = c.groups, padded = round_up(channels, lanes<T>), phases_x = c.phases_x();
-  const int64_t lines = c.batch * (c.input_grad ? ceil_div(c.shape.in_height, c.shape.stride_h) : c.shape.out_height);
+  if (c.batch * c.groups == 0 || make_phase(c, 0, 0).pixels(c.batch) == 0) return;
+  const DepthwisePlan p = depthwise_plan(c, pool.threads);
+  const int64_t kernel = c.shape.kernel_height * c.shape.kernel_width, padded = round_up(c.groups, L);
+  T* weights = scratch<T>(ScratchUse::caller, (kernel + 2) * padded);
+  T* bias = weights + kernel * padded;
+  const S* zeros = reinterpret_cast<S*>(bias + padded);  // a pixel of padding
+  pack_depthwise_weights(c, padded, weights);
+  zero_matrix(Matrix<T>{bias, padded, 1}, 2, padded);
+  if (c.bias) copy_contiguous(c.bias, bias, c.groups);
 
-  // Weights as [tap of all phases, channel], and a pixel of padding.
-  const int64_t kernel = c.shape.kernel_height * c.shape.kernel_width;
-  T* weights = scratch<T>(ScratchUse::caller, kernel * padded + padded);
-  S* zeros = reinterpret_cast<S*>(weights + kernel * padded);
-  zero_matrix(Matrix<T>{weights, padded, 1}, kernel + 1, padded);
-  for (int64_t phase_y = 0; phase_y < c.phases_y(); ++phase_y)
-    for (int64_t phase_x = 0; phase_x < phases_x; ++phase_x) {
-      const Phase<S> phase = make_phase(c, phase_y, phase_x);
-      const Axis &y = phase.patches.y, &x = phase.patches.x;
-      for (int64_t tap = 0; tap < y.taps * x.taps; ++tap)
-        copy_strided(c.weight + (y.first_tap + tap / x.taps * y.tap_step) * c.weight_y_stride +
-                         (x.first_tap + tap % x.taps * x.tap_step) * c.weight_x_stride,
-                     c.weight_group_stride, weights + (phase.taps_before + tap) * padded, 1, channels);
-    }
-
-  parallel_for(pool, c.phases_y() * phases_x * lines, [&](int64_t begin, int64_t end) {
-    const S* sources[block_depth];
+  parallel_for(pool, c.batch * p.bands * p.chunks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t index = i / lines, line = i % lines;
-      const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
-      const Patches<S>& patches = phase.patches;
-      const int64_t first = line * patches.x.positions;
-      if (first >= phase.pixels(c.batch)) continue;
-      const int64_t taps = patches.y.taps * patches.x.taps;
-      for_each_line(patches.y, patches.x, first, patches.x.positions,
-                    [&](int64_t n, int64_t y, int64_t first_x, int64_t count, int64_t) {
-        for (int64_t x = first_x; x < first_x + count; ++x) {
-          tap_sources(patches, n, y, x, zeros, sources);
-          depthwise_pixel(sources, taps, weights + phase.taps_before * padded, padded, c.bias,
-                          phase.result + n * phase.result_batch_stride + y * phase.result_y_stride +
-                              x * phase.result_x_stride,
-                          channels);
-        }
-      });
+      const int64_t chunk = i % p.chunks, first = chunk * p.chunk;
+      const int64_t last = chunk + 1 == p.chunks ? c.groups : first + p.chunk;
+      const int64_t position = i / p.chunks % p.bands * p.band, sample = i / p.chunks / p.bands;
+      if (p.in_place)
+        depthwise_in_place(c, p, sample, position, first, last, weights, padded, c.bias ? bias : nullptr, zeros);
+      else
+        depthwise_transposed(c, p, sample, position, first, last, weights, padded, c.bias ? bias : nullptr,
+                             reinterpret_cast<const T*>(zeros));
     }
   });
-}
-
-// Channels of one piece of work of the weight gradient.
-constexpr int64_t depthwise_channel_block = 64;
-
-// sum[tap, c] += sum over pixels [pixel, end) of input[tap, c] * grad_output[c], chained over block_depth pixels at a time.
-// `chain` and `sum` are [taps, depthwise_channel_block].
-template <class S>
-void depthwise_weight_grad_block(const WeightGrad<S>& w, int64_t channel, int64_t channels, int64_t pixel, int64_t end,
-                                 const S* zeros, Compute<S>* chain, Compute<S>* sum) {
-  using T = Compute<S>;
-  using V = Vector<T>;
-  constexpr int64_t width = depthwise_channel_block;
-  const S* sources[block_depth];
-  const Patches<S>& grads = w.grad_output;
-  Patches<S> input = w.input;
-  input.data += channel;
-  for (int64_t start = pixel; start < end; start += block_depth) {
-    zero_matrix(Matrix<T>{chain, width, 1}, w.rows, width);
-    for_each_line(input.y, input.x, start, min(end - start, block_depth),
-                  [&](int64_t n, int64_t y, int64_t first_x, int64_t count, int64_t) {
-      for (int64_t x = first_x; x < first_x + count; ++x) {
-        tap_sources(input, n, y, x, zeros, sources);
-        const S* grad = grads.data + n * grads.batch_stride + y * grads.y_stride + x * grads.x_stride + channel;
-        for (int64_t c = 0; c < channels; c += lanes<T>) {
-          const V g = load_first(grad + c, channels - c);
-          for (int64_t tap = 0; tap < w.rows; ++tap) {
-            T* to = chain + tap * width + c;
-            store_as(to, load_as<V>(to) + load_first(sources[tap] + c, channels - c) * g);
-          }
-        }
-      }
-    });
-    for (int64_t i = 0; i < w.rows * width; ++i) sum[i] += chain[i];
-  }
-}
-
-template <class S>
-void weight_grad_depthwise(const Conv2dWeightGrad& problem, const ThreadPool& pool) {
-  using T = Compute<S>;
-  constexpr int64_t width = depthwise_channel_block;
-  const WeightGrad<S> w = weight_grad<S>(problem);
-  if (w.groups * w.rows == 0) return;
-  const Slices<S> slices(w);
-  const int64_t blocks = ceil_div(w.groups, width);
-  parallel_for(pool, slices.count * blocks, [&](int64_t begin, int64_t end) {
-    T* chain = scratch<T>(ScratchUse::worker, 2 * w.rows * width + width);
-    T* sum = chain + w.rows * width;
-    S* zeros = reinterpret_cast<S*>(sum + w.rows * width);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t channel = i % blocks * width, channels = min(w.groups - channel, width), slice = i / blocks;
-      const int64_t pixel = slice * slices.pixels;
-      zero_matrix(Matrix<T>{sum, width, 1}, w.rows + 1, width);
-      depthwise_weight_grad_block(w, channel, channels, pixel, min(pixel + slices.pixels, w.pixels), zeros, chain, sum);
-      for (int64_t c = 0; c < channels; ++c)
-        store_slice(w, slices, slice, channel + c, 0, w.rows, 0, 1, Matrix<const T>{sum + c, width, 1});
-    }
-  });
-  sum_slices(w, slices, pool);
 }
 
 }  // namespace

@@ -77,6 +77,8 @@ struct Block {
 template <class From, class To>
 void copy_planes(Block<From> from, Block<To> to, int64_t channels, int64_t lines, int64_t pixels) {
   constexpr int64_t L = lanes<Compute<To>>;
+  if (from.line_stride == pixels * from.pixel_stride && to.line_stride == pixels * to.pixel_stride)
+    pixels *= lines, lines = 1;  // one long line
   const bool squares = channels >= L && pixels >= L;
   if (squares && from.channel_stride == 1 && to.pixel_stride == 1) {
     for (int64_t line = 0; line < lines; ++line)
