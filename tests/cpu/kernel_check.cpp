@@ -233,6 +233,16 @@ const Case cases[] = {
     {1, 2, 20, 17, 110, 3, 3, 1, 1, 0, 0, 1, 1, 1},    // more rows than a block holds
     {1, 2, 9, 9, 4, 2, 2, 7, 5, 0, 0, 1, 1, 1},        // stride wider than the kernel
     {5, 2, 33, 32, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1},      // weight gradient in several slices
+    // few channels:
+    {1, 3, 15, 17, 64, 7, 7, 2, 2, 3, 3, 1, 1, 1},     // first layer of a network, pixels or channels fill vectors
+    {2, 6, 14, 14, 16, 5, 5, 1, 1, 0, 0, 1, 1, 1},     // much padding in the gradient to the input
+    {1, 2, 3, 90, 3, 3, 3, 1, 1, 4, 9, 1, 1, 1},       // long lines, padding wider than the kernel
+    {2, 12, 5, 23, 12, 3, 3, 1, 1, 1, 1, 1, 1, 3},     // groups of 4
+    {1, 2, 300, 1, 3, 270, 1, 1, 1, 2, 0, 1, 1, 1},    // a column
+    {2, 43, 9, 23, 43, 3, 3, 1, 1, 1, 1, 1, 1, 43},    // depthwise: long lines, several blocks of channels
+    {1, 21, 15, 14, 21, 5, 5, 2, 2, 2, 2, 1, 1, 21},   // depthwise with a stride
+    {2, 9, 14, 7, 9, 7, 7, 1, 1, 3, 3, 1, 1, 9},       // depthwise 7x7
+    {4, 9, 33, 32, 9, 3, 3, 1, 1, 1, 1, 1, 1, 9},      // depthwise: weight gradient in several slices
     // Winograd:
     {2, 16, 3, 5, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1},      // not yet: too few pixels
     {2, 32, 8, 8, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1},     // whole tiles, whole vectors

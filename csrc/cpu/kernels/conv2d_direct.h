@@ -6,11 +6,48 @@
 // An element's chain of operations is that of the implicit GEMM, so its bits are, too.
 #pragma once
 #include "conv2d_implicit_gemm.h"
+#include "conv2d_plane.h"
 #include "gemm_indirect.h"
 #include "transpose.h"
 
 namespace cvfast {
 namespace {
+
+// A kernel of one column over images of one column moves along lines instead: the order of the taps and of the pixels is the
+// same, and what lies in the padding is left out for short runs of pixels. Not if a line would fill the cache.
+constexpr int64_t column_limit = 32 << 10;  // elements of a sample
+inline bool is_column(const Conv2dShape& s) {
+  const int64_t padded = s.in_height + 2 * s.dilation_h * (s.kernel_height - 1);
+  return s.kernel_width == 1 && s.in_width == 1 && s.out_width == 1 && s.kernel_height > 1 &&
+         max(s.in_channels, s.out_channels) / s.groups * padded <= column_limit;
+}
+inline void exchange(int64_t& a, int64_t& b) {
+  const int64_t other = a;
+  a = b, b = other;
+}
+inline Conv2dShape along_lines(Conv2dShape s) {
+  if (!is_column(s)) return s;
+  exchange(s.in_height, s.in_width), exchange(s.out_height, s.out_width), exchange(s.kernel_height, s.kernel_width);
+  exchange(s.stride_h, s.stride_w), exchange(s.padding_h, s.padding_w), exchange(s.dilation_h, s.dilation_w);
+  return s;
+}
+template <class... Tensor>
+void exchange_axes(Tensor&... t) { (exchange(t.stride[2], t.stride[3]), ...); }
+inline Conv2dForward along_lines(Conv2dForward p) {
+  if (is_column(p.shape)) exchange_axes(p.input, p.weight, p.output);
+  p.shape = along_lines(p.shape);
+  return p;
+}
+inline Conv2dInputGrad along_lines(Conv2dInputGrad p) {
+  if (is_column(p.shape)) exchange_axes(p.grad_output, p.weight, p.grad_input);
+  p.shape = along_lines(p.shape);
+  return p;
+}
+inline Conv2dWeightGrad along_lines(Conv2dWeightGrad p) {
+  if (is_column(p.shape)) exchange_axes(p.grad_output, p.input, p.grad_weight);
+  p.shape = along_lines(p.shape);
+  return p;
+}
 
 // What positions 0 .. positions - 1 of one axis read of the source, over all phases: i * step + [first, last].
 struct Window {
@@ -46,7 +83,7 @@ struct DirectPlan {
   int64_t shared;                           // zeros at the end of a line that are those at the start of the next one
   bool channels_are_cols;                   // of a product; else its rows, and the pixels its columns
   int64_t packed_channels;                  // of a group, rounded up to whole vectors if they are the columns
-  int64_t result_elements;                  // of a band
+  int64_t result_stride, result_elements;   // of a band: pixels of a channel as rows, all
 };
 
 constexpr int64_t direct_image_bytes = 96 << 10;  // of a piece's copy: well inside the L2 cache
@@ -88,8 +125,9 @@ DirectPlan direct_plan(const Correlation<S>& c, int64_t threads) {
   // Whichever wastes fewer lanes.
   p.channels_are_cols = c.out_channels > lanes<T> && pixels * p.packed_channels <= cols * c.out_channels;
   if (!p.channels_are_cols) p.packed_channels = c.out_channels;
+  p.result_stride = round_up(p.band * p.pitch, lanes<T>) + lanes<T>;  // a line's last vector may reach beyond it
   p.result_elements = p.group_block * p.packed_channels *
-                      (p.channels_are_cols ? p.band * p.x.positions : round_up(p.band * p.pitch, lanes<T>));
+                      (p.channels_are_cols ? p.band * p.x.positions : p.result_stride);
   return p;
 }
 
@@ -138,23 +176,74 @@ int64_t direct_tile_channels(const DirectPlan& p, int64_t out) {
   return min<int64_t>(p.channels_are_cols ? tile_cols<T> : tile_rows, p.packed_channels - out);
 }
 
+// to[tap, in, i] = from[i][in * taps + tap] for i < channels; rows of `from` are from_stride apart.
+template <class S>
+void transpose_weights(const S* from, int64_t from_stride, int64_t channels, int64_t inputs, int64_t taps, Compute<S>* to) {
+  using T = Compute<S>;
+  constexpr int64_t L = lanes<T>;
+  for (int64_t i = 0; i < channels; i += L)
+    for (int64_t col = 0; col < inputs * taps; col += L) {
+      const int64_t first = min(i, channels - L), j = min(col, inputs * taps - L);
+      Vector<T> square[L];
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k) square[k] = load_vector(from + (first + k) * from_stride + j);
+      transpose_square<T>(square);
+      int64_t in = j / taps, tap = j - in * taps;
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k) {
+        store_as(to + (tap * inputs + in) * channels + first, square[k]);
+        if (++tap == taps) tap = 0, ++in;
+      }
+    }
+}
+
 // The weights of one phase and group: tiles of output channels, each [depth, channels].
 template <class S>
 void pack_direct_weights(const DirectPlan& p, const Correlation<S>& c, const Patches<S>& patches, int64_t group,
                          Compute<S>* to) {
   using T = Compute<S>;
-  for (int64_t out = 0, width; out < p.packed_channels; out += width) {
+  constexpr int64_t L = lanes<T>;
+  const int64_t inputs = c.in_channels, taps = patches.y.taps * patches.x.taps, depth = taps * inputs;
+  const bool contiguous = taps == c.shape.kernel_height * c.shape.kernel_width && c.weight_x_stride == 1 &&
+                          c.weight_y_stride == c.shape.kernel_width && c.weight_in_stride == taps;
+  for (int64_t out = 0, width; out < p.packed_channels; out += width, to += depth * width) {
     width = direct_tile_channels<T>(p, out);
     const int64_t channels = min(width, c.out_channels - out);
-    for (int64_t tap = 0; tap < patches.y.taps * patches.x.taps; ++tap) {
-      const S* source = c.weight + group * c.weight_group_stride + out * c.weight_out_stride +
-                        (patches.y.first_tap + tap / patches.x.taps * patches.y.tap_step) * c.weight_y_stride +
+    const bool squares = channels == width && width >= L;
+    const S* weights = c.weight + group * c.weight_group_stride + out * c.weight_out_stride;
+    if (channels < width) zero_matrix(Matrix<T>{to + channels, width, 1}, depth, width - channels);
+    if (squares && contiguous && depth >= L) {
+      transpose_weights(weights, c.weight_out_stride, width, inputs, taps, to);
+      continue;
+    }
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const S* source = weights + (patches.y.first_tap + tap / patches.x.taps * patches.y.tap_step) * c.weight_y_stride +
                         (patches.x.first_tap + tap % patches.x.taps * patches.x.tap_step) * c.weight_x_stride;
-      for (int64_t in = 0; in < c.in_channels; ++in, to += width)
-        for (int64_t i = 0; i < width; ++i)
-          to[i] = i < channels ? to_compute(source[in * c.weight_in_stride + i * c.weight_out_stride]) : T{};
+      T* target = to + tap * inputs * width;
+      if (squares && c.weight_in_stride == 1 && inputs >= L)
+        transpose_weights(source, c.weight_out_stride, width, inputs, 1, target);
+      else
+        copy_matrix(Matrix<const S>{source, c.weight_in_stride, c.weight_out_stride}, Matrix<T>{target, width, 1}, inputs,
+                    channels);
     }
   }
+}
+
+// Of the gradient to the input: the taps of an axis that meet the source for one of the positions [position, position + count).
+inline Range meeting_taps(const Axis& a, int64_t position, int64_t count) {
+  const int64_t last = position + count - 1 + a.offset, beyond = position + a.offset - (a.inputs - 1);
+  const int64_t begin = beyond <= 0 ? 0 : min(ceil_div(beyond, -a.tap_offset), a.taps);
+  return {begin, last < 0 ? begin : max(begin, min(last / -a.tap_offset + 1, a.taps))};
+}
+
+// More than an eighth of the taps lie in the padding, and can be left out by lines that fill vectors or by runs of pixels.
+inline bool misses_much(const Axis& y, const Axis& x) {
+  const auto misses = [](const Axis& a) {
+    int64_t inside = 0;
+    for (int64_t tap = 0; tap < a.taps; ++tap) inside += a.inside(tap).end - a.inside(tap).begin;
+    return 8 * inside < 7 * a.positions * a.taps;
+  };
+  return (x.positions >= 8 && misses(y)) || (y.taps == 1 && misses(x));
 }
 
 // One phase of one group in a band: lines x pixels results of each output channel.
@@ -166,16 +255,25 @@ struct DirectProduct {
   const T* bias;  // [packed_channels] or nullptr
   Block<T> result;
   bool in_place;  // the result is the caller's: just its elements may be written
+
+  // One line's pixels [first, first + count).
+  DirectProduct part(const DirectPlan& p, int64_t line, int64_t first, int64_t count) const {
+    DirectProduct d = *this;
+    d.lines = 1, d.pixels = count;
+    d.image += line * p.pitch + first;
+    d.result.data += line * result.line_stride + first * result.pixel_stride;
+    return d;
+  }
 };
 
-// Output channels [out, out + channels) over the depth [start, start + depth).
+// Output channels [out, out + channels) over the depth [start, end).
 template <class T>
-void direct_tiles(const DirectPlan& p, const DirectProduct<T>& d, int64_t out, int64_t channels, int64_t start,
-                  int64_t depth, const T* bias) {
+void direct_tiles(const DirectPlan& p, const DirectProduct<T>& d, int64_t out, int64_t channels, int64_t start, int64_t end,
+                  Chain chain, const T* bias) {
   const T* weights = d.weights + out * d.depth + start * channels;
+  const int64_t depth = end - start;
   const Block<T>& result = d.result;
   T* to = result.data + out * result.channel_stride;
-  const Chain chain = start > 0 ? Chain::add : Chain::start;
   const auto pixels_at = [&](int64_t y) { return IndirectRows<T>{d.image + y * p.pitch, d.offset + start}; };
   if (p.channels_are_cols) {
     for (int64_t y = 0; y < d.lines; ++y)
@@ -191,16 +289,51 @@ void direct_tiles(const DirectPlan& p, const DirectProduct<T>& d, int64_t out, i
   }
 }
 
+// Over the depth `used`; the chains begin at multiples of block_depth.
 template <class T>
-void direct_product(const DirectPlan& p, const DirectProduct<T>& d) {
+void direct_product(const DirectPlan& p, const DirectProduct<T>& d, Range used) {
   for (int64_t out = 0, channels; out < p.packed_channels; out += channels) {
     channels = direct_tile_channels<T>(p, out);
-    for (int64_t start = 0; start == 0 || start < d.depth; start += block_depth) {
-      const int64_t depth = min(d.depth - start, block_depth);
-      const bool last = start + depth == d.depth;
-      direct_tiles(p, d, out, channels, start, depth, last && d.bias ? d.bias + out : nullptr);
+    Chain chain = Chain::start;
+    for (int64_t start = used.begin, end; chain == Chain::start || start < used.end; start = end, chain = Chain::add) {
+      end = min(used.end, (start / block_depth + 1) * block_depth);
+      direct_tiles(p, d, out, channels, start, end, chain, end == used.end && d.bias ? d.bias + out : nullptr);
     }
   }
+}
+
+// The gradient to the input, without the taps that meet nothing but padding for a whole line or, where the kernel has one
+// line, for a run of its pixels. `position`: of the band's first line.
+template <class T>
+void direct_product_inside(const DirectPlan& p, const DirectProduct<T>& d, const Axis& y, const Axis& x, int64_t position) {
+  constexpr int64_t run = 64, shortest = 16;  // pixels
+  const int64_t line_depth = d.depth / y.taps;
+  for (int64_t line = 0; line < d.lines; ++line) {
+    const Range taps_y = meeting_taps(y, position + line, 1);
+    for (int64_t first = 0, count; first < d.pixels; first += count) {
+      count = y.taps > 1 || d.pixels - first < run + shortest ? d.pixels - first : run;
+      Range used = {taps_y.begin * line_depth, taps_y.end * line_depth};
+      if (y.taps == 1 && taps_y.begin < taps_y.end) {
+        const Range taps_x = meeting_taps(x, first, count);
+        used = {taps_x.begin * (line_depth / x.taps), taps_x.end * (line_depth / x.taps)};
+      }
+      direct_product(p, d.part(p, line, first, count), used);
+    }
+  }
+}
+
+// Computes one channel in and one out with a square kernel, without stride and dilation; false if this is something else.
+template <class T>
+bool try_plane_product(const DirectPlan& p, const DirectProduct<T>& d, const Axis& y, const Axis& x) {
+  const auto product = plane_product_for<T>(y.taps);
+  const bool plain = d.depth == y.taps * x.taps && p.packed_channels == 1 && x.taps == y.taps && p.y.step == 1 &&
+                     p.x.step == 1 && y.tap_offset == x.tap_offset && (x.tap_offset == 1 || x.tap_offset == -1);
+  if (!product || !plain || d.lines < plane_lines || d.pixels < plane_vectors * lanes<T> || d.result.pixel_stride != 1)
+    return false;
+  product(PlaneProduct<T>{d.image + d.offset[0], p.pitch, y.tap_offset * p.pitch, x.tap_offset, d.weights, d.bias,
+                          d.result.data, d.result.line_stride},
+          d.lines, d.pixels);
+  return true;
 }
 
 // Where the products put a band's results: in `to` if it has the compute type and fitting strides, else in `scratch`.
@@ -218,7 +351,7 @@ Block<T> direct_results(const DirectPlan& p, const Phase<S>& phase, Block<S> to,
     const int64_t pixel_stride = p.group_block * p.packed_channels;
     return {scratch, 1, pixels * pixel_stride, pixel_stride};
   }
-  return {scratch, round_up(p.band * p.pitch, lanes<T>), p.pitch, 1};
+  return {scratch, p.result_stride, p.pitch, 1};
 }
 
 // With many channels on both sides the implicit GEMM packs patches once for many products. The copy of one line, of
@@ -231,16 +364,18 @@ inline bool direct_fits(const Conv2dShape& s, int64_t channels, int64_t width) {
          min(in, out) <= 64 && max(in, out) <= 128 && channels * lines * line <= direct_image_limit;
 }
 inline bool direct_applies(const Conv2dForward& p) {
-  return direct_fits(p.shape, p.shape.in_channels / p.shape.groups, p.shape.in_width);
+  const Conv2dShape s = along_lines(p.shape);
+  return direct_fits(s, s.in_channels / s.groups, s.in_width);
 }
 inline bool direct_applies(const Conv2dInputGrad& p) {
-  return direct_fits(p.shape, p.shape.out_channels / p.shape.groups, p.shape.out_width);
+  const Conv2dShape s = along_lines(p.shape);
+  return direct_fits(s, s.out_channels / s.groups, s.out_width);
 }
 
 template <class S, class Problem>
 void correlate_direct(const Problem& problem, const ThreadPool& pool) {
   using T = Compute<S>;
-  const Correlation<S> c = correlation<S>(problem);
+  const Correlation<S> c = correlation<S>(along_lines(problem));
   if (c.batch == 0 || c.groups * c.out_channels == 0 || make_phase(c, 0, 0).pixels(c.batch) == 0) return;
   const DirectPlan p = direct_plan(c, pool.threads);
   const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
@@ -276,7 +411,8 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
                  groups * c.in_channels, position, min(p.band, p.y.positions - position), image);
       for (int64_t index = 0; index < phases; ++index) {
         const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x, false);
-        const int64_t lines = min(p.band, phase.patches.y.positions - position), pixels = phase.patches.x.positions;
+        const Axis &y = phase.patches.y, &x = phase.patches.x;
+        const int64_t lines = min(p.band, y.positions - position), pixels = x.positions;
         if (lines <= 0) continue;
         const int64_t depth = phase.patches.columns();
         const T* weights = packed + phase.taps_before * c.in_channels * all_channels;
@@ -288,12 +424,16 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
         for (int64_t group = 0; group < groups; ++group) {
           Block<T> group_result = from;
           group_result.data += group * p.packed_channels * from.channel_stride;
-          direct_product(p, DirectProduct<T>{depth, lines, pixels,
-                                             weights + (first_group + group) * depth * p.packed_channels,
-                                             image + group * c.in_channels * p.channel_size,
-                                             offsets + phase.taps_before * c.in_channels,
-                                             c.bias ? bias + (first_group + group) * p.packed_channels : nullptr,
-                                             group_result, in_place});
+          const DirectProduct<T> product = {depth, lines, pixels,
+                                            weights + (first_group + group) * depth * p.packed_channels,
+                                            image + group * c.in_channels * p.channel_size,
+                                            offsets + phase.taps_before * c.in_channels,
+                                            c.bias ? bias + (first_group + group) * p.packed_channels : nullptr,
+                                            group_result, in_place};
+          if (c.input_grad && depth > 0 && misses_much(y, x))
+            direct_product_inside(p, product, y, x, position);
+          else if (!try_plane_product(p, product, y, x))
+            direct_product(p, product, Range{0, depth});
         }
         if (in_place) continue;
         const bool together = p.packed_channels == c.out_channels;  // the groups' channels are neighbours

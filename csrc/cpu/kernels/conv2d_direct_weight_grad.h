@@ -127,7 +127,7 @@ void add_pixels(const WeightGrad<S>& w, const WeightGradBand& b, const Compute<S
 }
 
 inline bool direct_applies(const Conv2dWeightGrad& p) {
-  const Conv2dShape& s = p.shape;
+  const Conv2dShape s = along_lines(p.shape);
   const int64_t sums = s.in_channels / s.groups * s.out_channels / s.groups * s.kernel_height * s.kernel_width;
   return direct_fits(s, s.in_channels / s.groups, s.in_width) && s.dilation_w == 1 && sums <= weight_grad_sums_limit;
 }
@@ -135,7 +135,7 @@ inline bool direct_applies(const Conv2dWeightGrad& p) {
 template <class S>
 void weight_grad_direct(const Conv2dWeightGrad& problem, const ThreadPool& pool) {
   using T = Compute<S>;
-  const WeightGrad<S> w = weight_grad<S>(problem);
+  const WeightGrad<S> w = weight_grad<S>(along_lines(problem));
   if (w.groups * w.rows * w.cols == 0) return;
   const Slices<S> slices(w);
   const WeightGradBand b = weight_grad_band(w);
