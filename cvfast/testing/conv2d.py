@@ -166,18 +166,24 @@ class Conv2dSpec(OpSpec):
         value = sample.options.get(name, default)
         return (value, value) if isinstance(value, int) else value
 
+    def _tiled_image(self, sample: Sample, result: str) -> torch.Tensor:
+        """What Winograd cuts into tiles for `result`: the result, or for the weights the output's gradient."""
+        return sample.operands["input"] if result == "input" else sample.call(self.native)
+
     def bound(self, sample: Sample, backend: str, result: str) -> float:
-        """Winograd's for the output and the input's gradient, where csrc/cpu/kernels/conv2d_winograd.h takes it."""
+        """Winograd's, where csrc/cpu/kernels/conv2d_winograd.h or conv2d_winograd_weight_grad.h takes the result."""
         weight, groups = sample.operands["weight"], sample.options.get("groups", 1)
         steps = [self._pair(sample, name, 1) for name in ("stride", "dilation")]
+        image = self._tiled_image(sample, result)
         taken = (
             backend == "ext"
             and not _library.C.strict_precision()
-            and result in ("output", "input")
+            and result != "bias"
             and weight.dtype != torch.float64
             and weight.shape[2:] == (3, 3)
             and steps == [(1, 1), (1, 1)]
             and min(weight.shape[0] // groups, weight.shape[1]) >= 16
+            and image.shape[-2] * image.shape[-1] >= 16
         )
         return WINOGRAD_ERROR if taken else 0.0
 

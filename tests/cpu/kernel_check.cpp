@@ -251,6 +251,7 @@ const Case cases[] = {
     {1, 32, 6, 5, 32, 3, 3, 1, 1, 4, 3, 1, 1, 1},      // padding wider than the kernel
     {1, 33, 4, 31, 34, 3, 3, 1, 1, 1, 1, 1, 1, 1},     // one line of tiles
     {2, 64, 24, 23, 64, 3, 3, 1, 1, 1, 1, 1, 1, 4},    // several chunks of tiles
+    {3, 32, 30, 29, 34, 3, 3, 1, 1, 1, 1, 1, 1, 2},    // weight gradient in two slices, one of them of two chunks
     {0, 4, 5, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1},        // nothing: batch, channels, outputs, pixels, kernel
     {2, 0, 5, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1},
     {2, 4, 5, 5, 0, 3, 3, 1, 1, 1, 1, 1, 1, 1},
@@ -372,9 +373,9 @@ double half_ulp(DType dtype) { return dtype == DType::bf16 ? std::ldexp(1, -8) :
 
 // Does Winograd's F(4x4, 3x3) compute this product? Then an error spreads over the tile.
 bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
-  const bool forward = product == Product::forward;
-  const int64_t height = forward ? s.out_height : s.in_height, width = forward ? s.out_width : s.in_width;
-  return product != Product::weight_grad && dtype != DType::f64 && s.kernel_height == 3 && s.kernel_width == 3 &&
+  const bool input_grad = product == Product::input_grad;
+  const int64_t height = input_grad ? s.in_height : s.out_height, width = input_grad ? s.in_width : s.out_width;
+  return dtype != DType::f64 && s.kernel_height == 3 && s.kernel_width == 3 &&
          s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
          std::min(s.in_channels, s.out_channels) >= 16 * s.groups && height * width >= 16;
 }
@@ -547,11 +548,35 @@ void check_nonfinite_weight(DType dtype, double bad, const Case& c) {
   }
 }
 
+// Bad numbers among the gradients of one output channel reach its weights alone, and the bits are the exact algorithm's.
+void check_nonfinite_grad(DType dtype, double bad, const Case& c) {
+  const Conv2dShape s = c.shape();
+  std::mt19937 engine(1);
+  std::uniform_int_distribution<int> whole(1, 3);
+  Operands o = make_operands(s, Product::weight_grad, [&] { return whole(engine); });
+  o.first.at(1, 3, 0, 2) = bad;
+  for (Layout layout : {Layout::contiguous, Layout::channels_last}) {
+    const auto weight_grad = [&] {
+      return run(s, Product::weight_grad, dtype, o, Encoded(o, dtype), {layout, layout, layout}, pools[1]);
+    };
+    const Stored result = weight_grad();
+    set_strict_precision(true);
+    const std::vector<char> exact = weight_grad().packed();
+    set_strict_precision(false);
+    if (result.packed() != exact) fail("a NaN or infinite gradient: not the bits of the exact algorithm");
+    result.each([&](int64_t i, int64_t at) {
+      const bool touched = i / (result.size[1] * result.size[2] * result.size[3]) == 3;
+      if (std::isfinite(read(&result.bytes[at], dtype)) == touched) fail("a NaN or infinite gradient came out wrong");
+    });
+  }
+}
+
 void check_nonfinite(DType dtype, double bad) {
   const Case by_gemm = {2, 4, 7, 8, 34, 3, 3, 2, 1, 1, 1, 1, 1, 1}, winograd = {2, 18, 7, 8, 34, 3, 3, 1, 1, 1, 1, 1, 1, 1};
   for (const Case& c : {by_gemm, winograd}) {
     check_nonfinite_input(dtype, bad, c);
     check_nonfinite_weight(dtype, bad, c);
+    check_nonfinite_grad(dtype, bad, c);
   }
 }
 

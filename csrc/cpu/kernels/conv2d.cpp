@@ -7,6 +7,7 @@
 #include "conv2d_direct_weight_grad.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_winograd.h"
+#include "conv2d_winograd_weight_grad.h"
 
 namespace cvfast {
 namespace {
@@ -40,6 +41,7 @@ constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
 template <class S>
 constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
     {"depthwise", depthwise_applies, weight_grad_depthwise<S>},
+    {"winograd", winograd_applies, weight_grad_by_winograd<S>},
     {"direct", direct_applies, weight_grad_direct<S>},
     {"implicit_gemm", always, weight_grad_by_gemm<S>},
 };

@@ -17,125 +17,144 @@
 namespace cvfast {
 namespace {
 
-constexpr int64_t winograd_depth = 128;                // channels of a block
+constexpr int64_t winograd_depth = 128;                // most channels of a block
 constexpr int64_t winograd_width = tile_cols<float>;  // output channels of a panel
 constexpr int64_t line_floats = 16;  // a cache line more between points: their addresses fall into different cache sets
+
+// The tile `index` of all: image and first pixel of the result.
+struct WinogradTile {
+  int64_t n, y, x;
+};
+
+// Images cut into tiles. To each tile belongs a patch of Pixels x Pixels, 0 outside of the image. The transformed patches
+// of a chunk of tiles lie as [group, block of channels, point, tile, channel].
+template <class S, int Pixels>
+struct TiledImages {
+  const S* data;
+  int64_t stride[4], height, width;
+  int64_t offset_y, offset_x;  // from a tile's first pixel to its patch's
+  int64_t batch, tiles_y, tiles_x;
+  int64_t groups, channels;            // of a group
+  int64_t block_width, blocks;         // channels of a block; the last one may have fewer
+
+  // Whole vectors of any width: a block is a chain of multiply-adds, the same with all instruction sets.
+  void cut_channels(int64_t most) {
+    constexpr int64_t most_lanes = 16;
+    blocks = ceil_div(channels, most);
+    block_width = round_up(ceil_div(channels, blocks), most_lanes);
+  }
+  int64_t tiles() const { return batch * tiles_y * tiles_x; }
+  WinogradTile tile_at(int64_t index) const {
+    const int64_t tile_y = index / tiles_x;
+    return {tile_y / tiles_y, tile_y % tiles_y * winograd_outputs, index % tiles_x * winograd_outputs};
+  }
+  int64_t block_channels(int64_t block) const { return min(channels - block * block_width, block_width); }
+  int64_t point_stride(int64_t tiles) const { return tiles * block_width + line_floats; }
+  int64_t block_stride(int64_t tiles) const { return winograd_points * point_stride(tiles); }
+  int64_t elements(int64_t tiles) const { return groups * blocks * block_stride(tiles); }
+};
 
 // What both directions have in common: result pixel (y, x) is the sum over taps (r, s) of source pixel
 // (y + offset_y + r, x + offset_x + s) times weight tap (r, s).
 template <class S>
 struct Winograd {
   Correlation<S> c;  // its taps run backwards for the gradient to the input, and so do the weights' strides here
-  int64_t source_height, source_width, height, width, offset_y, offset_x;
-  int64_t tiles_y, tiles_x;
-  int64_t depth_blocks, panels;  // of a group
-
-  int64_t tiles() const { return c.batch * tiles_y * tiles_x; }
-  int64_t padded_channels() const { return round_up(c.in_channels, lanes<float>); }
-  int64_t block_channels(int64_t block) const { return min(c.in_channels - block * winograd_depth, winograd_depth); }
+  TiledImages<S, winograd_inputs> source;
+  int64_t height, width;  // of the result
+  int64_t panels;         // of a group
 
   // U [group, panel, block of channels, point, channel, out]
-  int64_t panel_elements() const { return winograd_points * (c.in_channels * winograd_width + depth_blocks * line_floats); }
-  static int64_t u_offset(int64_t block) { return block * winograd_points * u_point_stride(winograd_depth); }
-  static int64_t u_point_stride(int64_t channels) { return channels * winograd_width + line_floats; }
-
-  // V [group, block of channels, point, tile, channel]
-  int64_t v_elements(int64_t tiles) const {
-    return c.groups * winograd_points * (tiles * padded_channels() + depth_blocks * line_floats);
-  }
-  int64_t v_offset(int64_t tiles, int64_t group, int64_t block) const {
-    return group * winograd_points * (tiles * padded_channels() + depth_blocks * line_floats) +
-           block * winograd_points * v_point_stride(tiles, winograd_depth);
-  }
-  static int64_t v_row_stride(int64_t channels) { return round_up(channels, lanes<float>); }
-  static int64_t v_point_stride(int64_t tiles, int64_t channels) { return tiles * v_row_stride(channels) + line_floats; }
+  int64_t u_point_stride() const { return source.block_width * winograd_width + line_floats; }
+  int64_t u_block_stride() const { return winograd_points * u_point_stride(); }
+  int64_t u_panel_stride() const { return source.blocks * u_block_stride(); }
 };
 
 template <class S>
 Winograd<S> winograd(Correlation<S> c) {
   const Conv2dShape& s = c.shape;
   Winograd<S> w;
+  TiledImages<S, winograd_inputs>& source = w.source;
   if (c.input_grad) {
-    w.source_height = s.out_height, w.source_width = s.out_width, w.height = s.in_height, w.width = s.in_width;
-    w.offset_y = s.padding_h - 2, w.offset_x = s.padding_w - 2;
+    source.height = s.out_height, source.width = s.out_width, w.height = s.in_height, w.width = s.in_width;
+    source.offset_y = s.padding_h - 2, source.offset_x = s.padding_w - 2;
     c.weight += 2 * c.weight_y_stride + 2 * c.weight_x_stride;
     c.weight_y_stride = -c.weight_y_stride, c.weight_x_stride = -c.weight_x_stride;
   } else {
-    w.source_height = s.in_height, w.source_width = s.in_width, w.height = s.out_height, w.width = s.out_width;
-    w.offset_y = -s.padding_h, w.offset_x = -s.padding_w;
+    source.height = s.in_height, source.width = s.in_width, w.height = s.out_height, w.width = s.out_width;
+    source.offset_y = -s.padding_h, source.offset_x = -s.padding_w;
   }
   w.c = c;
-  w.tiles_y = ceil_div(w.height, winograd_outputs), w.tiles_x = ceil_div(w.width, winograd_outputs);
-  w.depth_blocks = ceil_div(c.in_channels, winograd_depth);
+  source.data = c.source;
+  for (int d = 0; d < 4; ++d) source.stride[d] = c.source_stride[d];
+  source.batch = c.batch, source.groups = c.groups, source.channels = c.in_channels;
+  source.tiles_y = ceil_div(w.height, winograd_outputs), source.tiles_x = ceil_div(w.width, winograd_outputs);
+  source.cut_channels(winograd_depth);
   w.panels = ceil_div(c.out_channels, winograd_width);
   return w;
 }
 
-// The tile `index` of all: image and first pixel of the result.
-struct WinogradTile {
-  int64_t n, y, x;
-};
-template <class S>
-WinogradTile tile_at(const Winograd<S>& w, int64_t index) {
-  const int64_t tile_y = index / w.tiles_x;
-  return {tile_y / w.tiles_y, tile_y % w.tiles_y * winograd_outputs, index % w.tiles_x * winograd_outputs};
-}
-
 // ---- Weights ----
 
-// Weights of `channels` <= weight_channels input channels and one panel, as [channel][tap][out]: 0 beyond the last output
-// channel.
-constexpr int64_t weight_channels = 16;
-using StagedWeights = float[weight_channels][9][winograd_width];
-
-// For output channels [out, out + lanes) of the panel, which all exist. `weight` is theirs.
+// Reads the nine taps of `count` <= 4 input channels for as many output channels as a vector has lanes.
 template <class S>
-void stage_weights(const Correlation<S>& c, const S* weight, int64_t channels, int64_t out, StagedWeights& staged) {
+void load_weights(const Correlation<S>& c, const S* weight, int64_t count, FloatVector (&taps)[4][9]) {
   const int64_t y_stride = c.weight_y_stride, x_stride = c.weight_x_stride;
-  int64_t channel = 0;
+  const auto tap_offset = [&](int tap) { return tap / 3 * y_stride + tap % 3 * x_stride; };
   if (c.weight_out_stride == 1) {
-    for (; channel < channels; ++channel)
-      for (int tap = 0; tap < 9; ++tap)
-        store_vector(load_vector(weight + channel * c.weight_in_stride + tap / 3 * y_stride + tap % 3 * x_stride),
-                     &staged[channel][tap][out]);
-  } else if (c.weight_in_stride == 1) {
-    for (int tap = 0; tap < 9; ++tap)
-      for (channel = 0; channel + 4 <= channels; channel += 4) {
-        FloatVector column[4];
-        load_columns(weight + channel + tap / 3 * y_stride + tap % 3 * x_stride, c.weight_out_stride, column);
-        for (int i = 0; i < 4; ++i) store_vector(column[i], &staged[channel + i][tap][out]);
-      }
+    for (int64_t i = 0; i < count; ++i)
+      for (int tap = 0; tap < 9; ++tap) taps[i][tap] = load_vector(weight + i * c.weight_in_stride + tap_offset(tap));
+  } else if (c.weight_in_stride == 1 && count == 4) {
+    for (int tap = 0; tap < 9; ++tap) {
+      FloatVector column[4];
+      load_columns(weight + tap_offset(tap), c.weight_out_stride, column);
+      for (int i = 0; i < 4; ++i) taps[i][tap] = column[i];
+    }
   } else if (y_stride == 3 * x_stride && x_stride * x_stride == 1) {
     const S* lowest = x_stride < 0 ? weight - 8 : weight;
-    const auto tap_at = [&](int place) { return x_stride < 0 ? 8 - place : place; };
-    for (; channel < channels; ++channel)
+    for (int64_t i = 0; i < count; ++i)
       for (int place : {0, 4, 5}) {
         FloatVector column[4];
-        load_columns(lowest + channel * c.weight_in_stride + place, c.weight_out_stride, column);
-        for (int i = 0; i < 4; ++i) store_vector(column[i], &staged[channel][tap_at(place + i)][out]);
+        load_columns(lowest + i * c.weight_in_stride + place, c.weight_out_stride, column);
+        for (int j = 0; j < 4; ++j) taps[i][x_stride < 0 ? 8 - place - j : place + j] = column[j];
+      }
+  } else {
+    for (int64_t i = 0; i < count; ++i)
+      for (int tap = 0; tap < 9; ++tap) {
+        float element[lanes<float>];
+        copy_strided(weight + i * c.weight_in_stride + tap_offset(tap), c.weight_out_stride, element, 1, lanes<float>);
+        taps[i][tap] = load_vector(element);
       }
   }
-  for (; channel < channels; ++channel)
-    for (int tap = 0; tap < 9; ++tap)
-      copy_strided(weight + channel * c.weight_in_stride + tap / 3 * y_stride + tap % 3 * x_stride, c.weight_out_stride,
-                   &staged[channel][tap][out], 1, lanes<float>);
+}
+
+// The same where only the first `outs` output channels exist; the others are 0. Not inlined, as transform_part_of_patch().
+template <class S>
+[[gnu::noinline]] void load_part_of_weights(const Correlation<S>& c, const S* weight, int64_t count, int64_t outs,
+                                            FloatVector (&taps)[4][9]) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int tap = 0; tap < 9; ++tap) {
+      float element[lanes<float>] = {};
+      copy_strided(weight + i * c.weight_in_stride + tap / 3 * c.weight_y_stride + tap % 3 * c.weight_x_stride,
+                   c.weight_out_stride, element, 1, outs);
+      taps[i][tap] = load_vector(element);
+    }
 }
 
 // G g G^T for one input channel and as many output channels as a vector has lanes.
-inline void transform_weights(const float (*taps)[winograd_width], float* u, int64_t point_stride) {
+inline void transform_weights(const FloatVector (&taps)[9], float* u, int64_t point_stride) {
   FloatVector rows[3][6];
 #pragma GCC unroll 3
   for (int y = 0; y < 3; ++y) {
-    const FloatVector line[3] = {load_vector(taps[3 * y]), load_vector(taps[3 * y + 1]), load_vector(taps[3 * y + 2])};
+    const FloatVector line[3] = {taps[3 * y], taps[3 * y + 1], taps[3 * y + 2]};
     transform_kernel(line, rows[y]);
   }
-#pragma GCC unroll 6
-  for (int x = 0; x < 6; ++x) {
+#pragma GCC unroll 1
+  for (int x = 0; x < 6; ++x, u += point_stride) {
     const FloatVector column[3] = {rows[0][x], rows[1][x], rows[2][x]};
     FloatVector point[6];
     transform_kernel(column, point);
 #pragma GCC unroll 6
-    for (int y = 0; y < 6; ++y) store_vector(point[y], u + (6 * y + x) * point_stride);
+    for (int y = 0; y < 6; ++y) store_vector(point[y], u + 6 * y * point_stride);
   }
 }
 
@@ -144,42 +163,39 @@ template <class S>
 void transform_weights(const Winograd<S>& w, int64_t group, int64_t panel, int64_t block, float* u) {
   const Correlation<S>& c = w.c;
   const int64_t first = panel * winograd_width, outs = min(c.out_channels - first, winograd_width);
-  const int64_t channels = w.block_channels(block), point_stride = w.u_point_stride(channels);
+  const int64_t channels = w.source.block_channels(block);
   const S* weight = c.weight + group * c.weight_group_stride + first * c.weight_out_stride +
-                    block * winograd_depth * c.weight_in_stride;
-  StagedWeights staged = {};
-  for (int64_t channel = 0; channel < channels; channel += weight_channels) {
-    const int64_t count = min(channels - channel, weight_channels);
-    const S* source = weight + channel * c.weight_in_stride;
-    int64_t out = 0;
-    for (; out + lanes<float> <= outs; out += lanes<float>)
-      stage_weights(c, source + out * c.weight_out_stride, count, out, staged);
-    for (; out < outs; ++out)
-      for (int tap = 0; tap < 9; ++tap)
-        copy_strided(source + out * c.weight_out_stride + tap / 3 * c.weight_y_stride + tap % 3 * c.weight_x_stride,
-                     c.weight_in_stride, &staged[0][tap][out], 9 * winograd_width, count);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t lane = 0; lane < winograd_width; lane += lanes<float>)
-        transform_weights(reinterpret_cast<const float(*)[winograd_width]>(&staged[i][0][lane]),
-                          u + (channel + i) * winograd_width + lane, point_stride);
-  }
+                    block * w.source.block_width * c.weight_in_stride;
+  FloatVector taps[4][9];
+  for (int64_t channel = 0; channel < channels; channel += 4)
+    for (int64_t out = 0; out < winograd_width; out += lanes<float>) {
+      const int64_t count = min<int64_t>(channels - channel, 4);
+      const S* from = weight + channel * c.weight_in_stride + out * c.weight_out_stride;
+      if (out + lanes<float> <= outs)
+        load_weights(c, from, count, taps);
+      else
+        load_part_of_weights(c, from, count, max<int64_t>(outs - out, 0), taps);
+      for (int64_t i = 0; i < count; ++i)
+        transform_weights(taps[i], u + (channel + i) * winograd_width + out, w.u_point_stride());
+    }
 }
 
 // Elements of the weights transformed once for all chunks.
 template <class S>
-int64_t winograd_packed_elements(const Winograd<S>& w) { return w.c.groups * w.panels * w.panel_elements(); }
+int64_t winograd_packed_elements(const Winograd<S>& w) { return w.c.groups * w.panels * w.u_panel_stride(); }
 
 template <class S>
 void winograd_pack(const Winograd<S>& w, float* packed, const ThreadPool& pool) {
-  parallel_for(pool, w.c.groups * w.panels * w.depth_blocks, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = w.source.blocks;
+  parallel_for(pool, w.c.groups * w.panels * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i % w.depth_blocks, panel = i / w.depth_blocks;
-      transform_weights(w, panel / w.panels, panel % w.panels, block, packed + panel * w.panel_elements() + w.u_offset(block));
+      const int64_t panel = i / blocks;
+      transform_weights(w, panel / w.panels, panel % w.panels, i % blocks, packed + i * w.u_block_stride());
     }
   });
 }
 
-// ---- Source ----
+// ---- Patches ----
 
 enum class Access { channels, line, any };  // which neighbours in memory a vector is made of
 
@@ -187,81 +203,102 @@ inline Access access_of(int64_t channel_stride, int64_t x_stride) {
   return channel_stride == 1 ? Access::channels : x_stride == 1 ? Access::line : Access::any;
 }
 
-// Six neighbours of a line for as many channels as a vector has lanes.
-template <class S, Access access>
-void load_line(const S* from, int64_t channel_stride, int64_t x_stride, FloatVector (&d)[6]) {
+// Neighbours of a line for as many channels as a vector has lanes.
+template <class S, Access access, int Pixels>
+void load_line(const S* from, int64_t channel_stride, int64_t x_stride, FloatVector (&d)[Pixels]) {
   if constexpr (access == Access::channels) {
-    for (int x = 0; x < 6; ++x) d[x] = load_vector(from + x * x_stride);
+    for (int x = 0; x < Pixels; ++x) d[x] = load_vector(from + x * x_stride);
   } else {
     FloatVector first[4], last[4];
     load_columns(from, channel_stride, first);
-    load_columns(from + 2, channel_stride, last);
-    for (int x = 0; x < 4; ++x) d[x] = first[x];
-    d[4] = last[2], d[5] = last[3];
+    if constexpr (Pixels > 4) load_columns(from + Pixels - 4, channel_stride, last);
+    for (int x = 0; x < Pixels; ++x) d[x] = x < 4 ? first[x] : last[x - (Pixels - 4)];
   }
 }
 
 // The same where only pixels [begin, end) and the first `channels` channels exist; the others are 0.
-template <class S, Access access>
-void load_part_of_line(const S* from, int64_t channel_stride, int64_t x_stride, int64_t begin, int64_t end, int64_t channels,
-                       FloatVector (&d)[6]) {
+template <class S, Access access, int Pixels>
+[[gnu::noinline]] void load_part_of_line(const S* from, int64_t channel_stride, int64_t x_stride, int64_t begin, int64_t end,
+                                         int64_t channels, FloatVector (&d)[Pixels]) {
   if constexpr (access == Access::channels) {
-    for (int x = 0; x < 6; ++x)
+    for (int x = 0; x < Pixels; ++x)
       d[x] = x >= begin && x < end ? load_first(from + x * x_stride, channels) : FloatVector{};
   } else {
-    float line[6][lanes<float>] = {};
+    float line[Pixels][lanes<float>] = {};
     channels = min<int64_t>(channels, lanes<float>);
     for (int64_t channel = 0; channel < channels; ++channel)
       for (int64_t x = begin; x < end; ++x) line[x][channel] = to_compute(from[channel * channel_stride + x * x_stride]);
-    for (int x = 0; x < 6; ++x) d[x] = load_vector(line[x]);
+    for (int x = 0; x < Pixels; ++x) d[x] = load_vector(line[x]);
   }
 }
 
-// B^T d B of the patch of `tile` for the channels [channel, channel + lanes) of all groups, of which `channels` exist.
-template <class S, Access access>
-void transform_source(const Winograd<S>& w, WinogradTile tile, int64_t channel, int64_t channels, float* v,
-                      int64_t point_stride) {
-  const int64_t *stride = w.c.source_stride, y = tile.y + w.offset_y, x = tile.x + w.offset_x;
-  const S* from = w.c.source + tile.n * stride[0] + channel * stride[1] + y * stride[2] + x * stride[3];
-  FloatVector rows[6][6];
-  const bool whole = access != Access::any && channels >= lanes<float> && y >= 0 && y + 6 <= w.source_height && x >= 0 &&
-                     x + 6 <= w.source_width;
-  if (whole) {
+// The second half of a patch's transform: down the columns of its transformed lines. Rolled: few registers and addresses.
+template <int Pixels>
+void transform_columns(const FloatVector (&lines)[Pixels][winograd_inputs], float* v, int64_t point_stride) {
+#pragma GCC unroll 1
+  for (int x = 0; x < winograd_inputs; ++x, v += point_stride) {
+    FloatVector column[Pixels], point[winograd_inputs];
 #pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) {
-      FloatVector d[6];
-      load_line<S, access>(from + i * stride[2], stride[1], stride[3], d);
-      transform_patch(d, rows[i]);
-    }
-  } else {
-    const int64_t begin = max<int64_t>(0, -x), end = min<int64_t>(6, w.source_width - x);
-    for (int i = 0; i < 6; ++i) {
-      FloatVector d[6] = {};
-      if (y + i >= 0 && y + i < w.source_height)
-        load_part_of_line<S, access>(from + i * stride[2], stride[1], stride[3], begin, end, channels, d);
-      transform_patch(d, rows[i]);
-    }
-  }
+    for (int y = 0; y < Pixels; ++y) column[y] = lines[y][x];
+    transform_line(column, point);
 #pragma GCC unroll 6
-  for (int j = 0; j < 6; ++j) {
-    const FloatVector column[6] = {rows[0][j], rows[1][j], rows[2][j], rows[3][j], rows[4][j], rows[5][j]};
-    FloatVector point[6];
-    transform_patch(column, point);
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) store_vector(point[i], v + (6 * i + j) * point_stride);
+    for (int y = 0; y < winograd_inputs; ++y) store_vector(point[y], v + winograd_inputs * y * point_stride);
   }
 }
 
-// V for the tiles [tile, tile + count) of a chunk that begins with tile `first` and one block of channels; `v` is the
-// block's.
-template <class S, Access access>
-void transform_source_block(const Winograd<S>& w, int64_t first, int64_t tile, int64_t count, int64_t group, int64_t block,
-                            float* v, int64_t point_stride) {
-  const int64_t channels = w.block_channels(block), row_stride = w.v_row_stride(channels);
-  const int64_t first_channel = group * w.c.in_channels + block * winograd_depth;
+// Transforms the patch at `from`, all of whose pixels exist, for as many channels as a vector has lanes.
+template <class S, Access access, int Pixels>
+void transform_whole_patch(const S* from, const int64_t* stride, float* v, int64_t point_stride) {
+  FloatVector lines[Pixels][winograd_inputs];
+#pragma GCC unroll 6
+  for (int y = 0; y < Pixels; ++y) {
+    FloatVector d[Pixels];
+    load_line<S, access>(from + y * stride[2], stride[1], stride[3], d);
+    transform_line(d, lines[y]);
+  }
+  transform_columns(lines, v, point_stride);
+}
+
+// The same for any patch, whose first pixel is (y, x), and `channels` channels that exist. Neither this nor the gathering of
+// a line is inlined: the compiler would move multiplications from one branch to another, away from their additions, and then
+// no longer fuse them.
+template <class S, Access access, int Pixels>
+[[gnu::noinline]] void transform_part_of_patch(const TiledImages<S, Pixels>& images, const S* from, int64_t y, int64_t x,
+                                               int64_t channels, float* v, int64_t point_stride) {
+  FloatVector lines[Pixels][winograd_inputs];
+  const int64_t begin = max<int64_t>(0, -x), end = min<int64_t>(Pixels, images.width - x), *stride = images.stride;
+  for (int i = 0; i < Pixels; ++i) {
+    FloatVector d[Pixels];
+    const bool inside = y + i >= 0 && y + i < images.height;
+    load_part_of_line<S, access>(from + i * stride[2], stride[1], stride[3], begin, inside ? end : begin, channels, d);
+    transform_line(d, lines[i]);
+  }
+  transform_columns(lines, v, point_stride);
+}
+
+// Transforms the patch of `tile` for the channels [channel, channel + lanes) of all groups, of which `channels` exist.
+template <class S, Access access, int Pixels>
+void transform_patch(const TiledImages<S, Pixels>& images, WinogradTile tile, int64_t channel, int64_t channels, float* v,
+                     int64_t point_stride) {
+  const int64_t *stride = images.stride, y = tile.y + images.offset_y, x = tile.x + images.offset_x;
+  const S* from = images.data + tile.n * stride[0] + channel * stride[1] + y * stride[2] + x * stride[3];
+  if (access != Access::any && channels >= lanes<float> && y >= 0 && y + Pixels <= images.height && x >= 0 &&
+      x + Pixels <= images.width)
+    transform_whole_patch<S, access, Pixels>(from, stride, v, point_stride);
+  else
+    transform_part_of_patch<S, access>(images, from, y, x, channels, v, point_stride);
+}
+
+// Transforms the patches of tiles [tile, tile + count) of a chunk that begins with tile `first`, for one block of channels;
+// `v` is the block's.
+template <class S, Access access, int Pixels>
+void transform_block(const TiledImages<S, Pixels>& images, int64_t first, int64_t tile, int64_t count, int64_t group,
+                     int64_t block, float* v, int64_t point_stride) {
+  const int64_t channels = images.block_channels(block);
+  const int64_t first_channel = group * images.channels + block * images.block_width;
   const auto one = [&](int64_t t, int64_t channel) {
-    transform_source<S, access>(w, tile_at(w, first + t), first_channel + channel, channels - channel,
-                                v + t * row_stride + channel, point_stride);
+    transform_patch<S, access>(images, images.tile_at(first + t), first_channel + channel, channels - channel,
+                               v + t * images.block_width + channel, point_stride);
   };
   // Along what is contiguous in memory.
   if constexpr (access == Access::channels) {
@@ -273,14 +310,32 @@ void transform_source_block(const Winograd<S>& w, int64_t first, int64_t tile, i
   }
 }
 
+// Transforms the patches of a chunk of `tiles` tiles from `first` on.
+template <class S, int Pixels>
+void transform_patches(const TiledImages<S, Pixels>& images, int64_t first, int64_t tiles, float* v, const ThreadPool& pool) {
+  constexpr int64_t tile_block = 16;
+  const int64_t tile_blocks = ceil_div(tiles, tile_block), blocks = images.groups * images.blocks;
+  const Access access = access_of(images.stride[1], images.stride[3]);
+  const auto transform = access == Access::channels ? transform_block<S, Access::channels, Pixels>
+                         : access == Access::line   ? transform_block<S, Access::line, Pixels>
+                                                    : transform_block<S, Access::any, Pixels>;
+  parallel_for(pool, blocks * tile_blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile = i / blocks * tile_block, block = i % blocks;
+      transform(images, first, tile, min(tiles - tile, tile_block), block / images.blocks, block % images.blocks,
+                v + block * images.block_stride(tiles), images.point_stride(tiles));
+    }
+  });
+}
+
 // ---- Products ----
 
 // m [rows, width] (+)= v [rows, depth] * u [depth, width], rows cut evenly into tiles of registers.
-inline void point_product(int64_t rows, int64_t depth, const float* v, int64_t v_stride, const float* u, float* m, bool add) {
+inline void point_product(int64_t rows, int64_t depth, Matrix<const float> v, const float* u, float* m, bool add) {
   for (int64_t row = 0; row < rows;) {
     const int64_t count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
-    tile_product_rows<float>(count, Matrix<const float>{v + row * v_stride, v_stride, 1}, u, winograd_width, depth,
-                             m + row * winograd_width, winograd_width, add);
+    tile_product_rows<float>(count, Matrix<const float>{v.data + row * v.row_stride, v.row_stride, v.col_stride}, u,
+                             winograd_width, depth, m + row * winograd_width, winograd_width, add);
     row += count;
   }
 }
@@ -294,8 +349,9 @@ float exact_pixel(const Winograd<S>& w, int64_t group, int64_t n, int64_t y, int
   float sum = 0;
   for (int64_t r = 0; r < 3; ++r)
     for (int64_t s = 0; s < 3; ++s) {
-      const int64_t source_y = y + w.offset_y + r, source_x = x + w.offset_x + s;
-      const bool inside = source_y >= 0 && source_y < w.source_height && source_x >= 0 && source_x < w.source_width;
+      const int64_t source_y = y + w.source.offset_y + r, source_x = x + w.source.offset_x + s;
+      const bool inside =
+          source_y >= 0 && source_y < w.source.height && source_x >= 0 && source_x < w.source.width;
       const S* weight = c.weight + group * c.weight_group_stride + out * c.weight_out_stride + r * c.weight_y_stride +
                         s * c.weight_x_stride;
       const S* source = c.source + n * c.source_stride[0] + group * c.in_channels * c.source_stride[1] +
@@ -350,11 +406,11 @@ void transform_result(const Winograd<S>& w, int64_t group, WinogradTile tile, in
   channels = min<int64_t>(channels, lanes<float>);
   const FloatVector bias = w.c.bias ? load_first(w.c.bias + first, channels) : FloatVector{};
   FloatVector columns[6][4];
-#pragma GCC unroll 6
-  for (int x = 0; x < 6; ++x) {
+#pragma GCC unroll 1
+  for (int x = 0; x < 6; ++x, m += point_stride) {
     FloatVector column[6];
 #pragma GCC unroll 6
-    for (int y = 0; y < 6; ++y) column[y] = load_vector(m + (6 * y + x) * point_stride);
+    for (int y = 0; y < 6; ++y) column[y] = load_vector(m + 6 * y * point_stride);
     transform_products(column, columns[x]);
   }
   FloatVector sum = {};
@@ -365,7 +421,7 @@ void transform_result(const Winograd<S>& w, int64_t group, WinogradTile tile, in
     FloatVector o[4];
     transform_products(line, o);
 #pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) o[x] += bias, sum += o[x];
+    for (int x = 0; x < 4; ++x) o[x] = (result_scale[y] * result_scale[x]) * o[x] + bias, sum += o[x];
     if (whole)
       store_line<S, access>(o, to + y * stride[2], stride[1], stride[3]);
     else if (y < lines)
@@ -394,10 +450,10 @@ struct WinogradPlan {
 template <class S>
 WinogradPlan winograd_plan(const Winograd<S>& w, int64_t threads) {
   WinogradPlan p;
-  const int64_t tile_bytes = w.v_elements(1) * static_cast<int64_t>(sizeof(float));
+  const int64_t tiles = w.source.tiles(), tile_bytes = w.source.elements(1) * static_cast<int64_t>(sizeof(float));
   const int64_t most = max(winograd_least_tiles, l2_cache_bytes() / tile_bytes);
-  p.chunks = ceil_div(w.tiles(), most);
-  p.chunk_tiles = ceil_div(w.tiles(), p.chunks);
+  p.chunks = ceil_div(tiles, most);
+  p.chunk_tiles = ceil_div(tiles, p.chunks);
   p.chunk_per_thread = threads == 1 || p.chunks >= 2 * threads;
   const int64_t ranges = p.chunk_per_thread ? 1 : ceil_div(2 * threads, w.c.groups * w.panels);
   p.range_tiles = min(p.chunk_tiles, max<int64_t>(2 * tile_rows, ceil_div(p.chunk_tiles, ranges)));
@@ -410,54 +466,38 @@ inline ThreadPool calling_thread() {
   return {1, [](int64_t n, void (*body)(void*, int64_t, int64_t), void* state) { body(state, 0, n); }};
 }
 
-template <class S>
-void source_step(const Winograd<S>& w, int64_t first, int64_t tiles, float* v, const ThreadPool& pool) {
-  constexpr int64_t tile_block = 16;
-  const int64_t tile_blocks = ceil_div(tiles, tile_block);
-  const Access access = access_of(w.c.source_stride[1], w.c.source_stride[3]);
-  parallel_for(pool, w.c.groups * w.depth_blocks * tile_blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t tile = i % tile_blocks * tile_block, count = min(tiles - tile, tile_block);
-      const int64_t block = i / tile_blocks % w.depth_blocks, group = i / tile_blocks / w.depth_blocks;
-      const auto transform = access == Access::channels ? transform_source_block<S, Access::channels>
-                             : access == Access::line   ? transform_source_block<S, Access::line>
-                                                        : transform_source_block<S, Access::any>;
-      transform(w, first, tile, count, group, block, v + w.v_offset(tiles, group, block),
-                w.v_point_stride(tiles, w.block_channels(block)));
-    }
-  });
-}
-
 template <class S, Access access>
 void result_tiles(const Winograd<S>& w, int64_t group, int64_t first, int64_t tiles, int64_t out, const float* m,
                   int64_t point_stride) {
   const int64_t outs = min(w.c.out_channels - out, winograd_width);
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t i = 0; i < outs; i += lanes<float>)
-      transform_result<S, access>(w, group, tile_at(w, first + t), out + i, outs - i, m + t * winograd_width + i, point_stride);
+      transform_result<S, access>(w, group, w.source.tile_at(first + t), out + i, outs - i, m + t * winograd_width + i,
+                                  point_stride);
 }
 
 // The results of a chunk of `tiles` tiles from `first` on. `packed` is U, or nullptr: then it is made on the way.
 template <class S>
 void product_step(const Winograd<S>& w, const WinogradPlan& p, const float* packed, const float* v, int64_t first,
                   int64_t tiles, const ThreadPool& pool) {
+  const TiledImages<S, winograd_inputs>& source = w.source;
   const int64_t ranges = ceil_div(tiles, p.range_tiles), m_stride = p.range_tiles * winograd_width + line_floats;
   const Access access = access_of(w.c.result_stride[1], w.c.result_stride[3]);
   parallel_for(pool, w.c.groups * w.panels * ranges, [&](int64_t begin, int64_t end) {
-    float* m = scratch<float>(ScratchUse::worker, winograd_points * (m_stride + w.u_point_stride(winograd_depth)));
+    float* m = scratch<float>(ScratchUse::worker, winograd_points * m_stride + w.u_block_stride());
     float* own_u = m + winograd_points * m_stride;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i % ranges * p.range_tiles, count = min(tiles - tile, p.range_tiles);
       const int64_t panel = i / ranges % w.panels, group = i / ranges / w.panels;
-      for (int64_t block = 0; block < w.depth_blocks; ++block) {
-        const int64_t channels = w.block_channels(block), u_stride = w.u_point_stride(channels);
-        const int64_t v_stride = w.v_point_stride(tiles, channels), row_stride = w.v_row_stride(channels);
-        const float* u = packed + (group * w.panels + panel) * w.panel_elements() + w.u_offset(block);
+      for (int64_t block = 0; block < source.blocks; ++block) {
+        const float* u = packed + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();
         if (!packed) transform_weights(w, group, panel, block, own_u), u = own_u;
-        const float* block_v = v + w.v_offset(tiles, group, block) + tile * row_stride;
+        const float* block_v =
+            v + (group * source.blocks + block) * source.block_stride(tiles) + tile * source.block_width;
         for (int point = 0; point < winograd_points; ++point)
-          point_product(count, channels, block_v + point * v_stride, row_stride, u + point * u_stride, m + point * m_stride,
-                        block > 0);
+          point_product(count, source.block_channels(block),
+                        Matrix<const float>{block_v + point * source.point_stride(tiles), source.block_width, 1},
+                        u + point * w.u_point_stride(), m + point * m_stride, block > 0);
       }
       const auto finish = access == Access::channels ? result_tiles<S, Access::channels>
                           : access == Access::line   ? result_tiles<S, Access::line>
@@ -471,7 +511,8 @@ void product_step(const Winograd<S>& w, const WinogradPlan& p, const float* pack
 template <class S>
 void correlate_by_winograd(const Winograd<S>& w, const float* packed, const ThreadPool& pool) {
   const WinogradPlan p = winograd_plan(w, pool.threads);
-  const int64_t v_elements = round_up(w.v_elements(p.chunk_tiles), line_floats), slots = p.chunk_per_thread ? pool.threads : 1;
+  const int64_t v_elements = round_up(w.source.elements(p.chunk_tiles), line_floats);
+  const int64_t slots = p.chunk_per_thread ? pool.threads : 1;
   const int64_t u_elements = packed || !p.pack ? 0 : winograd_packed_elements(w);
   float* v = scratch<float>(ScratchUse::caller, slots * v_elements + u_elements);
   if (u_elements) {
@@ -480,8 +521,8 @@ void correlate_by_winograd(const Winograd<S>& w, const float* packed, const Thre
     packed = u;
   }
   const auto run_chunk = [&](int64_t chunk, float* chunk_v, const ThreadPool& threads) {
-    const int64_t first = chunk * p.chunk_tiles, tiles = min(w.tiles() - first, p.chunk_tiles);
-    source_step(w, first, tiles, chunk_v, threads);
+    const int64_t first = chunk * p.chunk_tiles, tiles = min(w.source.tiles() - first, p.chunk_tiles);
+    transform_patches(w.source, first, tiles, chunk_v, threads);
     product_step(w, p, packed, chunk_v, first, tiles, threads);
   };
   if (p.chunk_per_thread) {

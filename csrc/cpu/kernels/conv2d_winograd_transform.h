@@ -5,6 +5,9 @@
 // element and is summed over channels. The interpolation points are 0, +-a, +-b and infinity. a = 5/8 and b = 3/2 are exact
 // in binary and give about half the error of the usual 1 and 2.
 //
+// The gradient to the kernel follows from the same bilinear form: with the gradient o of the 4x4 results it is
+// G^T [(A o A^T) * (B^T d B)] G, summed over tiles before the outer transform.
+//
 // Every statement below has one way only to be contracted to fused multiply-adds, so that all instruction sets with a
 // fused multiply-add give the same bits.
 #pragma once
@@ -23,7 +26,7 @@ constexpr float point_a = 0.625f, point_b = 1.5f;
 constexpr float square_a = point_a * point_a, square_b = point_b * point_b;
 
 // B^T on six vectors.
-inline void transform_patch(const FloatVector (&d)[6], FloatVector (&t)[6]) {
+inline void transform_line(const FloatVector (&d)[6], FloatVector (&t)[6]) {
   const FloatVector even_a = d[4] - square_b * d[2], odd_a = d[3] - square_b * d[1];
   const FloatVector even_b = d[4] - square_a * d[2], odd_b = d[3] - square_a * d[1];
   const FloatVector zero = d[4] - (square_a + square_b) * d[2], infinity = d[5] - (square_a + square_b) * d[3];
@@ -35,27 +38,54 @@ inline void transform_patch(const FloatVector (&d)[6], FloatVector (&t)[6]) {
   t[5] = infinity + (square_a * square_b) * d[1];
 }
 
-// A^T on six vectors, whose rows of +-a and +-b are divided by a and b^2 (G's are multiplied by them).
-inline void transform_products(const FloatVector (&m)[6], FloatVector (&o)[4]) {
-  const FloatVector even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
-  const FloatVector first = m[0] + (1 / point_a) * even_a, last = m[5] + square_a * odd_a;
-  o[0] = first + (1 / square_b) * even_b;
-  o[1] = odd_a + (1 / point_b) * odd_b;
-  o[2] = even_b + point_a * even_a;
-  o[3] = last + point_b * odd_b;
-}
+// G and A stay without their scale factors, which the last transform makes up for.
+constexpr float scale_zero = 1 / (square_a * square_b);
+constexpr float scale_a = 1 / (2 * square_a * (square_a - square_b)), scale_b = 1 / (2 * square_b * (square_b - square_a));
+constexpr float ratio_a = scale_a / scale_zero, ratio_b = scale_b / scale_zero;
 
 // G on three vectors.
 inline void transform_kernel(const FloatVector (&g)[3], FloatVector (&t)[6]) {
-  constexpr float scale_a = 1 / (2 * point_a * (square_a - square_b)), scale_b = 1 / (2 * (square_b - square_a));
   const FloatVector even_a = g[0] + square_a * g[2], even_b = g[0] + square_b * g[2];
-  t[0] = (1 / (square_a * square_b)) * g[0];
-  t[1] = scale_a * (even_a + point_a * g[1]);
-  t[2] = scale_a * (even_a - point_a * g[1]);
-  t[3] = scale_b * (even_b + point_b * g[1]);
-  t[4] = scale_b * (even_b - point_b * g[1]);
+  t[0] = g[0];
+  t[1] = even_a + point_a * g[1];
+  t[2] = even_a - point_a * g[1];
+  t[3] = even_b + point_b * g[1];
+  t[4] = even_b - point_b * g[1];
   t[5] = g[2];
 }
+
+// A^T on six vectors; the results lack the factors result_scale.
+inline void transform_products(const FloatVector (&m)[6], FloatVector (&o)[4]) {
+  const FloatVector even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+  const FloatVector first = m[0] + ratio_a * even_a, last = m[5] + (scale_a * square_a * point_a) * odd_a;
+  o[0] = first + ratio_b * even_b;
+  o[1] = odd_a - (point_a / point_b) * odd_b;
+  o[2] = even_a - even_b;
+  o[3] = last + (scale_b * square_b * point_b) * odd_b;
+}
+constexpr float result_scale[4] = {scale_zero, scale_a * point_a, scale_a * square_a, 1};
+
+// A on four vectors.
+inline void transform_line(const FloatVector (&o)[4], FloatVector (&t)[6]) {
+  const FloatVector even_a = o[0] + square_a * o[2], odd_a = o[1] + square_a * o[3];
+  const FloatVector even_b = o[0] + square_b * o[2], odd_b = o[1] + square_b * o[3];
+  t[0] = o[0];
+  t[1] = even_a + point_a * odd_a;
+  t[2] = even_a - point_a * odd_a;
+  t[3] = even_b + point_b * odd_b;
+  t[4] = even_b - point_b * odd_b;
+  t[5] = o[3];
+}
+
+// G^T on six vectors; the results lack the factors kernel_scale.
+inline void transform_sums(const FloatVector (&m)[6], FloatVector (&g)[3]) {
+  const FloatVector even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+  const FloatVector first = m[0] + ratio_a * even_a, last = m[5] + (scale_a * square_a) * even_a;
+  g[0] = first + ratio_b * even_b;
+  g[1] = odd_a - (point_a / point_b) * odd_b;
+  g[2] = last + (scale_b * square_b) * even_b;
+}
+constexpr float kernel_scale[3] = {scale_zero, scale_a * point_a, 1};
 
 // ---- Four vectors seen as columns of 4x4 blocks: lane 4 q + j of vector i is element (i, j) of block q. ----
 
