@@ -243,6 +243,13 @@ const Case cases[] = {
     {1, 21, 15, 14, 21, 5, 5, 2, 2, 2, 2, 1, 1, 21},   // depthwise with a stride
     {2, 9, 14, 7, 9, 7, 7, 1, 1, 3, 3, 1, 1, 9},       // depthwise 7x7
     {4, 9, 33, 32, 9, 3, 3, 1, 1, 1, 1, 1, 1, 9},      // depthwise: weight gradient in several slices
+    // Implicit GEMM:
+    {3, 36, 16, 18, 160, 1, 1, 1, 1, 0, 0, 1, 1, 1},   // 1x1, results added up in place in either format
+    {2, 260, 16, 17, 36, 1, 1, 1, 1, 0, 0, 1, 1, 1},   // the same over two blocks of depth, a tail of channels
+    {2, 130, 9, 9, 300, 3, 3, 2, 2, 1, 1, 1, 1, 1},    // few pixels; more channels than a block of columns holds
+    {1, 19, 16, 16, 131, 3, 3, 1, 1, 4, 4, 4, 4, 1},   // dilated
+    {5, 20, 4, 4, 140, 4, 4, 1, 1, 0, 0, 1, 1, 1},     // kernel covers the image: a tap per pixel of the input's gradient
+    {2, 20, 40, 1, 140, 30, 1, 1, 1, 3, 0, 1, 1, 1},   // kernel longer than the result
     // Winograd:
     {2, 16, 3, 5, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1},      // not yet: too few pixels
     {2, 32, 8, 8, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1},     // whole tiles, whole vectors
@@ -578,6 +585,8 @@ void check_nonfinite(DType dtype, double bad) {
     check_nonfinite_weight(dtype, bad, c);
     check_nonfinite_grad(dtype, bad, c);
   }
+  const Case mostly_padding = {2, 4, 1, 60, 134, 3, 3, 1, 1, 1, 1, 1, 1, 1};  // two lines of taps never meet the image
+  check_nonfinite_weight(dtype, bad, mostly_padding);
 }
 
 }  // namespace

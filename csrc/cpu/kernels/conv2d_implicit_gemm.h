@@ -20,96 +20,220 @@ inline int64_t even_block(int64_t total, int64_t most, int64_t multiple) {
   return max(multiple, round_up(ceil_div(total, blocks), multiple));
 }
 
-// Scratch of a worker, in elements: one block of A, of B and of C.
+// Columns of a block: as many as channels often are, 16 tiles. Gathered columns have rows of 17 tiles: an odd number of cache
+// lines spreads a panel over all sets of the L1 cache.
+template <class T>
+constexpr int64_t conv_cols = 16 * tile_cols<T>;
+template <class T>
+constexpr int64_t gathered_stride = 17 * tile_cols<T>;
+
+// Scratch of a worker, in elements: one block of A, one of B and `c_elements` of C.
 template <class T>
 constexpr int64_t a_elements = block_rows * block_depth;
 template <class T>
-constexpr int64_t b_elements = block_cols<T> * block_depth;
-template <class T>
-constexpr int64_t c_elements = block_rows * block_cols<T>;
+constexpr int64_t b_elements = gathered_stride<T> * block_depth;
 
 template <class T>
 struct WorkerBlocks {
   T *a, *b, *c;
-  WorkerBlocks() {
-    a = scratch<T>(ScratchUse::worker, a_elements<T> + b_elements<T> + c_elements<T>);
+  explicit WorkerBlocks(int64_t c_elements) {
+    a = scratch<T>(ScratchUse::worker, a_elements<T> + b_elements<T> + c_elements);
     b = a + a_elements<T>;
     c = b + b_elements<T>;
   }
 };
 
-// How a Correlation is laid over the matrix product and cut into pieces of work. Pixels are the rows and output channels
-// the columns where the result's channels are neighbours in memory, else the other way round; an element's bits are the
-// same. The cut depends on the number of threads, an element's bits don't.
+// Channels of a piece of work at most: those that share the gathered patches.
+constexpr int64_t most_channels = 1024;
+// Below, channels are the columns: their weights are packed faster.
+constexpr int64_t few_pixels = 256;
+// Patches of few pixels are gathered as a whole up to this many elements.
+constexpr int64_t most_gathered = int64_t{1} << 20;
+
+// How a Correlation is laid over the matrix product and cut into pieces of work. Either pixels are the rows and output
+// channels the columns, or the other way round; an element's bits are the same. The cut depends on the number of threads,
+// an element's bits don't.
 struct CorrelationPlan {
   bool channels_are_cols;
-  int64_t pixel_block, channel_block;
-  int64_t pixel_blocks, channel_blocks;  // of the largest phase
-  int64_t packed_channels;               // out_channels, rounded up to whole panels where they are the columns
+  bool weights_used_once;                    // each piece packs its own, and the patches are gathered as a whole
+  bool skip_padding;                         // it pays to look for taps that meet only padding
+  int64_t cell_y, cell_x, cells_y, cells_x;  // positions of a phase computed together; cells of the largest phase
+  bool samples_apart;                        // a block of pixels lies in one sample, else they follow each other
+  int64_t pixel_block, pixel_blocks;         // of the largest cell, in a sample or in all
+  int64_t channel_block;                     // of a product
+  int64_t channel_range, channel_ranges;     // of a piece
+  int64_t packed_channels;                   // out_channels, rounded up to whole panels where they are the columns
 };
+
+// How many taps of an axis lie inside the source, summed over the positions.
+inline int64_t taps_inside(const Axis& axis) {
+  int64_t inside = 0;
+  for (int64_t tap = 0; tap < axis.taps; ++tap) inside += axis.inside(tap).end - axis.inside(tap).begin;
+  return inside;
+}
+
+// Positions of an axis that are computed together: all, but few neighbours where most taps meet padding (a kernel about as
+// long as the image or longer), so that most of these taps can be passed over.
+inline int64_t cell_length(const Axis& axis, int64_t inside) {
+  if (5 * inside >= 3 * axis.taps * axis.positions) return max<int64_t>(1, axis.positions);
+  return max<int64_t>(1, inside / axis.positions / 4);
+}
+
+// Threads share the pixels of `units` equal parts of the problem first; what is missing to four pieces for each thread is cut
+// from the channels, at last from the pixels again.
+template <class T>
+void cut_into_pieces(CorrelationPlan& p, int64_t pixels, int64_t channels, int64_t units, int64_t threads) {
+  const int64_t channel_multiple = p.channels_are_cols ? tile_cols<T> : tile_rows;
+  const int64_t pixel_multiple = p.channels_are_cols ? tile_rows : tile_cols<T>;
+  const int64_t most_pixels = p.channels_are_cols ? block_rows : conv_cols<T>;
+  const int64_t wanted = threads == 1 ? 1 : ceil_div(4 * threads, units);
+  p.pixel_block = even_block(pixels, most_pixels, pixel_multiple);
+  const int64_t ranges = ceil_div(wanted, ceil_div(pixels, p.pixel_block));
+  const int64_t most = min(most_channels, round_up(ceil_div(channels, ranges), 4 * channel_multiple));
+  p.channel_range = even_block(channels, most, channel_multiple);
+  p.channel_ranges = ceil_div(channels, p.channel_range);
+  p.channel_block = even_block(p.channel_range, p.channels_are_cols ? conv_cols<T> : block_rows, channel_multiple);
+  const int64_t least = round_up(ceil_div(pixels, ceil_div(wanted, p.channel_ranges)), 2 * pixel_multiple);
+  p.pixel_block = even_block(pixels, min(p.pixel_block, least), pixel_multiple);
+  p.pixel_blocks = ceil_div(pixels, p.pixel_block);
+}
 
 template <class S>
 CorrelationPlan plan(const Correlation<S>& c, int64_t threads) {
   using T = Compute<S>;
   CorrelationPlan p;
+  const Phase<S> phase = make_phase(c, 0, 0);
+  const Axis &y = phase.patches.y, &x = phase.patches.x;
+  const int64_t inside_y = taps_inside(y), inside_x = taps_inside(x);
+  p.cell_y = cell_length(y, inside_y), p.cell_x = cell_length(x, inside_x);
+  p.cells_y = ceil_div(y.positions, p.cell_y), p.cells_x = ceil_div(x.positions, p.cell_x);
+  p.skip_padding = 5 * inside_y < 4 * y.taps * y.positions || 5 * inside_x < 4 * x.taps * x.positions;
+  const int64_t cells = p.cells_y * p.cells_x, sample_pixels = p.cell_y * p.cell_x;
   // With fewer channels than half a tile is wide, most of a tile of channels would be computed in vain.
-  p.channels_are_cols = c.result_stride[1] == 1 && 2 * c.out_channels > tile_cols<T>;
-  const int64_t pixel_multiple = p.channels_are_cols ? tile_rows : tile_cols<T>;
-  const int64_t channel_multiple = p.channels_are_cols ? tile_cols<T> : tile_rows;
-  const int64_t pixels = make_phase(c, 0, 0).pixels(c.batch);
+  p.channels_are_cols =
+      (c.result_stride[1] == 1 || c.batch * sample_pixels < few_pixels) && 2 * c.out_channels > tile_cols<T>;
   p.packed_channels = p.channels_are_cols ? round_up(c.out_channels, tile_cols<T>) : c.out_channels;
-  p.channel_block = even_block(c.out_channels, p.channels_are_cols ? block_cols<T> : block_rows, channel_multiple);
-  p.channel_blocks = ceil_div(c.out_channels, p.channel_block);
-  const int64_t others = max<int64_t>(1, c.groups * c.phases_y() * c.phases_x() * p.channel_blocks);
-  const int64_t wanted = ceil_div(4 * threads, others);  // pieces per thread: 4, so that they can even out
-  const int64_t most = min(p.channels_are_cols ? block_rows : block_cols<T>,
-                           round_up(ceil_div(max<int64_t>(1, pixels), wanted), 2 * pixel_multiple));
-  p.pixel_block = even_block(pixels, most, pixel_multiple);
-  p.pixel_blocks = ceil_div(pixels, p.pixel_block);
+  // Then products can add up the results in place.
+  p.samples_apart = !p.channels_are_cols && sample_pixels % tile_cols<T> == 0;
+  const int64_t pixels = p.samples_apart ? sample_pixels : c.batch * sample_pixels;
+  const int64_t units = c.groups * c.phases_y() * c.phases_x() * cells * (p.samples_apart ? c.batch : 1);
+  const int64_t kernel_depth = c.shape.kernel_height * c.shape.kernel_width * c.groups * c.in_channels;
+  p.weights_used_once = p.channels_are_cols && cells == 1 && pixels <= block_rows &&
+                        kernel_depth * max<int64_t>(pixels, tile_cols<T>) <= most_gathered;
+  if (p.weights_used_once)
+    p.pixel_block = pixels;
+  else
+    cut_into_pieces<T>(p, pixels, c.out_channels, units, threads);
   return p;
 }
 
-// The packed weights of one phase and group: for each block of depth, output channels as columns in panels
+// Packed weights of one phase and group: for each block of depth, output channels as columns in panels
 // [panel][depth][tile_cols], or as rows [row][depth].
+template <class T>
+struct PackedWeights {
+  T* data;
+  int64_t depth, channels;  // channels: rounded up to whole panels where they are columns
+  bool channels_are_cols;
+
+  int64_t block(int64_t start) const { return min(depth - start, block_depth); }
+  // Output channels from `channel` on, within the block of depth from `start` on.
+  T* at(int64_t start, int64_t channel) const { return data + start * channels + channel * block(start); }
+  // Row `k` of the panel of columns that begins with `channel`.
+  T* row(int64_t k, int64_t channel) const {
+    const int64_t start = k / block_depth * block_depth;
+    return at(start, channel) + (k - start) * tile_cols<T>;
+  }
+};
+
 template <class S>
-Compute<S>* packed_weights(Compute<S>* packed, const Correlation<S>& c, const CorrelationPlan& p, const Phase<S>& phase,
-                           int64_t group) {
+PackedWeights<Compute<S>> packed_weights(Compute<S>* packed, const Correlation<S>& c, const CorrelationPlan& p,
+                                         const Phase<S>& phase, int64_t group) {
   const int64_t taps = phase.taps_before * c.groups + group * phase.patches.y.taps * phase.patches.x.taps;
-  return packed + taps * c.in_channels * p.packed_channels;
+  return {packed + taps * c.in_channels * p.packed_channels, phase.patches.columns(), p.packed_channels, p.channels_are_cols};
 }
 
-// Packs the weights of output channels [channel, channel + tile_cols) of one group and phase.
+// A panel of `outs` >= lanes output channels whose weights lie in memory as [out][channel, tap]. `weight` is the panel's.
 template <class S>
-void pack_weights(const Correlation<S>& c, const CorrelationPlan& p, const Phase<S>& phase, int64_t group, int64_t channel,
-                 Compute<S>* packed) {
+void pack_planes(const S* weight, int64_t out_stride, int64_t outs, int64_t channels, int64_t taps, int64_t place,
+                 const PackedWeights<Compute<S>>& to) {
+  using T = Compute<S>;
+  constexpr int64_t L = lanes<T>;
+  const int64_t count = channels * taps;
+  for (int64_t i = 0; i < count; i += L) {
+    const int64_t first = min(i, count - L);  // the last ones overlap
+    int64_t channel = first / taps, tap = first % taps;
+    T* row[L];
+    for (int k = 0; k < L; ++k) {
+      row[k] = to.row(tap * channels + channel, place);
+      if (++tap == taps) tap = 0, ++channel;
+    }
+    for (int64_t j = 0; j < outs; j += L) {
+      const int64_t out = min(j, outs - L);
+      Vector<T> square[L];
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k) square[k] = load_vector(weight + (out + k) * out_stride + first);
+      transpose_square<T>(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k) store_vector(square[k], row[k] + out);
+    }
+  }
+}
+
+// Packs the weights of output channels [channel, channel + tile_cols) of one group and phase, at channel `place` of `to`.
+template <class S>
+void pack_weights(const Correlation<S>& c, const Phase<S>& phase, int64_t group, int64_t channel, int64_t place,
+                  const PackedWeights<Compute<S>>& to) {
   using T = Compute<S>;
   constexpr int64_t width = tile_cols<T>;
   const Patches<S>& patches = phase.patches;
-  const int64_t depth = patches.columns(), channels = min(c.out_channels - channel, width);
+  const int64_t depth = to.depth, channels = min(c.out_channels - channel, width);
+  const int64_t taps = patches.y.taps * patches.x.taps;
+  const S* weight = c.weight + group * c.weight_group_stride + channel * c.weight_out_stride;
+  if (to.channels_are_cols && channels < width)
+    for (int64_t start = 0; start < depth; start += block_depth)
+      zero_matrix(Matrix<T>{to.at(start, place) + channels, width, 1}, to.block(start), width - channels);
+  const bool planes = !c.input_grad && taps > 1 && c.weight_x_stride == 1 && c.weight_y_stride == patches.x.taps &&
+                      c.weight_in_stride == taps;
+  if (to.channels_are_cols && planes && channels >= lanes<T> && depth >= lanes<T>)
+    return pack_planes(weight, c.weight_out_stride, channels, c.in_channels, taps, place, to);
   for (int64_t start = 0; start < depth; start += block_depth) {
-    const int64_t block = min(depth - start, block_depth);
-    T* block_data = packed + start * p.packed_channels + channel * block;
-    Matrix<T> to = p.channels_are_cols ? Matrix<T>{block_data, 1, width} : Matrix<T>{block_data, block, 1};
-    if (p.channels_are_cols && channels < width)
-      zero_matrix(Matrix<T>{block_data + channels, width, 1}, block, width - channels);
+    const int64_t block = to.block(start);
+    T* block_data = to.at(start, place);
+    Matrix<T> at = to.channels_are_cols ? Matrix<T>{block_data, 1, width} : Matrix<T>{block_data, block, 1};
     for (int64_t column = start; column < start + block;) {
       const int64_t tap = column / c.in_channels, in = column % c.in_channels;
       const int64_t run = min(c.in_channels - in, start + block - column);
       const int64_t r = patches.y.first_tap + tap / patches.x.taps * patches.y.tap_step;
       const int64_t s = patches.x.first_tap + tap % patches.x.taps * patches.x.tap_step;
-      const S* source = c.weight + group * c.weight_group_stride + channel * c.weight_out_stride +
-                        in * c.weight_in_stride + r * c.weight_y_stride + s * c.weight_x_stride;
-      copy_matrix(Matrix<const S>{source, c.weight_out_stride, c.weight_in_stride}, to, channels, run);
-      to.data += run * to.col_stride;
+      const S* source = weight + in * c.weight_in_stride + r * c.weight_y_stride + s * c.weight_x_stride;
+      copy_block(Matrix<const S>{source, c.weight_out_stride, c.weight_in_stride}, at, channels, run);
+      at.data += run * at.col_stride;
       column += run;
     }
   }
 }
 
+// Whether all of the packed output channels' weights, whole panels from `channel` on, are finite.
+template <class T>
+bool all_finite(const PackedWeights<T>& w, int64_t channel, int64_t channels) {
+  Vector<T> nan = {};
+  for (int64_t start = 0; start < w.depth; start += block_depth) {
+    const T* weights = w.at(start, channel);
+    const int64_t count = channels * w.block(start);
+    for (int64_t i = 0; i < count; i += lanes<T>) {
+      const Vector<T> x = load_first(weights + i, count - i);
+      nan += x - x;
+    }
+  }
+  for (int i = 0; i < lanes<T>; ++i)
+    if (nan[i] != 0) return false;
+  return true;
+}
+
 // to[i, j] += bias[j] for i < pixels, j < channels, which are the rows or columns of a block.
 template <class S, class T>
 void add_bias(const S* bias, Matrix<T> to, int64_t pixels, int64_t channels) {
-  T value[max(block_rows, block_cols<T>)];
+  T value[max(block_rows, conv_cols<T>)];
   copy_contiguous(bias, value, channels);
   if (to.col_stride == 1) {
     for (int64_t i = 0; i < pixels; ++i)
@@ -120,40 +244,163 @@ void add_bias(const S* bias, Matrix<T> to, int64_t pixels, int64_t channels) {
   }
 }
 
-// Computes pixels [pixel, pixel + pixels) of the output channels [channel, channel + channels) of one group.
+// Pixels [pixel, pixel + pixels) of the output channels [channel, channel + channels) of one group.
 template <class S>
-void correlate_block(const Correlation<S>& c, const CorrelationPlan& p, const Phase<S>& phase, int64_t group,
-                     int64_t pixel, int64_t pixels, int64_t channel, int64_t channels, const Compute<S>* packed,
-                     const WorkerBlocks<Compute<S>>& blocks) {
+struct CorrelationPiece {
+  Phase<S> phase;
+  int64_t group, pixel, pixels, channel, channels;
+};
+
+// The piece's results [pixel, channel] where products can add them up in place: in the compute type, whole tiles. Else its
+// data is nullptr.
+template <class S>
+Matrix<Compute<S>> results_in_place(const Correlation<S>& c, const CorrelationPlan& p, const CorrelationPiece<S>& piece) {
   using T = Compute<S>;
-  Patches<S> patches = phase.patches;
-  patches.data += group * c.in_channels * patches.channel_stride;
-  const int64_t depth = patches.columns();
-  const int64_t rows = p.channels_are_cols ? pixels : channels, cols = p.channels_are_cols ? channels : pixels;
-  const int64_t c_stride = round_up(cols, tile_cols<T>);
-  if (depth == 0) zero_matrix(Matrix<T>{blocks.c, c_stride, 1}, rows, cols);
-  for (int64_t start = 0; start < depth; start += block_depth) {
-    const int64_t block = min(depth - start, block_depth);
-    const T* weights = packed + start * p.packed_channels + channel * block;
-    if (p.channels_are_cols) {
-      gather_patches(patches, pixel, pixels, start, block, Matrix<T>{blocks.a, block, 1});
-      block_product(rows, cols, block, Matrix<const T>{blocks.a, block, 1},
-                    Panels<T>{weights, block * tile_cols<T>, tile_cols<T>}, blocks.c, c_stride, start > 0);
-    } else {
-      gather_patches(patches, pixel, pixels, start, block, Matrix<T>{blocks.b, 1, block_cols<T>});
-      zero_matrix(Matrix<T>{blocks.b + cols, block_cols<T>, 1}, block, c_stride - cols);
-      block_product(rows, cols, block, Matrix<const T>{weights, block, 1},
-                    Panels<T>{blocks.b, tile_cols<T>, block_cols<T>}, blocks.c, c_stride, start > 0);
-    }
+  if constexpr (__is_same(S, T)) {
+    const Phase<S>& phase = piece.phase;
+    const int64_t positions_x = phase.patches.x.positions, positions_y = phase.patches.y.positions;
+    const int64_t step = phase.result_x_stride, line = piece.pixel / positions_x;
+    const int64_t last_line = (piece.pixel + piece.pixels - 1) / positions_x;
+    const bool lines_follow = positions_y == 1 || phase.result_y_stride == positions_x * step;
+    const bool samples_follow = lines_follow && phase.result_batch_stride == positions_y * positions_x * step;
+    const bool one_sample = line / positions_y == last_line / positions_y;
+    const bool whole_tiles = p.channels_are_cols ? phase.result_channel_stride == 1 && piece.channels % tile_cols<T> == 0
+                                                 : step == 1 && piece.pixels % tile_cols<T> == 0;
+    if (whole_tiles && (line == last_line || (one_sample ? lines_follow : samples_follow)))
+      return {phase.result + (piece.group * c.out_channels + piece.channel) * phase.result_channel_stride +
+                  line / positions_y * phase.result_batch_stride + line % positions_y * phase.result_y_stride +
+                  piece.pixel % positions_x * step,
+              step, phase.result_channel_stride};
   }
-  const Matrix<T> result = p.channels_are_cols ? Matrix<T>{blocks.c, c_stride, 1} : Matrix<T>{blocks.c, 1, c_stride};
-  if (c.bias) add_bias(c.bias + group * c.out_channels + channel, result, pixels, channels);
-  const int64_t first_channel = group * c.out_channels + channel;
-  for_each_line(patches.y, patches.x, pixel, pixels, [&](int64_t n, int64_t y, int64_t x, int64_t count, int64_t index) {
+  return {};
+}
+
+// Adds the bias to the results of output channels [channel, channel + channels) and stores them, if they are not in place.
+template <class S>
+void finish_results(const Correlation<S>& c, const CorrelationPiece<S>& piece, int64_t channel, int64_t channels,
+                    Matrix<Compute<S>> result, bool in_place) {
+  using T = Compute<S>;
+  const Phase<S>& phase = piece.phase;
+  const int64_t first_channel = piece.group * c.out_channels + channel;
+  if (c.bias) add_bias(c.bias + first_channel, result, piece.pixels, channels);
+  if (in_place) return;
+  for_each_line(phase.patches.y, phase.patches.x, piece.pixel, piece.pixels,
+                [&](int64_t n, int64_t y, int64_t x, int64_t count, int64_t index) {
     S* to = phase.result + n * phase.result_batch_stride + y * phase.result_y_stride + x * phase.result_x_stride +
             first_channel * phase.result_channel_stride;
-    copy_matrix(Matrix<const T>{result.data + index * result.row_stride, result.row_stride, result.col_stride},
-                Matrix<S>{to, phase.result_x_stride, phase.result_channel_stride}, count, channels);
+    copy_block(Matrix<const T>{result.data + index * result.row_stride, result.row_stride, result.col_stride},
+               Matrix<S>{to, phase.result_x_stride, phase.result_channel_stride}, count, channels);
+  });
+}
+
+// The patches of a piece for the columns given, as an operand [pixel, column] of the product: gathered into a block, or in
+// place if they are the rows of a 1x1 kernel with neighbouring channels.
+template <class S>
+Matrix<const Compute<S>> piece_patches(const Correlation<S>& c, const CorrelationPlan& p, const CorrelationPiece<S>& piece,
+                                       Range columns, const WorkerBlocks<Compute<S>>& blocks) {
+  using T = Compute<S>;
+  Patches<S> patches = piece.phase.patches;
+  patches.data += piece.group * c.in_channels * patches.channel_stride;
+  const int64_t depth = columns.end - columns.begin;
+  if constexpr (__is_same(S, T)) {
+    if (p.channels_are_cols && patches.channel_stride == 1) {
+      const Matrix<const T> rows = evenly_spaced(patches, piece.pixel, piece.pixels);
+      if (rows.data) return {rows.data + columns.begin, rows.row_stride, 1};
+    }
+  }
+  const Matrix<T> to = p.channels_are_cols ? Matrix<T>{blocks.a, depth, 1} : Matrix<T>{blocks.b, 1, gathered_stride<T>};
+  gather_patches(patches, piece.pixel, piece.pixels, columns.begin, depth, to);
+  if (!p.channels_are_cols)
+    zero_matrix(Matrix<T>{to.data + piece.pixels, gathered_stride<T>, 1}, depth,
+                round_up(piece.pixels, tile_cols<T>) - piece.pixels);
+  return {to.data, to.row_stride, to.col_stride};
+}
+
+// `skip_padding`: taps that meet only padding may be passed over.
+template <class S>
+void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const CorrelationPiece<S>& piece,
+                     const PackedWeights<Compute<S>>& weights, bool skip_padding, const WorkerBlocks<Compute<S>>& blocks) {
+  using T = Compute<S>;
+  const Matrix<T> in_place = results_in_place(c, p, piece);
+  const int64_t scratch_stride = round_up(p.channels_are_cols ? piece.channels : piece.pixels, tile_cols<T>);
+  const Matrix<T> block = p.channels_are_cols ? Matrix<T>{blocks.c, scratch_stride, 1} : Matrix<T>{blocks.c, 1, scratch_stride};
+  const Matrix<T> result = in_place.data ? in_place : block;
+  bool add = false;
+  for (int64_t start = 0; start < weights.depth; start += block_depth) {
+    const int64_t whole = weights.block(start);
+    Range columns = {start, start + whole};
+    if (skip_padding) columns = columns_inside(piece.phase.patches, piece.pixel, piece.pixels, start, start + whole);
+    const int64_t depth = columns.end - columns.begin, skipped = columns.begin - start;
+    if (depth == 0) continue;
+    const Matrix<const T> patches = piece_patches(c, p, piece, columns, blocks);
+    for (int64_t first = 0; first < piece.channels; first += p.channel_block) {
+      const int64_t channels = min(piece.channels - first, p.channel_block);
+      const T* operand = weights.at(start, piece.channel + first);
+      T* to = result.data + first * result.col_stride;
+      if (p.channels_are_cols)
+        block_product(piece.pixels, channels, depth, patches,
+                      Panels<T>{operand + skipped * tile_cols<T>, whole * tile_cols<T>, tile_cols<T>}, to,
+                      result.row_stride, add);
+      else
+        block_product(channels, piece.pixels, depth, Matrix<const T>{operand + skipped, whole, 1},
+                      Panels<T>{patches.data, tile_cols<T>, gathered_stride<T>}, to, result.col_stride, add);
+    }
+    add = true;
+  }
+  for (int64_t first = 0; first < piece.channels; first += p.channel_block) {
+    const int64_t channels = min(piece.channels - first, p.channel_block);
+    const Matrix<T> part = {result.data + first * result.col_stride, result.row_stride, result.col_stride};
+    if (!add) zero_matrix(part, piece.pixels, channels);
+    finish_results(c, piece, piece.channel + first, channels, part, in_place.data != nullptr);
+  }
+}
+
+// Each weight meets one block of pixels: the patches are gathered as a whole, a piece of work packs a panel of weights and
+// uses it at once.
+template <class S>
+void correlate_few_pixels(const Correlation<S>& c, const CorrelationPlan& p, const ThreadPool& pool) {
+  using T = Compute<S>;
+  const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
+  const int64_t kernel_depth = c.shape.kernel_height * c.shape.kernel_width * c.in_channels;
+  const int64_t depth_blocks = max<int64_t>(1, ceil_div(kernel_depth, block_depth));
+  const int64_t panels = ceil_div(c.out_channels, tile_cols<T>);
+  T* gathered = scratch<T>(ScratchUse::caller, kernel_depth * c.groups * p.pixel_block);
+  // [depth block][pixel][depth]
+  const auto patches_of = [&](const Phase<S>& phase, int64_t group) {
+    return gathered + (phase.taps_before * c.groups * c.in_channels + group * phase.patches.columns()) * p.pixel_block;
+  };
+  parallel_for(pool, phases * c.groups * depth_blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t start = i % depth_blocks * block_depth, group = i / depth_blocks % c.groups;
+      const int64_t index = i / (depth_blocks * c.groups);
+      const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
+      const int64_t pixels = phase.pixels(c.batch), block = min(phase.patches.columns() - start, block_depth);
+      if (pixels == 0 || block <= 0) continue;
+      Patches<S> patches = phase.patches;
+      patches.data += group * c.in_channels * patches.channel_stride;
+      gather_patches(patches, 0, pixels, start, block, Matrix<T>{patches_of(phase, group) + start * pixels, block, 1});
+    }
+  });
+  parallel_for(pool, phases * c.groups * panels, [&](int64_t begin, int64_t end) {
+    T* weights_data = scratch<T>(ScratchUse::worker, (kernel_depth + p.pixel_block) * tile_cols<T>);
+    T* result = weights_data + kernel_depth * tile_cols<T>;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t channel = i % panels * tile_cols<T>, group = i / panels % c.groups, index = i / panels / c.groups;
+      const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
+      const int64_t pixels = phase.pixels(c.batch), channels = min<int64_t>(c.out_channels - channel, tile_cols<T>);
+      if (pixels == 0) continue;
+      const PackedWeights<T> weights = {weights_data, phase.patches.columns(), tile_cols<T>, true};
+      pack_weights(c, phase, group, channel, 0, weights);
+      const T* patches = patches_of(phase, group);
+      if (weights.depth == 0) zero_matrix(Matrix<T>{result, tile_cols<T>, 1}, pixels, tile_cols<T>);
+      for (int64_t start = 0; start < weights.depth; start += block_depth) {
+        const int64_t block = weights.block(start);
+        block_product(pixels, tile_cols<T>, block, Matrix<const T>{patches + start * pixels, block, 1},
+                      Panels<T>{weights.at(start, 0), 0, tile_cols<T>}, result, tile_cols<T>, start > 0);
+      }
+      finish_results(c, CorrelationPiece<S>{phase, group, 0, pixels, channel, channels}, channel, channels,
+                     Matrix<T>{result, tile_cols<T>, 1}, false);
+    }
   });
 }
 
@@ -163,32 +410,43 @@ void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
   const Correlation<S> c = correlation<S>(problem);
   if (c.batch == 0 || c.groups * c.out_channels == 0 || make_phase(c, 0, 0).pixels(c.batch) == 0) return;
   const CorrelationPlan p = plan(c, pool.threads);
+  if (p.weights_used_once) return correlate_few_pixels(c, p, pool);
   const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
   T* packed = scratch<T>(ScratchUse::caller, c.shape.kernel_height * c.shape.kernel_width * c.groups * c.in_channels *
                                                  p.packed_channels);
 
+  bool skip_padding = p.skip_padding;  // and no weight gives NaN where it meets padding
   const int64_t panels = ceil_div(c.out_channels, tile_cols<T>);
   parallel_for(pool, phases * c.groups * panels, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i % panels, group = i / panels % c.groups, index = i / panels / c.groups;
+      const int64_t channel = i % panels * tile_cols<T>, group = i / panels % c.groups, index = i / panels / c.groups;
       const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
-      pack_weights(c, p, phase, group, panel * tile_cols<T>, packed_weights(packed, c, p, phase, group));
+      const PackedWeights<T> weights = packed_weights(packed, c, p, phase, group);
+      pack_weights(c, phase, group, channel, channel, weights);
+      if (p.skip_padding && !all_finite(weights, channel, min<int64_t>(p.packed_channels - channel, tile_cols<T>)))
+        __atomic_store_n(&skip_padding, false, __ATOMIC_RELAXED);
     }
   });
 
-  const int64_t phase_pieces = p.pixel_blocks * c.groups * p.channel_blocks;
-  parallel_for(pool, phases * phase_pieces, [&](int64_t begin, int64_t end) {
-    const WorkerBlocks<T> blocks;
+  const int64_t units = p.samples_apart ? c.batch : 1, unit_batch = p.samples_apart ? 1 : c.batch;
+  const int64_t cells = p.cells_y * p.cells_x, cell_pieces = units * p.pixel_blocks * c.groups * p.channel_ranges;
+  const int64_t c_elements = round_up(p.channel_range, tile_cols<T>) * round_up(p.pixel_block, tile_cols<T>);
+  parallel_for(pool, phases * cells * cell_pieces, [&](int64_t begin, int64_t end) {
+    const WorkerBlocks<T> blocks(c_elements);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t channel = i % p.channel_blocks * p.channel_block;
-      const int64_t group = i / p.channel_blocks % c.groups;
-      const int64_t pixel = i / (p.channel_blocks * c.groups) % p.pixel_blocks * p.pixel_block;
-      const int64_t index = i / phase_pieces;
-      const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
-      const int64_t pixels = min(phase.pixels(c.batch) - pixel, p.pixel_block);
-      if (pixels > 0)
-        correlate_block(c, p, phase, group, pixel, pixels, channel, min(c.out_channels - channel, p.channel_block),
-                        packed_weights(packed, c, p, phase, group), blocks);
+      const int64_t range = i % p.channel_ranges, group = i / p.channel_ranges % c.groups;
+      const int64_t pixel_block = i / (p.channel_ranges * c.groups) % p.pixel_blocks;
+      const int64_t unit = i / (p.channel_ranges * c.groups * p.pixel_blocks) % units;
+      const int64_t cell = i / cell_pieces % cells, index = i / cell_pieces / cells;
+      Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
+      const PackedWeights<T> weights = packed_weights(packed, c, p, phase, group);
+      if (cells > 1)
+        restrict_positions(phase, cell / p.cells_x * p.cell_y, p.cell_y, cell % p.cells_x * p.cell_x, p.cell_x);
+      const int64_t first = pixel_block * p.pixel_block, pixel = unit * phase.pixels(1) + first;
+      const int64_t pixels = min(phase.pixels(unit_batch) - first, p.pixel_block);
+      const int64_t channel = range * p.channel_range, channels = min(c.out_channels - channel, p.channel_range);
+      const CorrelationPiece<S> piece = {phase, group, pixel, pixels, channel, channels};
+      if (pixels > 0) correlate_piece(c, p, piece, weights, skip_padding, blocks);
     }
   });
 }
@@ -223,25 +481,41 @@ WeightGrad<S> weight_grad(const Conv2dWeightGrad& p) {
   return result;
 }
 
-// Sums pixels [pixel, end) of the rows and columns given into blocks.c [rows, c_stride]: chains over block_depth pixels,
-// added in order.
+// The operand A [row, pixel] of the product for pixels [pixel, pixel + pixels): gathered in the order in which the image's
+// elements lie in memory, or in place for a 1x1 kernel on neighbouring pixels.
 template <class S>
-void weight_grad_block(const WeightGrad<S>& w, int64_t group, int64_t row, int64_t rows, int64_t col, int64_t cols,
-                       int64_t pixel, int64_t end, const WorkerBlocks<Compute<S>>& blocks, int64_t c_stride) {
+Matrix<const Compute<S>> weight_grad_input(const Patches<S>& input, int64_t row, int64_t rows, int64_t pixel, int64_t pixels,
+                                           Compute<S>* block) {
+  using T = Compute<S>;
+  if constexpr (__is_same(S, T)) {
+    const Matrix<const T> spaced = evenly_spaced(input, pixel, pixels);
+    if (spaced.data && spaced.row_stride == 1) return {spaced.data + row * spaced.col_stride, spaced.col_stride, 1};
+  }
+  const Matrix<T> to = input.channel_stride == 1 ? Matrix<T>{block, block_rows, 1} : Matrix<T>{block, 1, block_depth};
+  gather_patches(input, pixel, pixels, row, rows, to);
+  return {to.data, to.col_stride, to.row_stride};
+}
+
+// Sums pixels [pixel, end) of the rows and columns given into blocks.c [rows, c_stride]: chains over block_depth pixels,
+// added in order. The columns are gathered once for all rows.
+template <class S>
+void weight_grad_block(const WeightGrad<S>& w, int64_t group, int64_t row, int64_t rows, int64_t row_block, int64_t col,
+                       int64_t cols, int64_t pixel, int64_t end, const WorkerBlocks<Compute<S>>& blocks, int64_t c_stride) {
   using T = Compute<S>;
   Patches<S> input = w.input, grad_output = w.grad_output;
   input.data += group * input.channels * input.channel_stride;
   grad_output.data += (group * w.cols + col) * grad_output.channel_stride;
-  // A in the order in which the image's elements lie in memory: [pixel][row] or [row][pixel].
-  const Matrix<T> a = input.channel_stride == 1 ? Matrix<T>{blocks.a, block_rows, 1} : Matrix<T>{blocks.a, 1, block_depth};
-  zero_matrix(Matrix<T>{blocks.c, c_stride, 1}, rows, cols);
-  zero_matrix(Matrix<T>{blocks.b + cols, block_cols<T>, 1}, block_depth, c_stride - cols);
+  if (pixel >= end) zero_matrix(Matrix<T>{blocks.c, c_stride, 1}, rows, cols);
   for (int64_t start = pixel; start < end; start += block_depth) {
     const int64_t depth = min(end - start, block_depth);
-    gather_patches(input, start, depth, row, rows, a);
-    gather_patches(grad_output, start, depth, 0, cols, Matrix<T>{blocks.b, block_cols<T>, 1});
-    block_product(rows, cols, depth, Matrix<const T>{a.data, a.col_stride, a.row_stride},
-                  Panels<T>{blocks.b, tile_cols<T>, block_cols<T>}, blocks.c, c_stride, true);
+    zero_matrix(Matrix<T>{blocks.b + cols, gathered_stride<T>, 1}, depth, c_stride - cols);
+    gather_patches(grad_output, start, depth, 0, cols, Matrix<T>{blocks.b, gathered_stride<T>, 1});
+    for (int64_t first = 0; first < rows; first += row_block) {
+      const int64_t count = min(rows - first, row_block);
+      const Matrix<const T> a = weight_grad_input(input, row + first, count, start, depth, blocks.a);
+      block_product(count, cols, depth, a, Panels<T>{blocks.b, tile_cols<T>, gathered_stride<T>},
+                    blocks.c + first * c_stride, c_stride, start > pixel);
+    }
   }
 }
 
@@ -255,7 +529,7 @@ void store_weight_grad(const WeightGrad<S>& w, int64_t group, int64_t row, int64
     const int64_t run = min(channels - channel, row + rows - i);
     S* to = w.result + (group * w.cols + col) * w.result_stride[0] + channel * w.result_stride[1] +
             tap / w.input.x.taps * w.result_stride[2] + tap % w.input.x.taps * w.result_stride[3];
-    copy_matrix(from, Matrix<S>{to, w.result_stride[1], w.result_stride[0]}, run, cols);
+    copy_block(from, Matrix<S>{to, w.result_stride[1], w.result_stride[0]}, run, cols);
     from.data += run * from.row_stride;
     i += run;
   }
@@ -301,24 +575,34 @@ void sum_slices(const WeightGrad<S>& w, const Slices<S>& slices, const ThreadPoo
   });
 }
 
+// Sums of a piece of work, in elements, at most.
+constexpr int64_t most_sums = int64_t{1} << 18;
+
 template <class S>
 void weight_grad_by_gemm(const Conv2dWeightGrad& problem, const ThreadPool& pool) {
   using T = Compute<S>;
-  const WeightGrad<S> w = weight_grad<S>(problem);
+  WeightGrad<S> w = weight_grad<S>(problem);
   if (w.groups * w.rows * w.cols == 0) return;
+  // Both operands see the same pixels in the same order, with joined lines or without.
+  if (lines_follow(w.grad_output)) join_lines(w.grad_output);
+  if (lines_follow(w.input)) join_lines(w.input);
   const Slices<S> slices(w);
-  const int64_t row_block = even_block(w.rows, block_rows, tile_rows);
-  const int64_t col_block = even_block(w.cols, block_cols<T>, tile_cols<T>);
-  const int64_t row_blocks = ceil_div(w.rows, row_block), col_blocks = ceil_div(w.cols, col_block);
-  parallel_for(pool, slices.count * w.groups * row_blocks * col_blocks, [&](int64_t begin, int64_t end) {
-    const WorkerBlocks<T> blocks;
+  const int64_t col_block = even_block(w.cols, conv_cols<T>, tile_cols<T>), col_blocks = ceil_div(w.cols, col_block);
+  // Four pieces or more for each of several threads.
+  const int64_t wanted = pool.threads == 1 ? 1 : ceil_div(4 * pool.threads, slices.count * w.groups * col_blocks);
+  const int64_t most_rows = min(most_sums / col_block, round_up(ceil_div(w.rows, wanted), tile_rows));
+  const int64_t row_range = even_block(w.rows, most_rows, tile_rows), row_ranges = ceil_div(w.rows, row_range);
+  const int64_t row_block = even_block(row_range, block_rows, tile_rows);
+  parallel_for(pool, slices.count * w.groups * row_ranges * col_blocks, [&](int64_t begin, int64_t end) {
+    const WorkerBlocks<T> blocks(row_range * col_block);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % row_blocks * row_block, rows = min(w.rows - row, row_block);
-      const int64_t col = i / row_blocks % col_blocks * col_block, cols = min(w.cols - col, col_block);
-      const int64_t group = i / (row_blocks * col_blocks) % w.groups;
-      const int64_t slice = i / (row_blocks * col_blocks * w.groups);
+      const int64_t row = i % row_ranges * row_range, rows = min(w.rows - row, row_range);
+      const int64_t col = i / row_ranges % col_blocks * col_block, cols = min(w.cols - col, col_block);
+      const int64_t group = i / (row_ranges * col_blocks) % w.groups;
+      const int64_t slice = i / (row_ranges * col_blocks * w.groups);
       const int64_t pixel = slice * slices.pixels, c_stride = round_up(cols, tile_cols<T>);
-      weight_grad_block(w, group, row, rows, col, cols, pixel, min(pixel + slices.pixels, w.pixels), blocks, c_stride);
+      const int64_t stop = min(pixel + slices.pixels, w.pixels);
+      weight_grad_block(w, group, row, rows, row_block, col, cols, pixel, stop, blocks, c_stride);
       store_slice(w, slices, slice, group, row, rows, col, cols, Matrix<const T>{blocks.c, c_stride, 1});
     }
   });

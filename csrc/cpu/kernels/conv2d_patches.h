@@ -1,7 +1,7 @@
 // The patches of an image that a convolution looks at, as a matrix that is never stored as a whole:
 // one row per pixel of the result (n, y, x), one column per (tap y, tap x, channel).
 #pragma once
-#include "simd.h"
+#include "transpose.h"
 
 namespace cvfast {
 namespace {
@@ -43,6 +43,40 @@ struct Patches {
   int64_t columns() const { return y.taps * x.taps * channels; }
 };
 
+template <class From, class To>
+void copy_along(Matrix<const From> from, Matrix<To> to, int64_t rows, int64_t cols, bool along_rows) {
+  if (along_rows) {
+    for (int64_t j = 0; j < cols; ++j)
+      copy_strided(from.data + j * from.col_stride, from.row_stride, to.data + j * to.col_stride, to.row_stride, rows);
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      copy_strided(from.data + i * from.row_stride, from.col_stride, to.data + i * to.row_stride, to.col_stride, cols);
+  }
+}
+
+// copy_matrix, by vectors also where the contiguous dimension changes and where every second element is read, else along
+// near neighbours.
+template <class From, class To>
+void copy_block(Matrix<const From> from, Matrix<To> to, int64_t rows, int64_t cols) {
+  constexpr int64_t L = lanes<Compute<To>>;
+  const bool squares = rows >= L && cols >= L;
+  if (squares && from.row_stride == 1 && to.col_stride == 1 && from.col_stride != 1) {
+    copy_transposed(from.data, from.col_stride, to.data, to.row_stride, rows, cols);
+  } else if (squares && from.col_stride == 1 && to.row_stride == 1 && from.row_stride != 1) {
+    copy_transposed(from.data, from.row_stride, to.data, to.col_stride, cols, rows);
+  } else if (from.row_stride == 2 && to.row_stride == 1) {
+    for (int64_t j = 0; j < cols; ++j) copy_every_second(from.data + j * from.col_stride, to.data + j * to.col_stride, rows);
+  } else if (from.col_stride == 2 && to.col_stride == 1) {
+    for (int64_t i = 0; i < rows; ++i) copy_every_second(from.data + i * from.row_stride, to.data + i * to.row_stride, cols);
+  } else if (from.row_stride != 1 && from.col_stride != 1) {
+    copy_along(from, to, rows, cols, from.row_stride < from.col_stride);
+  } else if (to.row_stride != 1 && to.col_stride != 1) {
+    copy_along(from, to, rows, cols, to.row_stride < to.col_stride);
+  } else {
+    copy_matrix(from, to, rows, cols);
+  }
+}
+
 // Calls body(n, y, x, count, index) for each run of pixels [first, first + pixels) that lies in one line of the
 // result; index counts from `first`.
 template <class Body>
@@ -83,7 +117,7 @@ void gather_patches(const Patches<S>& patches, int64_t pixel, int64_t pixels, in
         const S* source = patches.data + n * patches.batch_stride + channel * patches.channel_stride +
                           patches.y.source(y, tap_y) * patches.y_stride +
                           patches.x.source(x + begin, tap_x) * patches.x_stride;
-        copy_matrix(Matrix<const S>{source, patches.x.step * patches.x_stride, patches.channel_stride}, part(begin),
+        copy_block(Matrix<const S>{source, patches.x.step * patches.x_stride, patches.channel_stride}, part(begin),
                     stop - begin, channels);
       }
       if (stop < count) zero_matrix(part(stop), count - stop, channels);
@@ -93,6 +127,41 @@ void gather_patches(const Patches<S>& patches, int64_t pixel, int64_t pixels, in
     channel = 0;
     if (++tap_x == patches.x.taps) tap_x = 0, ++tap_y;
   }
+}
+
+// The columns of [start, end) from the first to the last one that lies inside the image for some pixel of
+// [pixel, pixel + pixels).
+template <class S>
+Range columns_inside(const Patches<S>& patches, int64_t pixel, int64_t pixels, int64_t start, int64_t end) {
+  const Axis &y = patches.y, &x = patches.x;
+  const int64_t last_pixel = pixel + pixels - 1, line = pixel / x.positions, last_line = last_pixel / x.positions;
+  const bool one_sample = line / y.positions == last_line / y.positions;
+  const Range lines = one_sample ? Range{line % y.positions, last_line % y.positions + 1} : Range{0, y.positions};
+  const Range places = line == last_line ? Range{pixel % x.positions, last_pixel % x.positions + 1} : Range{0, x.positions};
+  const auto meet = [](Range a, Range b) { return max(a.begin, b.begin) < min(a.end, b.end); };
+  const auto outside = [&](int64_t column) {
+    const int64_t tap = column / patches.channels;
+    return !meet(lines, y.inside(tap / x.taps)) || !meet(places, x.inside(tap % x.taps));
+  };
+  while (start < end && outside(start)) start = min(end, round_up(start + 1, patches.channels));
+  while (start < end && outside(end - 1)) end = max(start, (end - 1) / patches.channels * patches.channels);
+  return {start, end};
+}
+
+// Patches of one tap that lies inside the image everywhere, for pixels at even distances in memory: the matrix
+// [pixel, channel]; else its data is nullptr.
+template <class S>
+Matrix<const S> evenly_spaced(const Patches<S>& patches, int64_t pixel, int64_t pixels) {
+  const Axis &y = patches.y, &x = patches.x;
+  const Range inside_y = y.inside(0), inside_x = x.inside(0);
+  const bool inside = inside_y.begin == 0 && inside_y.end == y.positions && inside_x.begin == 0 && inside_x.end == x.positions;
+  if (y.taps * x.taps != 1 || !inside) return {};
+  const int64_t step = x.step * patches.x_stride, line = pixel / x.positions;
+  const bool samples_joined = y.positions == 1 && patches.batch_stride == x.positions * step;
+  if ((pixel + pixels - 1) / x.positions > line && !samples_joined) return {};
+  const S* first = patches.data + line / y.positions * patches.batch_stride +
+                   y.source(line % y.positions, 0) * patches.y_stride + x.source(pixel % x.positions, 0) * patches.x_stride;
+  return {first, step, patches.channel_stride};
 }
 
 }  // namespace

@@ -66,15 +66,18 @@ inline int64_t taps_before(int64_t phase, int64_t taps, int64_t stride, int64_t 
   return count;
 }
 
-// A 1x1 kernel that moves pixel by pixel over whole lines sees one long line.
+// Whether a 1x1 kernel moves pixel by pixel over whole lines that follow each other in memory.
 template <class S>
-void join_lines(Phase<S>& phase) {
-  Axis &y = phase.patches.y, &x = phase.patches.x;
-  const bool pixel_by_pixel = y.taps == 1 && x.taps == 1 && y.step == 1 && x.step == 1 && y.offset == 0 &&
-                              x.offset == 0 && x.positions == x.inputs && y.positions <= y.inputs;
-  if (!pixel_by_pixel || phase.patches.y_stride != x.positions * phase.patches.x_stride ||
-      phase.result_y_stride != x.positions * phase.result_x_stride)
-    return;
+bool lines_follow(const Patches<S>& patches) {
+  const Axis &y = patches.y, &x = patches.x;
+  return y.taps == 1 && x.taps == 1 && y.step == 1 && x.step == 1 && y.offset == 0 && x.offset == 0 &&
+         x.positions == x.inputs && y.positions <= y.inputs && patches.y_stride == x.positions * patches.x_stride;
+}
+
+// Makes one long line of them.
+template <class S>
+void join_lines(Patches<S>& patches) {
+  Axis &y = patches.y, &x = patches.x;
   x.positions = x.inputs = y.positions * x.positions;
   y.positions = y.inputs = 1;
 }
@@ -106,8 +109,21 @@ Phase<S> make_phase(const Correlation<S>& c, int64_t phase_y, int64_t phase_x, b
     phase.result_y_stride = c.result_stride[2];
     phase.result_x_stride = c.result_stride[3];
   }
-  if (joined) join_lines(phase);
+  if (joined && lines_follow(phase.patches) && phase.result_y_stride == x.positions * phase.result_x_stride)
+    join_lines(phase.patches);
   return phase;
+}
+
+// Keeps `count_y` x `count_x` positions from (first_y, first_x) on, or those of them that exist.
+template <class S>
+void restrict_positions(Phase<S>& phase, int64_t first_y, int64_t count_y, int64_t first_x, int64_t count_x) {
+  const auto restrict_axis = [](Axis& axis, int64_t first, int64_t count) {
+    axis.positions = max<int64_t>(0, min(axis.positions - first, count));
+    axis.offset += first * axis.step;
+  };
+  restrict_axis(phase.patches.y, first_y, count_y);
+  restrict_axis(phase.patches.x, first_x, count_x);
+  phase.result += first_y * phase.result_y_stride + first_x * phase.result_x_stride;
 }
 
 template <class S>

@@ -38,6 +38,8 @@ template <class T, int Rows>
 void tile_product(Matrix<const T> a, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride, bool add) {
   constexpr int L = lanes<T>;
   Vector<T> sum[Rows][2] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) __builtin_prefetch(c + i * c_stride, 1);
   for (int64_t k = 0; k < depth; ++k) {
     const Vector<T> b0 = load_as<Vector<T>>(b), b1 = load_as<Vector<T>>(b + L);
 #pragma GCC unroll 16
@@ -68,15 +70,15 @@ void tile_product_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t b_st
 }
 
 // A block: rows <= block_rows, cols <= block_cols, depth <= block_depth for the caches' sake. `c` has row stride
-// c_stride and room for the columns rounded up to tile_cols.
+// c_stride and room for the columns rounded up to tile_cols. The rows are cut evenly into tiles.
 template <class T>
 void block_product(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, Panels<T> b, T* c, int64_t c_stride,
                    bool add) {
   for (int64_t col = 0; col < cols; col += tile_cols<T>) {
-    for (int64_t row = 0; row < rows; row += tile_rows) {
+    for (int64_t row = 0, count; row < rows; row += count) {
+      count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
       const Matrix<const T> a_rows = {a.data + row * a.row_stride, a.row_stride, a.col_stride};
-      tile_product_rows<T>(min<int64_t>(rows - row, tile_rows), a_rows, b.data, b.row_stride, depth,
-                           c + row * c_stride + col, c_stride, add);
+      tile_product_rows<T>(count, a_rows, b.data, b.row_stride, depth, c + row * c_stride + col, c_stride, add);
     }
     b.data += b.panel_stride;
   }
