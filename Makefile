@@ -12,7 +12,7 @@ demo: $(READY)  ## train, judge and export a CNN on the embedded images; the rep
 	$(BIN)/cvfast demo
 
 test: $(READY)  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
 
 test-install: $(READY)  ## pip install in fresh environments, wheel and sdist (slow)
 	$(BIN)/python -m pytest -s tests/install --install-tests $(INSTALL)

@@ -118,4 +118,5 @@ def test_kernels_are_right_on_64_bit_arm(tmp_path):
     if missing:
         pytest.skip(f"{', '.join(missing)} not found: apt-get install g++-aarch64-linux-gnu qemu-user")
     program = link_check(tmp_path, ARM_CXX, [compile_kernels(tmp_path, ARM_CXX, "neon", ["-O2"])], "-static")
-    assert "neon: " in run_check(QEMU, program)
+    # qemu is slow: the other dtypes' kernels differ from these in a type or a conversion.
+    assert "neon: " in run_check(QEMU, program, "f32", "f16")
