@@ -12,7 +12,12 @@ namespace cvfast {
 #define CVFAST_TABLE(isa, vector_bytes) \
   KernelTable{#isa, vector_bytes, isa::conv2d.forward, isa::conv2d.input_grad, isa::conv2d.weight_grad, isa::peak}
 
-#if defined(__x86_64__)
+// CVFAST_BASELINE_ONLY: for a build that leaves the other ones out, under sanitizers say.
+#if defined(__x86_64__) && !defined(CVFAST_BASELINE_ONLY)
+#define CVFAST_X86
+#endif
+
+#if defined(CVFAST_X86)
 #if defined(CVFAST_EMULATED512)
 CVFAST_DECLARE(emulated512)
 #endif
@@ -34,7 +39,7 @@ struct Variant {
 
 // Best last.
 const std::vector<Variant>& variants() {
-#if defined(__x86_64__)
+#if defined(CVFAST_X86)
   static const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

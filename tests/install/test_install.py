@@ -1,4 +1,7 @@
-"""cvfast installs in fresh environments: isolated or not, editable, from a wheel and from an sdist, CUDA or not."""
+"""cvfast installs in fresh environments: isolated or not, editable, from a wheel and from an sdist, CUDA or not.
+
+They take minutes, hence run only with --install-tests.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# A mark, not a fixture: a skipped test must not make its environment first.
+pytestmark = pytest.mark.skipif(
+    "not config.getoption('--install-tests', default=False)", reason="make test-install runs these"
+)
 
 ROOT = Path(__file__).parents[2]
 TORCH = f"torch=={torch.__version__.split('+')[0]}"

@@ -256,6 +256,14 @@ struct DirectProduct {
   Block<T> result;
   bool in_place;  // the result is the caller's: just its elements may be written
 
+  // Lines of one pixel each that follow each other in the copy, as one line.
+  DirectProduct as_one_line() const {
+    DirectProduct d = *this;
+    d.lines = 1, d.pixels = lines;
+    d.result.pixel_stride = result.line_stride;
+    return d;
+  }
+
   // One line's pixels [first, first + count).
   DirectProduct part(const DirectPlan& p, int64_t line, int64_t first, int64_t count) const {
     DirectProduct d = *this;
@@ -433,7 +441,7 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
           if (c.input_grad && depth > 0 && misses_much(y, x))
             direct_product_inside(p, product, y, x, position);
           else if (!try_plane_product(p, product, y, x))
-            direct_product(p, product, Range{0, depth});
+            direct_product(p, p.pitch == 1 ? product.as_one_line() : product, Range{0, depth});
         }
         if (in_place) continue;
         const bool together = p.packed_channels == c.out_channels;  // the groups' channels are neighbours

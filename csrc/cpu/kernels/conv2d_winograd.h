@@ -111,8 +111,9 @@ void load_weights(const Correlation<S>& c, const S* weight, int64_t count, Float
     }
   } else if (y_stride == 3 * x_stride && x_stride * x_stride == 1) {
     const S* lowest = x_stride < 0 ? weight - 8 : weight;
+    constexpr int places[] = {0, 4, 5};  // of four taps, three times: the last ones overlap
     for (int64_t i = 0; i < count; ++i)
-      for (int place : {0, 4, 5}) {
+      for (int place : places) {
         FloatVector column[4];
         load_columns(lowest + i * c.weight_in_stride + place, c.weight_out_stride, column);
         for (int j = 0; j < 4; ++j) taps[i][x_stride < 0 ? 8 - place - j : place + j] = column[j];

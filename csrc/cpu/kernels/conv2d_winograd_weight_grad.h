@@ -75,7 +75,8 @@ void store_taps(const WinogradWeightGrad<S>& w, FloatVector (&taps)[9], int64_t 
   if (w.in_stride == 1) {
     for (int tap = 0; tap < 9; ++tap) store_first(taps[tap], to + tap / 3 * w.y_stride + tap % 3 * w.x_stride, channels);
   } else if (w.x_stride == 1 && w.y_stride == 3 && channels >= lanes<float>) {
-    for (int first : {0, 4, 5}) {
+    constexpr int places[] = {0, 4, 5};  // of four taps, three times: the last ones overlap
+    for (int first : places) {
       FloatVector columns[4] = {taps[first], taps[first + 1], taps[first + 2], taps[first + 3]};
       store_columns(columns, to + first, w.in_stride);
     }
