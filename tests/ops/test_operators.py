@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
 import cvfast
+from cvfast.backends.triton import conv2d as triton_conv2d
 from cvfast.ops.card import NAMESPACES
 from cvfast.testing import SPECS, Case, OpSpec, Sample, assert_as_accurate
 from tests.conftest import isas
@@ -33,8 +34,12 @@ def backends(test):
 
 
 @pytest.fixture(autouse=True)
-def strict_interpreter():
-    """Triton's interpreter checks bounds, races and rounding, too."""
+def strict_interpreter(monkeypatch):
+    """Triton's interpreter checks bounds, races and rounding, too.
+
+    It takes a block's time whatever the block's size, so that few large ones are faster; tests/triton runs those of a GPU.
+    """
+    monkeypatch.setattr(triton_conv2d, "BLOCK", {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64})
     with interpreter.strict():
         yield
 
