@@ -37,7 +37,7 @@ def backends(test):
 def strict_interpreter(monkeypatch):
     """Triton's interpreter checks bounds, races and rounding, too.
 
-    It takes a block's time whatever the block's size, so that few large ones are faster; tests/triton runs those of a GPU.
+    Its time is per block, whatever the block's size, so here they are large; tests/triton runs those of a GPU.
     """
     monkeypatch.setattr(triton_conv2d, "BLOCK", {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64})
     with interpreter.strict():
