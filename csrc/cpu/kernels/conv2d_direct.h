@@ -1,8 +1,9 @@
-// Convolution with few channels per group, depthwise included: the patches are read in place, a vector of neighbouring
-// pixels at a time, from a copy of the image in the compute type. No patch is gathered.
+// Convolution with few channels per group: the patches are read in place from a copy of the image in the compute type, with
+// zeros for padding. A tap is an offset into the copy; no patch is gathered.
 //
-// The copy has zeros for padding and a plane for each remainder of a coordinate modulo the stride, so that the pixels that
-// one tap sees for consecutive results are neighbours, from one line to the next too: a tap is an offset into the copy.
+// Where pixels fill the vectors, the copy has a plane for each remainder of a coordinate modulo the stride, so that the pixels
+// that one tap sees for consecutive results are neighbours, from one line to the next too. Where output channels fill
+// them, the copy is laid out as the image is.
 // An element's chain of operations is that of the implicit GEMM, so its bits are, too.
 #pragma once
 #include "conv2d_implicit_gemm.h"
@@ -49,18 +50,23 @@ inline Conv2dWeightGrad along_lines(Conv2dWeightGrad p) {
   return p;
 }
 
-// What positions 0 .. positions - 1 of one axis read of the source, over all phases: i * step + [first, last].
+// What positions 0 .. positions - 1 of one axis read of the source, over all phases: i * step + [first, last]. The copy
+// has `planes()` planes, each with every plane_step-th element: plane_step is 1 or `step`.
 struct Window {
-  int64_t positions, inputs, step, first, last;
+  int64_t positions, inputs, step, plane_step, first, last;
 
-  int64_t planes() const { return min(step, last - first + 1); }
-  int64_t length(int64_t count) const { return count + (last - first) / step; }  // of a plane, for `count` positions
+  int64_t planes() const { return min(plane_step, last - first + 1); }
+  int64_t stride() const { return step / plane_step; }  // of neighbouring positions, within a plane
+  int64_t reach() const { return (last - first) / plane_step; }
+  int64_t length(int64_t count) const { return (count - 1) * stride() + 1 + reach(); }  // of a plane, for `count` positions
+  // The most positions whose planes are no longer than `length`; at least 1.
+  int64_t most_positions(int64_t length) const { return max<int64_t>(0, length - 1 - reach()) / stride() + 1; }
 
   // Elements of `plane` before the source's first one, and the number of those inside it.
   Range inside(int64_t plane, int64_t from, int64_t length) const {
     const int64_t start = from * step + first + plane;
-    const int64_t begin = start >= 0 ? 0 : ceil_div(-start, step);
-    const int64_t end = start >= inputs ? 0 : ceil_div(inputs - start, step);
+    const int64_t begin = start >= 0 ? 0 : ceil_div(-start, plane_step);
+    const int64_t end = start >= inputs ? 0 : ceil_div(inputs - start, plane_step);
     return {min(begin, length), min(max(begin, end), length)};
   }
 };
@@ -79,11 +85,16 @@ constexpr int64_t no_offset = int64_t{1} << 40;
 struct DirectPlan {
   Window y, x;
   int64_t group_block, group_blocks, band, bands;
-  int64_t pitch, plane_size, channel_size;  // of the copy, in elements: a line, a plane, a channel
+  // The copy, in elements: from a pixel, line, plane or channel to the next one; all. The pixel is 1, or the channel is.
+  int64_t pixel_size, pitch, plane_size, channel_size, image_elements;
   int64_t shared;                           // zeros at the end of a line that are those at the start of the next one
   bool channels_are_cols;                   // of a product; else its rows, and the pixels its columns
   int64_t packed_channels;                  // of a group, rounded up to whole vectors if they are the columns
   int64_t result_stride, result_elements;   // of a band: pixels of a channel as rows, all
+
+  // From one position to the next, in the copy.
+  int64_t line_step() const { return y.stride() * pitch; }
+  int64_t pixel_step() const { return x.stride() * pixel_size; }
 };
 
 constexpr int64_t direct_image_bytes = 96 << 10;  // of a piece's copy: well inside the L2 cache
@@ -95,36 +106,44 @@ DirectPlan direct_plan(const Correlation<S>& c, int64_t threads) {
   DirectPlan p;
   const Conv2dShape& s = c.shape;
   const Phase<S> phase = make_phase(c, 0, 0, false);
-  p.y = {phase.patches.y.positions, phase.patches.y.inputs, phase.patches.y.step, no_offset, -no_offset};
-  p.x = {phase.patches.x.positions, phase.patches.x.inputs, phase.patches.x.step, no_offset, -no_offset};
+  const Axis &y = phase.patches.y, &x = phase.patches.x;
+  p.y = {y.positions, y.inputs, y.step, y.step, no_offset, -no_offset};
+  p.x = {x.positions, x.inputs, x.step, x.step, no_offset, -no_offset};
   for (int64_t i = 0; i < c.phases_y(); ++i) extend(p.y, make_phase(c, i, 0, false).patches.y);
   for (int64_t i = 0; i < c.phases_x(); ++i) extend(p.x, make_phase(c, 0, i, false).patches.x);
 
-  const int64_t length = p.x.length(p.x.positions);
+  int64_t length = p.x.length(p.x.positions);
   p.shared = length - p.x.positions;  // at most: the results of two lines stay apart, too
   for (int64_t plane = 0; plane < p.x.planes(); ++plane) {
     const Range inside = p.x.inside(plane, 0, length);
     p.shared = min(p.shared, min(inside.begin, length - inside.end));
   }
-  p.pitch = length - p.shared;
+  // Whichever wastes fewer lanes.
+  const int64_t padded_channels = round_up(c.out_channels, lanes<T>);
+  p.channels_are_cols =
+      c.out_channels > lanes<T> && p.x.positions * padded_channels <= (length - p.shared) * c.out_channels;
+  p.packed_channels = p.channels_are_cols ? padded_channels : c.out_channels;
+  if (p.channels_are_cols) {
+    p.y.plane_step = p.x.plane_step = 1;
+    length = p.x.length(p.x.positions);
+    p.shared = 0;
+  }
 
   // Whole cache lines of channels where channels are neighbours.
   const bool channels_neighbour = c.source_stride[1] == 1 || c.result_stride[1] == 1;
   p.group_block = channels_neighbour ? min(c.groups, ceil_div(16, c.in_channels)) : 1;
   p.group_blocks = ceil_div(c.groups, p.group_block);
-  const int64_t line_bytes =
-      p.group_block * c.in_channels * p.y.planes() * p.x.planes() * p.pitch * static_cast<int64_t>(sizeof(T));
-  const int64_t most = max<int64_t>(1, direct_image_bytes / line_bytes - (p.y.last - p.y.first) / p.y.step);
+  const int64_t channels = p.group_block * c.in_channels;
+  p.pixel_size = p.channels_are_cols && c.source_stride[1] == 1 ? channels : 1;
+  p.pitch = (length - p.shared) * p.pixel_size;
+  const int64_t line_elements = p.y.planes() * p.x.planes() * p.pitch * (channels / p.pixel_size);
+  const int64_t most = p.y.most_positions(direct_image_bytes / (line_elements * static_cast<int64_t>(sizeof(T))));
   const int64_t wanted = ceil_div(2 * threads, max<int64_t>(1, s.batch * p.group_blocks));
   p.band = even_block(p.y.positions, threads > 1 ? min(most, ceil_div(p.y.positions, wanted)) : most, 1);
   p.bands = ceil_div(p.y.positions, p.band);
+  p.image_elements = p.y.length(p.band) * line_elements;
   p.plane_size = p.y.length(p.band) * p.pitch;
-  p.channel_size = p.y.planes() * p.x.planes() * p.plane_size;
-  const int64_t pixels = p.y.positions * p.x.positions, cols = p.bands * round_up(p.band * p.pitch, lanes<T>);
-  p.packed_channels = round_up(c.out_channels, lanes<T>);
-  // Whichever wastes fewer lanes.
-  p.channels_are_cols = c.out_channels > lanes<T> && pixels * p.packed_channels <= cols * c.out_channels;
-  if (!p.channels_are_cols) p.packed_channels = c.out_channels;
+  p.channel_size = p.pixel_size > 1 ? 1 : p.y.planes() * p.x.planes() * p.plane_size;
   p.result_stride = round_up(p.band * p.pitch, lanes<T>) + lanes<T>;  // a line's last vector may reach beyond it
   p.result_elements = p.group_block * p.packed_channels *
                       (p.channels_are_cols ? p.band * p.x.positions : p.result_stride);
@@ -141,18 +160,19 @@ void copy_image(const DirectPlan& p, const Correlation<S>& c, const S* source, i
   for (int64_t plane_y = 0; plane_y < p.y.planes(); ++plane_y) {
     const Range y = p.y.inside(plane_y, position, lines);
     for (int64_t plane_x = 0; plane_x < p.x.planes(); ++plane_x) {
-      const Range x = p.x.inside(plane_x, 0, p.pitch);
+      const Range x = p.x.inside(plane_x, 0, p.pitch / p.pixel_size);
       if (x.begin == x.end) continue;
-      T* plane = image + (plane_y * p.x.planes() + plane_x) * p.plane_size + x.begin;
-      const S* from = source + ((position + y.begin) * p.y.step + p.y.first + plane_y) * stride[2] +
-                      (x.begin * p.x.step + p.x.first + plane_x) * stride[3];
-      const int64_t line_step = p.y.step * stride[2], pixel_step = p.x.step * stride[3];
-      copy_planes(Block<const S>{from, stride[1], line_step, pixel_step},
-                  Block<T>{plane + y.begin * p.pitch, p.channel_size, p.pitch, 1}, channels, y.end - y.begin, x.end - x.begin);
-      for (int64_t channel = 0; channel < channels; ++channel) {
+      T* plane = image + (plane_y * p.x.planes() + plane_x) * p.plane_size + x.begin * p.pixel_size;
+      const S* from = source + (position * p.y.step + y.begin * p.y.plane_step + p.y.first + plane_y) * stride[2] +
+                      (x.begin * p.x.plane_step + p.x.first + plane_x) * stride[3];
+      copy_planes(Block<const S>{from, stride[1], p.y.plane_step * stride[2], p.x.plane_step * stride[3]},
+                  Block<T>{plane + y.begin * p.pitch, p.channel_size, p.pitch, p.pixel_size}, channels, y.end - y.begin,
+                  x.end - x.begin);
+      const int64_t width = (x.end - x.begin) * p.pixel_size;
+      for (int64_t channel = 0; channel < channels; channel += p.pixel_size) {
         T* to = plane + channel * p.channel_size;
-        zero_matrix(Matrix<T>{to, p.pitch, 1}, y.begin, x.end - x.begin);
-        zero_matrix(Matrix<T>{to + y.end * p.pitch, p.pitch, 1}, lines - y.end, x.end - x.begin);
+        zero_matrix(Matrix<T>{to, p.pitch, 1}, y.begin, width);
+        zero_matrix(Matrix<T>{to + y.end * p.pitch, p.pitch, 1}, lines - y.end, width);
       }
     }
   }
@@ -164,8 +184,8 @@ void tap_offsets(const DirectPlan& p, const Patches<S>& patches, int64_t* offset
   for (int64_t tap_y = 0; tap_y < patches.y.taps; ++tap_y)
     for (int64_t tap_x = 0; tap_x < patches.x.taps; ++tap_x) {
       const int64_t y = patches.y.source(0, tap_y) - p.y.first, x = patches.x.source(0, tap_x) - p.x.first;
-      const int64_t plane = y % p.y.step * p.x.planes() + x % p.x.step;
-      const int64_t first = plane * p.plane_size + y / p.y.step * p.pitch + x / p.x.step;
+      const int64_t plane = y % p.y.plane_step * p.x.planes() + x % p.x.plane_step;
+      const int64_t first = plane * p.plane_size + y / p.y.plane_step * p.pitch + x / p.x.plane_step * p.pixel_size;
       for (int64_t channel = 0; channel < patches.channels; ++channel) *offset++ = first + channel * p.channel_size;
     }
 }
@@ -256,19 +276,11 @@ struct DirectProduct {
   Block<T> result;
   bool in_place;  // the result is the caller's: just its elements may be written
 
-  // Lines of one pixel each that follow each other in the copy, as one line.
-  DirectProduct as_one_line() const {
-    DirectProduct d = *this;
-    d.lines = 1, d.pixels = lines;
-    d.result.pixel_stride = result.line_stride;
-    return d;
-  }
-
   // One line's pixels [first, first + count).
   DirectProduct part(const DirectPlan& p, int64_t line, int64_t first, int64_t count) const {
     DirectProduct d = *this;
     d.lines = 1, d.pixels = count;
-    d.image += line * p.pitch + first;
+    d.image += line * p.line_step() + first * p.pixel_step();
     d.result.data += line * result.line_stride + first * result.pixel_stride;
     return d;
   }
@@ -282,11 +294,13 @@ void direct_tiles(const DirectPlan& p, const DirectProduct<T>& d, int64_t out, i
   const int64_t depth = end - start;
   const Block<T>& result = d.result;
   T* to = result.data + out * result.channel_stride;
-  const auto pixels_at = [&](int64_t y) { return IndirectRows<T>{d.image + y * p.pitch, d.offset + start}; };
-  if (p.channels_are_cols) {
+  const auto pixels_at = [&](int64_t y) { return IndirectRows<T>{d.image + y * p.line_step(), d.offset + start}; };
+  if (p.channels_are_cols && d.pixels == 1) {  // a column
+    indirect_a_product(d.lines, channels, depth, pixels_at(0), p.line_step(), weights, to, result.line_stride, chain, bias);
+  } else if (p.channels_are_cols) {
     for (int64_t y = 0; y < d.lines; ++y)
-      indirect_a_product(d.pixels, channels, depth, pixels_at(y), weights, to + y * result.line_stride, result.pixel_stride,
-                         chain, bias);
+      indirect_a_product(d.pixels, channels, depth, pixels_at(y), p.pixel_step(), weights, to + y * result.line_stride,
+                         result.pixel_stride, chain, bias);
   } else if (d.in_place) {
     for (int64_t y = 0; y < d.lines; ++y)
       indirect_product(channels, d.pixels, depth, weights, pixels_at(y), to + y * result.line_stride,
@@ -308,6 +322,12 @@ void direct_product(const DirectPlan& p, const DirectProduct<T>& d, Range used) 
       direct_tiles(p, d, out, channels, start, end, chain, end == used.end && d.bias ? d.bias + out : nullptr);
     }
   }
+}
+
+// A line of results at a time, all channels of it: they lie side by side, and the weights stay in the L1 cache.
+template <class T>
+void direct_product_by_lines(const DirectPlan& p, const DirectProduct<T>& d) {
+  for (int64_t line = 0; line < d.lines; ++line) direct_product(p, d.part(p, line, 0, d.pixels), Range{0, d.depth});
 }
 
 // The gradient to the input, without the taps that meet nothing but padding for a whole line or, where the kernel has one
@@ -406,7 +426,7 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
       pack_direct_weights(p, c, phase.patches, group, weights + group * phase.patches.columns() * p.packed_channels);
   }
 
-  const int64_t image_elements = p.group_block * c.in_channels * p.channel_size + p.shared + lanes<T>;
+  const int64_t image_elements = p.image_elements + p.shared + lanes<T>;
   parallel_for(pool, c.batch * p.bands * p.group_blocks, [&](int64_t begin, int64_t end) {
     T* image = scratch<T>(ScratchUse::worker, image_elements + p.result_elements);
     T* result = image + image_elements;
@@ -440,8 +460,10 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
                                             group_result, in_place};
           if (c.input_grad && depth > 0 && misses_much(y, x))
             direct_product_inside(p, product, y, x, position);
+          else if (p.channels_are_cols && pixels > 1 && depth <= block_depth)
+            direct_product_by_lines(p, product);
           else if (!try_plane_product(p, product, y, x))
-            direct_product(p, p.pitch == 1 ? product.as_one_line() : product, Range{0, depth});
+            direct_product(p, product, Range{0, depth});
         }
         if (in_place) continue;
         const bool together = p.packed_channels == c.out_channels;  // the groups' channels are neighbours

@@ -117,7 +117,7 @@ void add_pixels(const WeightGrad<S>& w, const WeightGradBand& b, const Compute<S
       const IndirectRows<T> windows = {image + r * w.input.y.tap_offset * b.line_stride, offset + first};
       T* to = sums.chain + k * b.channel_stride + r * b.line_sums;
       if (b.channels_are_cols)
-        indirect_a_product(b.window, width, pixels, windows, grad, to, b.window_stride, chain);
+        indirect_a_product(b.window, width, pixels, windows, 1, grad, to, b.window_stride, chain);
       else
         indirect_product(width, b.window, pixels, grad, windows, to, b.channel_stride, chain);
     }

@@ -88,14 +88,16 @@ void indirect_product(int64_t rows, int64_t cols, int64_t depth, const T* a, Ind
   last_indirect_tile<T, Rows, vectors>(ceil_div(cols, L), depth, a, b, last, c, c_stride, chain, bias);
 }
 
-// The same with the roles exchanged: A is read in place, element (i, k) at a.data[a.offset[k] + i], and B is [depth, Cols
-// vectors]. bias [Cols vectors] or nullptr.
+// The same with the roles exchanged: A is read in place, element (i, k) at a.data[a.offset[k] + i * a_step], and B is [depth,
+// Cols vectors]. bias [Cols vectors] or nullptr.
 template <class T, int Rows, int Cols>
-void indirect_a_tile(int64_t depth, IndirectRows<T> a, const T* b, T* c, int64_t c_stride, Chain chain,
+void indirect_a_tile(int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c, int64_t c_stride, Chain chain,
                      const T* bias) {
   constexpr int L = lanes<T>;
   using V = Vector<T>;
   V sum[Rows][Cols] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) __builtin_prefetch(c + i * c_stride, 1);
   if (chain == Chain::resume)
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
@@ -109,7 +111,7 @@ void indirect_a_tile(int64_t depth, IndirectRows<T> a, const T* b, T* c, int64_t
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 16
-      for (int j = 0; j < Cols; ++j) sum[i][j] += x[i] * w[j];
+      for (int j = 0; j < Cols; ++j) sum[i][j] += x[i * a_step] * w[j];
     b += Cols * L;
   }
 #pragma GCC unroll 16
@@ -124,24 +126,24 @@ void indirect_a_tile(int64_t depth, IndirectRows<T> a, const T* b, T* c, int64_t
 }
 
 template <class T, int Rows = tile_rows>
-void indirect_a_tiles(int64_t rows, int64_t cols, int64_t depth, IndirectRows<T> a, const T* b, T* c, int64_t c_stride,
-                      Chain chain, const T* bias) {
+void indirect_a_tiles(int64_t rows, int64_t cols, int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c,
+                      int64_t c_stride, Chain chain, const T* bias) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return indirect_a_tiles<T, Rows - 1>(rows, cols, depth, a, b, c, c_stride, chain, bias);
+    if (rows < Rows) return indirect_a_tiles<T, Rows - 1>(rows, cols, depth, a, a_step, b, c, c_stride, chain, bias);
   if (cols == tile_cols<T>)
-    indirect_a_tile<T, Rows, 2>(depth, a, b, c, c_stride, chain, bias);
+    indirect_a_tile<T, Rows, 2>(depth, a, a_step, b, c, c_stride, chain, bias);
   else
-    indirect_a_tile<T, Rows, 1>(depth, a, b, c, c_stride, chain, bias);
+    indirect_a_tile<T, Rows, 1>(depth, a, a_step, b, c, c_stride, chain, bias);
 }
 
 // C [rows, cols] for one or two vectors of columns.
 template <class T>
-void indirect_a_product(int64_t rows, int64_t cols, int64_t depth, IndirectRows<T> a, const T* b, T* c, int64_t c_stride,
-                        Chain chain, const T* bias = nullptr) {
+void indirect_a_product(int64_t rows, int64_t cols, int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c,
+                        int64_t c_stride, Chain chain, const T* bias = nullptr) {
   const int64_t step = ceil_div(rows, ceil_div(rows, tile_rows));  // tiles of nearly equal size
   for (int64_t row = 0; row < rows; row += step)
-    indirect_a_tiles<T>(min(step, rows - row), cols, depth, IndirectRows<T>{a.data + row, a.offset}, b, c + row * c_stride,
-                        c_stride, chain, bias);
+    indirect_a_tiles<T>(min(step, rows - row), cols, depth, IndirectRows<T>{a.data + row * a_step, a.offset}, a_step, b,
+                        c + row * c_stride, c_stride, chain, bias);
 }
 
 }  // namespace

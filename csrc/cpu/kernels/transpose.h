@@ -77,6 +77,10 @@ struct Block {
 template <class From, class To>
 void copy_planes(Block<From> from, Block<To> to, int64_t channels, int64_t lines, int64_t pixels) {
   constexpr int64_t L = lanes<Compute<To>>;
+  if (from.channel_stride == 1 && to.channel_stride == 1 && from.pixel_stride == channels && to.pixel_stride == channels) {
+    from.pixel_stride = to.pixel_stride = 1;  // all channels of a pixel, then those of the next one
+    pixels *= channels, channels = 1;
+  }
   if (from.line_stride == pixels * from.pixel_stride && to.line_stride == pixels * to.pixel_stride)
     pixels *= lines, lines = 1;  // one long line
   const bool squares = channels >= L && pixels >= L;
@@ -88,7 +92,7 @@ void copy_planes(Block<From> from, Block<To> to, int64_t channels, int64_t lines
     for (int64_t line = 0; line < lines; ++line)
       copy_transposed(from.data + line * from.line_stride, from.channel_stride, to.data + line * to.line_stride,
                       to.pixel_stride, pixels, channels);
-  } else if (from.channel_stride == 1 && to.channel_stride == 1) {
+  } else if (channels > 1 && from.channel_stride == 1 && to.channel_stride == 1) {
     for (int64_t line = 0; line < lines; ++line)
       for (int64_t pixel = 0; pixel < pixels; ++pixel)
         copy_contiguous(from.data + line * from.line_stride + pixel * from.pixel_stride,
