@@ -47,23 +47,10 @@ struct WorkerBlocks {
 constexpr int64_t most_channels = 1024;
 // Below, channels are the columns: their weights are packed faster.
 constexpr int64_t few_pixels = 256;
+// Pixels along an edge, in all samples, that are worth a cell of their own.
+constexpr int64_t edge_pixels = 48;
 // Patches of few pixels are gathered as a whole up to this many elements.
 constexpr int64_t most_gathered = int64_t{1} << 20;
-
-// How a Correlation is laid over the matrix product and cut into pieces of work. Either pixels are the rows and output
-// channels the columns, or the other way round; an element's bits are the same. The cut depends on the number of threads,
-// an element's bits don't.
-struct CorrelationPlan {
-  bool channels_are_cols;
-  bool weights_used_once;                    // each piece packs its own, and the patches are gathered as a whole
-  bool skip_padding;                         // it pays to look for taps that meet only padding
-  int64_t cell_y, cell_x, cells_y, cells_x;  // positions of a phase computed together; cells of the largest phase
-  bool samples_apart;                        // a block of pixels lies in one sample, else they follow each other
-  int64_t pixel_block, pixel_blocks;         // of the largest cell, in a sample or in all
-  int64_t channel_block;                     // of a product
-  int64_t channel_range, channel_ranges;     // of a piece
-  int64_t packed_channels;                   // out_channels, rounded up to whole panels where they are the columns
-};
 
 // How many taps of an axis lie inside the source, summed over the positions.
 inline int64_t taps_inside(const Axis& axis) {
@@ -72,12 +59,50 @@ inline int64_t taps_inside(const Axis& axis) {
   return inside;
 }
 
-// Positions of an axis that are computed together: all, but few neighbours where most taps meet padding (a kernel about as
-// long as the image or longer), so that most of these taps can be passed over.
-inline int64_t cell_length(const Axis& axis, int64_t inside) {
-  if (5 * inside >= 3 * axis.taps * axis.positions) return max<int64_t>(1, axis.positions);
-  return max<int64_t>(1, inside / axis.positions / 4);
+// How an axis is cut into cells, whose positions are computed together. Taps that meet only padding for a whole cell can be
+// passed over.
+struct Cells {
+  int64_t count, length;  // equal cells; or 3 with length 0: the positions before `begin`, up to `end` and after it
+  int64_t begin, end, positions;
+
+  Range at(int64_t cell) const {
+    if (length > 0) return {cell * length, min((cell + 1) * length, positions)};
+    return {cell == 0 ? 0 : cell == 1 ? begin : end, cell == 0 ? begin : cell == 1 ? end : positions};
+  }
+  int64_t largest() const { return length > 0 ? length : max(end - begin, max(begin, positions - end)); }
+};
+
+// One cell; but few neighbours where most taps meet padding (a kernel about as long as the image or longer).
+inline Cells equal_cells(const Axis& axis, int64_t inside) {
+  const int64_t n = axis.positions;
+  const int64_t length = 5 * inside >= 3 * axis.taps * n ? max<int64_t>(1, n) : max<int64_t>(1, inside / n / 4);
+  return {ceil_div(n, length), length, 0, n, n};
 }
+
+// The positions with taps in the padding apart, at both ends, where those taps are more than 4 % of all.
+inline Cells cut_edges(const Cells& cells, const Axis& axis, int64_t inside) {
+  const int64_t reach = (axis.taps - 1) * axis.tap_offset, lowest = axis.offset + min<int64_t>(0, reach);
+  const int64_t highest = axis.offset + max<int64_t>(0, reach);
+  const int64_t begin = lowest >= 0 ? 0 : ceil_div(-lowest, axis.step);
+  const int64_t end = highest >= axis.inputs ? 0 : min(axis.positions, ceil_div(axis.inputs - highest, axis.step));
+  const bool much = 25 * inside < 24 * axis.taps * axis.positions;
+  return cells.count == 1 && much && begin < end ? Cells{3, 0, begin, end, axis.positions} : cells;
+}
+
+// How a Correlation is laid over the matrix product and cut into pieces of work. Either pixels are the rows and output
+// channels the columns, or the other way round; an element's bits are the same. The cut depends on the number of threads,
+// an element's bits don't.
+struct CorrelationPlan {
+  bool channels_are_cols;
+  bool weights_used_once;                    // each piece packs its own, and the patches are gathered as a whole
+  bool skip_padding;                         // it pays to look for taps that meet only padding
+  Cells y, x;                                // positions of a phase computed together
+  bool samples_apart;                        // a block of pixels lies in one sample, else they follow each other
+  int64_t pixel_block, pixel_blocks;         // of the largest cell, in a sample or in all
+  int64_t channel_block;                     // of a product
+  int64_t channel_range, channel_ranges;     // of a piece
+  int64_t packed_channels;                   // out_channels, rounded up to whole panels where they are the columns
+};
 
 // Threads share the pixels of `units` equal parts of the problem first; what is missing to four pieces for each thread is cut
 // from the channels, at last from the pixels again.
@@ -105,13 +130,16 @@ CorrelationPlan plan(const Correlation<S>& c, int64_t threads) {
   const Phase<S> phase = make_phase(c, 0, 0);
   const Axis &y = phase.patches.y, &x = phase.patches.x;
   const int64_t inside_y = taps_inside(y), inside_x = taps_inside(x);
-  p.cell_y = cell_length(y, inside_y), p.cell_x = cell_length(x, inside_x);
-  p.cells_y = ceil_div(y.positions, p.cell_y), p.cells_x = ceil_div(x.positions, p.cell_x);
-  p.skip_padding = 5 * inside_y < 4 * y.taps * y.positions || 5 * inside_x < 4 * x.taps * x.positions;
-  const int64_t cells = p.cells_y * p.cells_x, sample_pixels = p.cell_y * p.cell_x;
+  p.y = equal_cells(y, inside_y), p.x = equal_cells(x, inside_x);
   // With fewer channels than half a tile is wide, most of a tile of channels would be computed in vain.
-  p.channels_are_cols =
-      (c.result_stride[1] == 1 || c.batch * sample_pixels < few_pixels) && 2 * c.out_channels > tile_cols<T>;
+  p.channels_are_cols = (c.result_stride[1] == 1 || c.batch * p.y.largest() * p.x.largest() < few_pixels) &&
+                        2 * c.out_channels > tile_cols<T>;
+  if (c.batch * x.positions >= edge_pixels) p.y = cut_edges(p.y, y, inside_y);
+  // Where pixels are neighbours, few of them would be slow to gather.
+  if (c.batch * y.positions >= edge_pixels && p.channels_are_cols && c.source_stride[1] == 1)
+    p.x = cut_edges(p.x, x, inside_x);
+  const int64_t cells = p.y.count * p.x.count, sample_pixels = p.y.largest() * p.x.largest();
+  p.skip_padding = cells > 1 || 5 * inside_y < 4 * y.taps * y.positions || 5 * inside_x < 4 * x.taps * x.positions;
   p.packed_channels = p.channels_are_cols ? round_up(c.out_channels, tile_cols<T>) : c.out_channels;
   // Then products can add up the results in place.
   p.samples_apart = !p.channels_are_cols && sample_pixels % tile_cols<T> == 0;
@@ -429,7 +457,7 @@ void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
   });
 
   const int64_t units = p.samples_apart ? c.batch : 1, unit_batch = p.samples_apart ? 1 : c.batch;
-  const int64_t cells = p.cells_y * p.cells_x, cell_pieces = units * p.pixel_blocks * c.groups * p.channel_ranges;
+  const int64_t cells = p.y.count * p.x.count, cell_pieces = units * p.pixel_blocks * c.groups * p.channel_ranges;
   const int64_t c_elements = round_up(p.channel_range, tile_cols<T>) * round_up(p.pixel_block, tile_cols<T>);
   parallel_for(pool, phases * cells * cell_pieces, [&](int64_t begin, int64_t end) {
     const WorkerBlocks<T> blocks(c_elements);
@@ -440,8 +468,7 @@ void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
       const int64_t cell = i / cell_pieces % cells, index = i / cell_pieces / cells;
       Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
       const PackedWeights<T> weights = packed_weights(packed, c, p, phase, group);
-      if (cells > 1)
-        restrict_positions(phase, cell / p.cells_x * p.cell_y, p.cell_y, cell % p.cells_x * p.cell_x, p.cell_x);
+      if (cells > 1) restrict_positions(phase, p.y.at(cell / p.x.count), p.x.at(cell % p.x.count));
       const int64_t first = pixel_block * p.pixel_block, pixel = unit * phase.pixels(1) + first;
       const int64_t pixels = min(phase.pixels(unit_batch) - first, p.pixel_block);
       const int64_t channel = range * p.channel_range, channels = min(c.out_channels - channel, p.channel_range);

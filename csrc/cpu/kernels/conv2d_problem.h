@@ -114,16 +114,16 @@ Phase<S> make_phase(const Correlation<S>& c, int64_t phase_y, int64_t phase_x, b
   return phase;
 }
 
-// Keeps `count_y` x `count_x` positions from (first_y, first_x) on, or those of them that exist.
+// Keeps the positions y x x, or those of them that exist.
 template <class S>
-void restrict_positions(Phase<S>& phase, int64_t first_y, int64_t count_y, int64_t first_x, int64_t count_x) {
-  const auto restrict_axis = [](Axis& axis, int64_t first, int64_t count) {
-    axis.positions = max<int64_t>(0, min(axis.positions - first, count));
-    axis.offset += first * axis.step;
+void restrict_positions(Phase<S>& phase, Range y, Range x) {
+  const auto restrict_axis = [](Axis& axis, Range kept) {
+    axis.positions = max<int64_t>(0, min(axis.positions, kept.end) - kept.begin);
+    axis.offset += kept.begin * axis.step;
   };
-  restrict_axis(phase.patches.y, first_y, count_y);
-  restrict_axis(phase.patches.x, first_x, count_x);
-  phase.result += first_y * phase.result_y_stride + first_x * phase.result_x_stride;
+  restrict_axis(phase.patches.y, y);
+  restrict_axis(phase.patches.x, x);
+  phase.result += y.begin * phase.result_y_stride + x.begin * phase.result_x_stride;
 }
 
 template <class S>
