@@ -96,8 +96,17 @@ void depthwise_tile(const DepthwiseLine<S>& line, int64_t pixel) {
   constexpr int64_t L = lanes<Compute<S>>;
   const int64_t step = Step ? Step : line.step;
   S* to = line.to + pixel * line.to_stride;
+  // The next tile's pixels, of the lowest line, and results are fetched meanwhile.
+  const bool another = Pixels > 1 && Step == 1 && pixel + 2 * Pixels <= line.pixels;
+  const S* const* next = line.rows[line.row_count - 1] + pixel * step + Pixels * step + Taps - step;
   for (int64_t c = line.begin; c < line.end; c += L) {
     const int64_t channel = min(c, line.end - L);  // the last vector may overlap the one before
+    if (another)
+#pragma GCC unroll 32
+      for (int j = 0; j < Pixels * Step; ++j) __builtin_prefetch(next[j] + channel);
+    if (another)
+#pragma GCC unroll 8
+      for (int p = 0; p < Pixels; ++p) __builtin_prefetch(to + (Pixels + p) * line.to_stride + channel, 1);
     const Compute<S>* weights = line.weights + channel;
     V sum[Pixels] = {};
     for (int64_t i = 0; i < line.row_count; ++i) {
