@@ -15,11 +15,18 @@ from types import ModuleType
 from cvfast import _env, _library
 from cvfast.backends.ext import conv2d as ext_conv2d
 from cvfast.backends.ext import conv_transpose2d as ext_conv_transpose2d
+from cvfast.backends.ext import recurrent as ext_recurrent
+from cvfast.backends.ext import recurrent_cell as ext_recurrent_cell
 from cvfast.backends.native import conv2d as native_conv2d
 from cvfast.backends.native import conv_transpose2d as native_conv_transpose2d
+from cvfast.backends.native import recurrent as native_recurrent
+from cvfast.backends.native import recurrent_cell as native_recurrent_cell
 from cvfast.backends.triton import conv2d as triton_conv2d
 from cvfast.backends.triton import conv_transpose2d as triton_conv_transpose2d
+from cvfast.backends.triton import recurrent as triton_recurrent
 
+_RECURRENT = {"ext": ext_recurrent, "triton": triton_recurrent, "native": native_recurrent}
+_RECURRENT_CELL = {"ext": ext_recurrent_cell, "triton": triton_recurrent, "native": native_recurrent_cell}
 # Operator -> backend -> module, in the order in which `auto` asks them; `native` comes last and never refuses.
 BACKENDS: dict[str, dict[str, ModuleType]] = {
     "conv2d": {"ext": ext_conv2d, "triton": triton_conv2d, "native": native_conv2d},
@@ -28,6 +35,8 @@ BACKENDS: dict[str, dict[str, ModuleType]] = {
         "triton": triton_conv_transpose2d,
         "native": native_conv_transpose2d,
     },
+    **dict.fromkeys(("lstm", "gru", "rnn"), _RECURRENT),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell"), _RECURRENT_CELL),
 }
 NAMES = ("auto", "ext", "triton", "native")
 

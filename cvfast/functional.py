@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from cvfast import backend as _backend
+from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
-__all__ = ["conv2d", "conv_transpose2d"]
+__all__ = ["conv2d", "conv_transpose2d", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 
 def conv2d(

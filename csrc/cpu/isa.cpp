@@ -8,9 +8,14 @@ namespace cvfast {
 // What each file of kernels/ exports for the instruction set, and the table of it. Names of namespaces are no values, so
 // these two are macros.
 #define CVFAST_DECLARE(isa) \
-  namespace isa { extern const Conv2dKernels conv2d; extern const PeakKernels peak; }
+  namespace isa { \
+    extern const Conv2dKernels conv2d; \
+    extern const PeakKernels peak; \
+    extern const RecurrentKernels recurrent; \
+  }
 #define CVFAST_TABLE(isa, vector_bytes) \
-  KernelTable{#isa, vector_bytes, isa::conv2d.forward, isa::conv2d.input_grad, isa::conv2d.weight_grad, isa::peak}
+  KernelTable{#isa, vector_bytes, isa::conv2d.forward, isa::conv2d.input_grad, isa::conv2d.weight_grad, \
+              isa::recurrent.forward, isa::recurrent.backward, isa::peak}
 
 // CVFAST_BASELINE_ONLY: for a build that leaves the other ones out, under sanitizers say.
 #if defined(__x86_64__) && !defined(CVFAST_BASELINE_ONLY)

@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Plain function pointers: included by files that are compiled several times.
 #pragma once
 #include "cvfast/conv2d.h"
+#include "cvfast/recurrent.h"
 
 namespace cvfast {
 
@@ -9,6 +10,12 @@ struct Conv2dKernels {
   void (*forward)(const Conv2dForward&, const ThreadPool&);
   void (*input_grad)(const Conv2dInputGrad&, const ThreadPool&);
   void (*weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
+};
+
+// Likewise kernels/recurrent.cpp.
+struct RecurrentKernels {
+  void (*forward)(const RecurrentForward&, const ThreadPool&);
+  void (*backward)(const RecurrentBackward&, const ThreadPool&);
 };
 
 // What kernels/peak.cpp exports: work at a core's limits, for a clock outside. Results only keep the work alive.
@@ -25,6 +32,8 @@ struct KernelTable {
   void (*conv2d_forward)(const Conv2dForward&, const ThreadPool&);
   void (*conv2d_input_grad)(const Conv2dInputGrad&, const ThreadPool&);
   void (*conv2d_weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
+  void (*recurrent_forward)(const RecurrentForward&, const ThreadPool&);
+  void (*recurrent_backward)(const RecurrentBackward&, const ThreadPool&);
   PeakKernels peak;
 };
 

@@ -1,5 +1,6 @@
 """Drop-in layers: subclasses of torch.nn's, with the same parameters, state_dict, repr and isinstance."""
 
 from cvfast.nn.conv import Conv2d, ConvTranspose2d
+from cvfast.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["Conv2d", "ConvTranspose2d"]
+__all__ = ["GRU", "LSTM", "RNN", "Conv2d", "ConvTranspose2d", "GRUCell", "LSTMCell", "RNNCell"]

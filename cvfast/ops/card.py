@@ -28,6 +28,7 @@ class Card:
         `ops` is the namespace (torch.ops.cvfast, say) of the operator that ran, so that a derivative runs on the
         backend of its forward. It is made of operators called through `call`, hence differentiable itself.
     vmap: `(ops, info, in_dims, *args)`, as torch.library.register_vmap takes it, behind the namespace.
+    casts: whether autocast casts the arguments; not where some must keep their dtype.
     """
 
     schema: str
@@ -35,6 +36,7 @@ class Card:
     setup_context: Callable
     backward: Callable
     vmap: Callable
+    casts: bool = True
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ def _transformations(card: Card, op: torch._ops.OpOverload, library: torch.libra
     torch.library.register_vmap(f"{library.ns}::{card.name}", partial(card.vmap, ops), lib=library)
     _differentiable[op] = _function(card, ops)
     library.impl(card.name, partial(_autograd, op), "Autograd", with_keyset=True)
-    for device in ("CPU", "CUDA"):
+    for device in ("CPU", "CUDA") if card.casts else ():
         library.impl(card.name, partial(_autocast, op, device.lower()), f"Autocast{device}")
 
 

@@ -124,6 +124,8 @@ class Conv2dSpec(OpSpec):
     wide_cases = WIDE_CASES
     small_cases = SMALL_CASES
     errors = ERRORS
+    plain_case = "3x3"
+    batched = ("input",)
     vmap_dims = (
         {"input": 0, "weight": None, "bias": None},
         {"input": 2, "weight": 0, "bias": None},

@@ -24,6 +24,11 @@ class Sample:
         """Calls `function` with operands and options."""
         return function(**self.operands, **self.options, **more)
 
+    def results(self, function: Callable, **more) -> tuple[Tensor, ...]:
+        """As `call`, a single result as a tuple too."""
+        result = self.call(function, **more)
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
     def to(self, dtype: torch.dtype) -> Sample:
         """The same values in another dtype, on tensors of their own."""
         return self.map(lambda tensor: tensor.detach().to(dtype, copy=True))
@@ -117,6 +122,26 @@ class OpSpec(ABC):
     small_cases: Sequence[Case]  # few elements: gradcheck, gradgradcheck and interpreters
     errors: Sequence[ErrorCase]
     vmap_dims: Sequence[dict[str, int | None]]  # in_dims by operand name
+    plain_case: str  # the name of a dense one of `cases`, with every operand there and several samples
+    batched: Sequence[str]  # operands whose first of 4 dimensions is the samples (or 1)
+    results: Sequence[str] = ("output",)  # names of the function's results
+    formats: Sequence[str] = ("contiguous", "channels_last")  # memory formats that make a difference
+    in_torchs_op_db: bool = True  # whether torch lists samples of the function
+    saturates: bool = False  # whether an infinite operand leaves all results finite
+
+    @property
+    def torch_name(self) -> str:
+        """The function's name in torch.nn.functional."""
+        return self.name
+
+    @property
+    def operator(self) -> str:
+        """The operator that a call of the plain case runs."""
+        return self.name
+
+    def plain(self) -> Case:
+        """The case called plain_case."""
+        return next(c for c in self.cases if c.name == self.plain_case)
 
     @abstractmethod
     def random_case(self, rng: random.Random) -> Case:
@@ -137,7 +162,29 @@ class OpSpec(ABC):
         """
         return 0.0
 
+    def result_strides(self, sample: Sample) -> list[tuple[int, ...]]:
+        """How the results of dense operands lie in memory: as torch's own."""
+        return [result.stride() for result in sample.results(self.native)]
+
+    def alone(self, sample: Sample, i: int) -> Sample:
+        """Sample number `i` of the batch."""
+        operands = {
+            name: t[i : i + 1] if name in self.batched and t is not None and t.dim() == 4 and t.shape[0] > 1 else t
+            for name, t in sample.operands.items()
+        }
+        return Sample(operands, sample.options)
+
+    def samples_alone(self, sample: Sample) -> Iterator[tuple[Sample, Callable[[Sequence[Tensor]], list[Tensor]]]]:
+        """Each sample of the batch, and a function that takes its share of the results of the whole batch."""
+        first = sample.tensors()[0]
+        for i in range(first.shape[0] if first.dim() == 4 else 0):
+            yield self.alone(sample, i), lambda results, i=i: [r[i : i + 1] for r in results]
+
+    def dynamic_dims(self) -> dict[str, int]:
+        """The dimension of each batched operand of the plain case that is the samples."""
+        return dict.fromkeys(self.batched, 0)
+
     def bytes(self, sample: Sample) -> int:
-        """Bytes that must move at least: every operand and the result once."""
-        tensors = [*sample.tensors(), sample.call(self.native)]
+        """Bytes that must move at least: every operand and the results once."""
+        tensors = [*sample.tensors(), *sample.results(self.native)]
         return sum(t.numel() * t.element_size() for t in tensors)

@@ -125,3 +125,17 @@ def test_kernels_are_right_on_64_bit_arm(tmp_path):
     program = compile_check(tmp_path, ARM_CXX, "neon", "-O2", "-static")
     # qemu is slow: the other dtypes' kernels differ from these in a type or a conversion.
     assert "neon: " in run_check(QEMU, program, "f32", "f16")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "emulated512"])
+@x86
+def test_sigmoid_and_tanh_keep_to_their_stated_errors(isa, tmp_path):
+    """3 units in the last place; NaN and infinities."""
+    if isa != "baseline" and not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("this machine has no AVX2")
+    vector_bytes, flags = ISAS[isa]
+    program = tmp_path / "check"
+    defines = [f"-DCVFAST_ISA={isa}", f"-DCVFAST_VECTOR_BYTES={vector_bytes}"]
+    source = Path(__file__).with_name("sigmoid_tanh_check.cpp")
+    subprocess.run([CXX, *FLAGS, "-O2", *flags, *defines, source, "-o", program], check=True)
+    assert run_check(program).count("ulp") == 4

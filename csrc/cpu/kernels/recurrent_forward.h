@@ -1,0 +1,288 @@
+// The forward pass. Each thread takes some of the samples through all steps, without waiting for the others; where there
+// are too few samples, some of the hidden units through each step, with the others:
+//   projection of the inputs of as many steps as keep the gates in the cache, one matrix product;
+//   then step by step the product of h with the recurrent weights, tile by tile, and the cell right behind it.
+//
+// Columns of the gates are in panel order: [panel of units][gate][vector of units][lane].
+#pragma once
+#include "gemm.h"
+#include "panel_product.h"
+#include "parallel.h"
+#include "recurrent_cells.h"
+#include "recurrent_sequence.h"
+#include "team.h"
+#include "transpose.h"
+
+namespace cvfast {
+namespace {
+
+constexpr int64_t projected_rows = 96;
+
+template <class Cell>
+struct PanelOrder {
+  static constexpr int L = lanes<typename Cell::Element>;
+  static constexpr int vectors = Cell::gates * Cell::vectors;  // of a panel
+  static constexpr int units = Cell::vectors * L, columns = vectors * L;
+  int64_t hidden;
+
+  int64_t panels() const { return ceil_div(hidden, units); }
+  // The hidden unit and gate of a column.
+  int64_t unit(int64_t column) const {
+    return (column / columns * Cell::vectors + column / L % vectors % Cell::vectors) * L + column % L;
+  }
+  int64_t gate(int64_t column) const { return column / L % vectors / Cell::vectors; }
+};
+
+// to[k * width + c] = from[c * depth + k] for k < depth and c < lanes, 0 for c >= count.
+template <class S, class T>
+void pack_vector(const S* from, int64_t count, int64_t depth, T* to, int64_t width) {
+  constexpr int L = lanes<T>;
+  if (count >= L && depth >= L) return copy_transposed(from, depth, to, width, depth, L);
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t c = 0; c < L; ++c) to[k * width + c] = c < count ? to_compute(from[c * depth + k]) : T{};
+}
+
+template <class Cell>
+struct Forward {
+  using T = typename Cell::Element;
+  static constexpr int L = lanes<T>;
+  static constexpr int plain_vectors = 4, plain_columns = plain_vectors * L;  // of a panel of W_hr
+  using Order = PanelOrder<Cell>;
+
+  const RecurrentForward& p;
+  const Ranks ranks{p.sequence};
+  const Storage<T> storage{p.dtype};
+  const Order order{p.shape.hidden};
+  const int64_t batch = p.sequence.batch, inputs = p.shape.input, hidden = p.shape.hidden, projected = p.shape.projected;
+  const int64_t outputs = projected > 0 ? projected : hidden;
+  const int64_t units = order.panels() * Order::units;  // hidden units with padding
+  const int64_t h_stride = projected > 0 ? round_up(projected, plain_columns) : units;
+  const int64_t columns = round_up(order.panels() * Order::columns, tile_cols<T>);
+  ThreadCut cut;
+  int64_t group_rows;             // room for the rows of a chunk of one group
+  T *w_ih, *w_hh, *w_hr, *b_ih, *b_hh;
+  T* gates;                       // [groups, group_rows, columns] W_ih x
+  T* h[2];                        // [batch, h_stride] by rank, before even and odd steps
+  T *c, *unprojected;             // [batch, units]
+  int64_t* counters;              // of each group's team
+
+  explicit Forward(const RecurrentForward& problem) : p(problem) {}
+
+  void take_packed(Carver& scratch) {
+    w_ih = scratch.take<T>(columns * inputs);
+    w_hh = scratch.take<T>(columns * outputs);
+    w_hr = scratch.take<T>(projected > 0 ? h_stride * hidden : 0);
+    b_ih = scratch.take<T>(columns);
+    b_hh = scratch.take<T>(columns);
+  }
+
+  void pack(const ThreadPool& pool) const {
+    parallel_for(pool, columns / tile_cols<T>, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        pack_gates(p.weights.w_ih, inputs, i * tile_cols<T>, tile_cols<T>, w_ih + i * tile_cols<T> * inputs);
+    });
+    parallel_for(pool, order.panels(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        pack_gates(p.weights.w_hh, outputs, i * Order::columns, Order::columns, w_hh + i * Order::columns * outputs);
+    });
+    pack_gates(p.weights.b_ih, p.weights.b_ih ? 1 : 0, 0, columns, b_ih);
+    pack_gates(p.weights.b_hh, p.weights.b_hh ? 1 : 0, 0, columns, b_hh);
+    if (!p.weights.b_ih) zero_row(b_ih, columns), zero_row(b_hh, columns);
+    for (int64_t i = 0; projected > 0 && i < h_stride; i += L) {
+      const int64_t panel = i / plain_columns * plain_columns;
+      pack_rows(p.weights.w_hr, i, projected - i, hidden, w_hr + panel * hidden + i - panel, plain_columns);
+    }
+  }
+
+  // Columns [first, first + count), whole vectors, of a weight matrix with rows of `depth` elements.
+  void pack_gates(const void* weight, int64_t depth, int64_t first, int64_t count, T* to) const {
+    for (int64_t c = 0; c < count; c += L) {
+      const int64_t unit = order.unit(first + c), row = order.gate(first + c) * hidden + unit;
+      pack_rows(weight, row, hidden - unit, depth, to + c, count);
+    }
+  }
+
+  void pack_rows(const void* weight, int64_t row, int64_t count, int64_t depth, T* to, int64_t width) const {
+    with_storage<T>(p.dtype, [&](auto s) {
+      pack_vector(static_cast<const decltype(s)*>(weight) + row * depth, count, depth, to, width);
+    });
+  }
+
+  void run(const ThreadPool& pool) {
+    cut = ThreadCut::of(pool.threads, batch, hidden, order.panels());
+    group_rows = max(projected_rows, batch);
+    Carver::carve(ScratchUse::caller, [&](Carver& scratch) {
+      take_packed(scratch);
+      gates = scratch.take<T>(cut.groups * group_rows * columns);
+      for (T*& state : h) state = scratch.take<T>(batch * h_stride);
+      c = scratch.take<T>(Cell::has_c ? batch * units : 0);
+      unprojected = scratch.take<T>(projected > 0 ? batch * units : 0);
+      counters = scratch.take<int64_t>(cut.groups * Team::size(cut.shares));
+    });
+    zero_row(counters, cut.groups * Team::size(cut.shares));
+    pack(pool);
+    load_states();
+    parallel_for(pool, cut.members(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) Member(*this, i).run();
+    });
+  }
+
+  void load_states() const {
+    for (int64_t rank = 0; rank < batch; ++rank) {
+      const int64_t sample = ranks.sample(rank);
+      T* to = h[0] + rank * h_stride;
+      storage.load(p.h_0, sample * outputs, to, outputs);
+      if (ranks.length(rank) == 0) storage.store(to, p.h_n, sample * outputs, outputs);
+      zero_row(to + outputs, h_stride - outputs);
+      zero_row(h[1] + rank * h_stride, h_stride);
+      if constexpr (Cell::has_c) {
+        storage.load(p.c_0, sample * hidden, c + rank * units, hidden);
+        zero_row(c + rank * units + hidden, units - hidden);
+      }
+    }
+  }
+
+  // A thread: takes ranks [begin, end) through all steps, all hidden units or its share of them.
+  struct Member {
+    const Forward& f;
+    const Ranks ranks = f.ranks;
+    const int64_t group, own;
+    const int64_t begin = ranks.cut(group, f.cut.groups), end = ranks.cut(group + 1, f.cut.groups);
+    const int64_t chunk = steps_of(projected_rows, end - begin);  // steps that are projected together
+    const Team team = {f.cut.shares, f.counters + group * Team::size(f.cut.shares)};
+    int64_t stage = 0;
+    T* const gates = f.gates + group * f.group_rows * f.columns;
+    T* x;
+
+    Member(const Forward& forward, int64_t index)
+        : f(forward), group(index / forward.cut.shares), own(index % forward.cut.shares) {
+      x = static_cast<T*>(thread_scratch(ScratchUse::worker, chunk * (end - begin) * f.inputs * sizeof(T)));
+    }
+
+    int64_t active(int64_t step) const { return max<int64_t>(0, min(ranks.active(step), end) - begin); }
+
+    // The first of the panels of a share, an even number, so that they are whole tiles of the projection.
+    static int64_t first_panel(int64_t share, int64_t shares, int64_t panels) {
+      return share == shares ? panels : panels * share / shares / 2 * 2;
+    }
+
+    template <class Work>
+    void together(int64_t panels, Work&& work) {
+      team.stage(stage++, own, [&](int64_t share) {
+        work(first_panel(share, team.shares, panels), first_panel(share + 1, team.shares, panels));
+      });
+    }
+
+    void run() {
+      if (begin == end) return;
+      for (int64_t step = 0; step < f.p.sequence.steps && active(step) > 0; step += chunk) {
+        const int64_t last = min(step + chunk, f.p.sequence.steps), rows = load_inputs(step, last);
+        together(f.order.panels(), [&](int64_t panel, int64_t next) { project(rows, panel, next); });
+        const T* row = gates;
+        for (int64_t s = step; s < last; row += active(s) * f.columns, ++s) take_step(s, row);
+      }
+      if (own == 0) store_rest();
+    }
+
+    // x [rows of steps [step, last), inputs]; returns the number of rows.
+    int64_t load_inputs(int64_t step, int64_t last) const {
+      int64_t row = 0;
+      for (int64_t s = step; s < last; ++s)
+        for (int64_t rank = begin; rank < begin + active(s); ++rank, ++row) {
+          const int64_t offset = ranks.offset(f.p.input, ranks.time(s, rank), rank);
+          f.storage.load(f.p.input.data, offset, x + row * f.inputs, f.inputs);
+        }
+      return row;
+    }
+
+    // gates = x W_ih^T, the columns of panels [panel, next).
+    void project(int64_t rows, int64_t panel, int64_t next) const {
+      const int64_t col = panel * Order::columns, end_col = next == f.order.panels() ? f.columns : next * Order::columns;
+      for (int64_t row = 0; row < rows; row += block_rows)
+        for (int64_t k = 0; k == 0 || k < f.inputs; k += block_depth)
+          block_product(min(rows - row, block_rows), end_col - col, min(f.inputs - k, block_depth),
+                        Matrix<const T>{x + row * f.inputs + k, f.inputs, 1},
+                        Panels<T>{f.w_ih + col * f.inputs + k * tile_cols<T>, f.inputs * tile_cols<T>, tile_cols<T>},
+                        gates + row * f.columns + col, f.columns, k > 0);
+    }
+
+    void take_step(int64_t step, const T* projection) {
+      const int64_t rows = active(step);
+      const T* h = f.h[step % 2] + begin * f.h_stride;
+      T* next_h = f.h[(step + 1) % 2] + begin * f.h_stride;
+      T* result = f.projected > 0 ? f.unprojected + begin * f.units : next_h;
+      T* saved = static_cast<T*>(f.p.saved);
+      if (saved) saved += (ranks.first(step) + begin) * Cell::saved * f.hidden;
+      together(f.order.panels(), [&](int64_t panel, int64_t next) {
+        panel_product<T, Order::vectors>(
+            rows, h, f.h_stride, {f.w_hh + panel * Order::columns * f.outputs, next - panel, f.outputs},
+            [&](int64_t row, int64_t i, const T* sum) {
+              run_cell(row, panel + i, projection + row * f.columns, sum, h, result, saved);
+            });
+        if (f.projected == 0) store_outputs(step, rows, next_h, panel * Order::units, next * Order::units);
+      });
+      if (f.projected > 0)
+        together(f.h_stride / plain_columns, [&](int64_t panel, int64_t next) {
+          project_state(rows, result, next_h, panel, next);
+          store_outputs(step, rows, next_h, panel * plain_columns, next * plain_columns);
+        });
+    }
+
+    void run_cell(int64_t row, int64_t panel, const T* projection, const T* sum, const T* h, T* result, T* saved) const {
+      const int64_t first_unit = panel * Order::units, column = panel * Order::columns;
+      result += row * f.units + first_unit;
+      for (int v = 0; v < Cell::vectors; ++v) {
+        Vector<T> x_gates[Cell::gates], h_gates[Cell::gates], keep[Cell::saved], memory;
+#pragma GCC unroll 4
+        for (int g = 0; g < Cell::gates; ++g) {
+          const int64_t vector = (g * Cell::vectors + v) * L, at = column + vector;
+          x_gates[g] = load_as<Vector<T>>(projection + at) + load_as<Vector<T>>(f.b_ih + at);
+          h_gates[g] = load_as<Vector<T>>(sum + vector) + load_as<Vector<T>>(f.b_hh + at);
+        }
+        const int64_t unit = first_unit + v * L;
+        T* c = f.c + (begin + row) * f.units + unit;
+        memory = load_as<Vector<T>>(Cell::has_c ? c : h + row * f.h_stride + unit);
+        store_as(result + v * L, Cell::forward(x_gates, h_gates, memory, keep));
+        if constexpr (Cell::has_c) store_as(c, memory);
+        if (saved && unit < f.hidden)
+#pragma GCC unroll 8
+          for (int i = 0; i < Cell::saved; ++i)
+            store_first(keep[i], saved + (row * Cell::saved + i) * f.hidden + unit, f.hidden - unit);
+      }
+    }
+
+    // Panels [panel, next) of next_h = unprojected W_hr^T.
+    void project_state(int64_t rows, const T* unprojected, T* next_h, int64_t panel, int64_t next) const {
+      panel_product<T, plain_vectors>(
+          rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden},
+          [&](int64_t row, int64_t i, const T* sum) {
+            copy_contiguous(sum, next_h + row * f.h_stride + (panel + i) * plain_columns, plain_columns);
+          });
+    }
+
+    // Units [unit, next) of h into the output, and into h_n where a sample ends.
+    void store_outputs(int64_t step, int64_t rows, const T* h, int64_t unit, int64_t next) const {
+      const int64_t count = min(next, f.outputs) - unit;
+      for (int64_t row = 0; row < rows && count > 0; ++row) {
+        const int64_t rank = begin + row;
+        const T* from = h + row * f.h_stride + unit;
+        f.storage.store(from, f.p.output.data, ranks.offset(f.p.output, ranks.time(step, rank), rank) + unit, count);
+        if (step + 1 == ranks.length(rank))
+          f.storage.store(from, f.p.h_n, ranks.sample(rank) * f.outputs + unit, count);
+      }
+    }
+
+    // c_n, and zeros beyond the samples' lengths.
+    void store_rest() const {
+      for (int64_t rank = begin; rank < end; ++rank) {
+        if constexpr (Cell::has_c)
+          f.storage.store(f.c + rank * f.units, f.p.c_n, ranks.sample(rank) * f.hidden, f.hidden);
+        for (int64_t time = ranks.length(rank); ranks.padded() && time < f.p.sequence.steps; ++time)
+          f.storage.zero(f.p.output.data, ranks.offset(f.p.output, time, rank), f.outputs);
+      }
+    }
+  };
+};
+
+}  // namespace
+}  // namespace cvfast

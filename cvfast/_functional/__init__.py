@@ -1,0 +1,1 @@
+"""Public functions that are too long for cvfast/functional.py, which gives them out. No mathematics."""
