@@ -32,8 +32,9 @@ class _Layer(torch.nn.RNNBase):
 class LSTM(_Layer, torch.nn.LSTM):
     """torch.nn.LSTM on cvfast's kernels: the same arguments, parameters, state_dict and repr.
 
-    `forward` also takes `lengths` [B] of padded input; see cvfast.functional.lstm. torch.compile(fullgraph=True) refuses
-    every subclass of torch's recurrent layers unless torch._dynamo.config.allow_rnn is True (the functions need no such).
+    `forward` also takes `lengths` [B] of padded input; see cvfast.functional.lstm. torch.compile(fullgraph=True)
+    refuses all subclasses of torch's recurrent layers unless torch._dynamo.config.allow_rnn is True; the functions
+    need no such permission.
     """
 
     def forward(

@@ -33,7 +33,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def wants_saved(*tensors: Tensor | None) -> bool:
     """Whether a call should keep what its derivative needs (without it the derivative computes it again)."""
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():  # Dynamo knows no _any_requires_grad
+        return any(t is not None and t.requires_grad for t in tensors)
+    return torch._C._any_requires_grad(*tensors)
 
 
 # forward: (operands, save) -> output as input, h_n as h_0, c_n as c_0 ([0] without), saved [steps, SAVED * H] ([0]
