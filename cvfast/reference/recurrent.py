@@ -1,4 +1,4 @@
-"""Recurrent layers as their equations say: sample by sample, step by step."""
+"""Recurrent layers as their equations say: step by step."""
 
 from __future__ import annotations
 
@@ -79,22 +79,18 @@ def one_layer(step, input, states, weights, reverse, lengths) -> tuple[Tensor, t
     """Output [T, B, O] (0 beyond a sample's length) and final states of one layer and direction."""
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     steps, batch, _ = input.shape
-    nothing = sum(t.flatten()[:0].sum() for t in (input, *weights) if t is not None)  # connects what no step uses
-    states = [s + nothing for s in states]
-    outputs, finals = [], []
-    for sample in range(batch):
-        length = steps if lengths is None else int(lengths[sample])
-        state = tuple(s[sample : sample + 1] for s in states)
-        column = [state[0].new_zeros(1, states[0].shape[1]) + nothing for _ in range(steps)]
-        for t in reversed(range(length)) if reverse else range(length):
-            h, *rest = step(_affine(input[t, sample : sample + 1], w_ih, b_ih), _affine(state[0], w_hh, b_hh), state)
-            state = (h if w_hr is None else h @ w_hr.T, *rest)
-            column[t] = state[0]
-        outputs.append(torch.stack(column) if steps else input.new_zeros(0, 1, states[0].shape[1]) + nothing)
-        finals.append(state)
-    if batch == 0:
-        return input.new_zeros(steps, 0, states[0].shape[1]) + nothing, tuple(states)
-    return torch.cat(outputs, 1), tuple(torch.cat(s) for s in zip(*finals, strict=True))
+    lengths = torch.full((batch,), steps) if lengths is None else torch.as_tensor(lengths)
+    x = _affine(input, w_ih, b_ih)
+    nothing = sum(t.flatten()[:0].sum() for t in (x, w_hh, b_hh, w_hr) if t is not None)  # connects what no step uses
+    state = tuple(s + nothing for s in states)
+    outputs = [state[0]] * steps
+    for t in reversed(range(steps)) if reverse else range(steps):
+        h, *rest = step(x[t], _affine(state[0], w_hh, b_hh), state)
+        after = (h if w_hr is None else h @ w_hr.T, *rest)
+        runs = (t < lengths)[:, None]
+        state = tuple(torch.where(runs, a, s) for a, s in zip(after, state, strict=True))
+        outputs[t] = torch.where(runs, after[0], 0.0)
+    return torch.stack(outputs) if steps else state[0].new_zeros(0, *state[0].shape) + nothing, state
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

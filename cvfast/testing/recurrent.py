@@ -112,7 +112,7 @@ def wide_layer_cases(operator: str) -> tuple[Case, ...]:
         case("many-rows", 12, 61, 21, 33),
         case("many-inputs", 5, 3, 530, 20),
         case("wide-lengths", 20, 9, 17, 35, bidirectional=True, lengths=(20, 1, 7, 7, 0, 13, 19, 2, 5)),
-        case("long", 300, 3, 9, 17, batch_first=True),
+        case("long", 100, 3, 9, 17, batch_first=True),
     ]
     if operator == "lstm":
         cases.append(case("wide-projection", 9, 7, 40, 70, projected=37))
