@@ -143,9 +143,11 @@ def test_torchs_module_cases(name, training, dtype):
         layer.load_state_dict(native.state_dict())
         exact = copy.deepcopy(native).double()
         wide = [map_tensors(a, lambda t: t.detach().double().requires_grad_(t.requires_grad)) for a in call.args]
-        for one, truth in zip(numbers(layer, call.args), numbers(exact, wide), strict=True):
-            assert one.dtype == dtype and one.shape == truth.shape
-            assert relative_error(one, truth) < (1e-4 if dtype == torch.float32 else 1e-13)  # saturated gates
+        actual, truth = numbers(layer, call.args), numbers(exact, wide)
+        assert [(t.dtype, t.shape) for t in actual] == [(dtype, t.shape) for t in truth]
+        # Together: a gradient by itself may be next to nothing, 1 - tanh^2 of a saturated gate.
+        error = relative_error(*(torch.cat([t.flatten() for t in every]) for every in (actual, truth)))
+        assert error < (1e-5 if dtype == torch.float32 else 1e-13)
 
 
 def map_tensors(value, function):
@@ -182,7 +184,7 @@ def test_it_runs_cvfasts_kernel(name):
     with torch.profiler.profile() as profile:
         layer(torch.randn(4, 3, 5))
     operator = "rnn_tanh" if name == "RNN" else name.lower()
-    assert f"cvfast::{operator}" in {event.key for event in profile.key_averages()}
+    assert f"cvfast_kernels::{operator}" in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("name", LAYERS)
