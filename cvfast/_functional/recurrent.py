@@ -299,13 +299,16 @@ class _Layout:
 
 def _lengths(name: str, lengths: Tensor | Sequence[int], input: Tensor) -> Tensor:
     steps, batch = input.shape[:2]
-    lengths = torch.as_tensor(lengths, dtype=None if isinstance(lengths, Tensor) else torch.int64, device="cpu")
+    values = None if isinstance(lengths, Tensor) else list(lengths)
+    lengths = torch.as_tensor(lengths, dtype=None if values is None else torch.int64, device="cpu")
     if lengths.dtype != torch.int64 or tuple(lengths.shape) != (batch,):
         raise RuntimeError(
             f"{name}: lengths must be int64 of size [{batch}], got {lengths.dtype} of size {list(lengths.shape)}"
         )
-    if not torch.compiler.is_compiling() and batch and not (int(lengths.min()) >= 0 and int(lengths.max()) <= steps):
-        raise RuntimeError(f"{name}: lengths must be from 0 to {steps}, got {lengths.tolist()}")
+    if values is None and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+        values = lengths.tolist()  # a traced tensor has none; the kernel asks again
+    if values and not 0 <= min(values) <= max(values) <= steps:
+        raise RuntimeError(f"{name}: lengths must be from 0 to {steps}, got {values}")
     return lengths
 
 
