@@ -326,8 +326,7 @@ def _run(
     outputs, hidden = first.w_hh.shape[1], first.w_hh.shape[0] // GATES[cell]
     if input.shape[-1] != first.w_ih.shape[1]:
         raise RuntimeError(
-            f"{name}: input.size(-1) must be equal to input_size. Expected {first.w_ih.shape[1]}, "
-            f"got {input.shape[-1]}"
+            f"{name}: input.size(-1) must be equal to input_size. Expected {first.w_ih.shape[1]}, got {input.shape[-1]}"
         )
     if not 0 <= dropout <= 1:
         raise RuntimeError(f"{name}: dropout probability has to be between 0 and 1, but got {dropout}")

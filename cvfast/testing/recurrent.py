@@ -300,9 +300,10 @@ class RecurrentSpec(OpSpec):
             options = dict(sample.options)
             if options.get("lengths") is not None:
                 options["lengths"] = options["lengths"][i : i + 1]
-            yield Sample({**sample.operands, **one}, options), lambda results, i=i: [
-                r.narrow(d, i, 1) for r, d in zip(results, (dim, 1, 1), strict=False)
-            ]
+            yield (
+                Sample({**sample.operands, **one}, options),
+                lambda results, i=i: [r.narrow(d, i, 1) for r, d in zip(results, (dim, 1, 1), strict=False)],
+            )
 
     def dynamic_dims(self) -> dict[str, int]:
         return {n: 1 for n in ("input", "h_0", "c_0") if n in self.plain().shapes}

@@ -24,7 +24,7 @@ struct PackedPanels {
 
 // out [Panels][Rows][Cols vectors] = rows of `a` times panels of `b`.
 template <class T, int Rows, int Cols, int Panels>
-void panel_tile(const T* a, int64_t a_stride, const T* b, int64_t depth, T* out) {
+[[gnu::noinline]] void panel_tile(const T* a, int64_t a_stride, const T* b, int64_t depth, T* out) {
   constexpr int L = lanes<T>;
   const int64_t panel_stride = depth * Cols * L;
   Vector<T> sum[Panels][Rows][Cols] = {};
@@ -57,7 +57,7 @@ void panel_tile_rows(int64_t rows, const T* a, int64_t a_stride, const T* b, int
   panel_tile<T, Rows, Cols, 1>(a, a_stride, b, depth, out);
 }
 
-// Calls finish(row, panel, sum) for every row and panel; sum: Cols vectors, in L1.
+// Calls finish(row, count, panel, sum) for all rows and panels, a tile at a time: sum [count][Cols vectors], in L1.
 template <class T, int Cols, class Finish>
 void panel_product(int64_t rows, const T* a, int64_t a_stride, PackedPanels<T> b, Finish&& finish) {
   constexpr int most = panel_accumulators / Cols, width = Cols * lanes<T>;
@@ -67,13 +67,13 @@ void panel_product(int64_t rows, const T* a, int64_t a_stride, PackedPanels<T> b
     const T* from = b.data + panel * b.depth * width;
     if (rows == 1 && panel + 2 <= b.count) {
       panel_tile<T, 1, Cols, 2>(a, a_stride, from, b.depth, out);
-      for (int p = 0; p < 2; ++p) finish(0, panel + p, out + p * width);
+      for (int p = 0; p < 2; ++p) finish(0, 1, panel + p, out + p * width);
       continue;
     }
     for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {  // equal tiles, as far as that goes
       const int64_t count = ceil_div(rows - row, tiles - tile);
       panel_tile_rows<T, Cols>(count, a + row * a_stride, a_stride, from, b.depth, out);
-      for (int64_t i = 0; i < count; ++i) finish(row + i, panel, out + i * width);
+      finish(row, count, panel, out);
       row += count;
     }
   }

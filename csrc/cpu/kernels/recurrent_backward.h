@@ -4,7 +4,6 @@
 //   then the chunk's share of the gradients to weights and inputs, as matrix products over all of its rows.
 // So memory for the gates' gradients is that of a chunk. Sums over a chunk are added in order.
 #pragma once
-#include "gemm.h"
 #include "panel_product.h"
 #include "parallel.h"
 #include "recurrent_cells.h"
@@ -16,9 +15,8 @@ namespace {
 
 constexpr int64_t chunk_rows = 2 * block_depth;
 
-template <class Cell>
+template <class T>
 struct Backward {
-  using T = typename Cell::Element;
   static constexpr int L = lanes<T>;
   static constexpr int vectors = 4;  // of a panel of the matrices that a step multiplies with
   static constexpr int panel_columns = vectors * L;
@@ -26,10 +24,11 @@ struct Backward {
   const RecurrentBackward& p;
   const Ranks ranks{p.sequence};
   const Storage<T> storage{p.dtype};
+  const CellKind<T>& cell = cell_kind<T>(p.cell);
   const int64_t batch = p.sequence.batch, inputs = p.shape.input, hidden = p.shape.hidden, projected = p.shape.projected;
   const int64_t outputs = projected > 0 ? projected : hidden;
-  const int64_t rows = Cell::gates * hidden;      // of W_ih and W_hh
-  const int64_t slots = Cell::grads * hidden;     // gradients of the gates in a row of `gates`
+  const int64_t rows = cell.gates * hidden;      // of W_ih and W_hh
+  const int64_t slots = cell.grads * hidden;     // gradients of the gates in a row of `gates`
   const int64_t h_stride = round_up(outputs, panel_columns), units = round_up(hidden, panel_columns);
   const int64_t chunk = steps_of(chunk_rows, batch);
   const bool wants_weights = p.wants_weights, wants_input = p.wants_input;
@@ -57,11 +56,11 @@ struct Backward {
       panels = scratch.take<T>(depth * stride);
     }
     // Row k of a chunk of `depth` rows.
-    void pack_row(int64_t k, int64_t depth, const T* from) const {
+    [[gnu::noinline]] void pack_row(int64_t k, int64_t depth, const T* from) const {
       for (int64_t col = 0; col < stride; col += tile_cols<T>) {
         T* to = panels + col * depth + k * tile_cols<T>;
-        store_as(to, load_first(from + col, cols - col));
-        store_as(to + L, cols - col > L ? load_first(from + col + L, cols - col - L) : Vector<T>{});
+        store_as(to, load_units(from + col, cols - col));
+        store_as(to + L, cols - col > L ? load_units(from + col + L, cols - col - L) : Vector<T>{});
       }
     }
     void store(Storage<T> storage, void* to, void* to_bias) const {
@@ -140,7 +139,7 @@ struct Backward {
     parallel_for(pool, batch, [&](int64_t begin, int64_t end) {
       for (int64_t rank = begin; rank < end; ++rank) {
         load_state(p.grad_h_n, ranks.sample(rank), outputs, dh + rank * h_stride, h_stride);
-        load_state(Cell::has_c ? p.grad_c_n : nullptr, ranks.sample(rank), hidden, dc + rank * units, units);
+        load_state(cell.has_c ? p.grad_c_n : nullptr, ranks.sample(rank), hidden, dc + rank * units, units);
         if (wants_input && ranks.padded())
           for (int64_t time = ranks.length(rank); time < p.sequence.steps; ++time)
             storage.zero(p.grad_input.data, ranks.offset(p.grad_input, time, rank), inputs);
@@ -153,7 +152,7 @@ struct Backward {
       for (int64_t rank = begin; rank < end; ++rank) {
         const int64_t sample = ranks.sample(rank);
         storage.store(dh + rank * h_stride, p.grad_h_0, sample * outputs, outputs);
-        if constexpr (Cell::has_c) storage.store(dc + rank * units, p.grad_c_0, sample * hidden, hidden);
+        if (cell.has_c) storage.store(dc + rank * units, p.grad_c_0, sample * hidden, hidden);
       }
     });
     if (!wants_weights) return;
@@ -163,7 +162,7 @@ struct Backward {
   }
 
   const T* saved(int64_t step, int64_t rank) const {
-    return static_cast<const T*>(p.saved) + (ranks.first(step) + rank) * Cell::saved * hidden;
+    return static_cast<const T*>(p.saved) + (ranks.first(step) + rank) * cell.saved * hidden;
   }
   // h before the step, units [unit, unit + count): of the output, or the initial state; in `row` if it must be converted.
   const T* h_before(int64_t step, int64_t rank, int64_t unit, int64_t count, T* row) const {
@@ -172,9 +171,9 @@ struct Backward {
   }
   // Likewise the cell's memory (see recurrent_cells.h).
   const T* memory_before(int64_t step, int64_t rank, int64_t unit, int64_t count, T* row) const {
-    if constexpr (!Cell::has_c) return h_before(step, rank, unit, count, row);
-    else if (step > 0) return saved(step - 1, rank) + (Cell::saved - 1) * hidden + unit;
-    else return storage.view(p.c_0, ranks.sample(rank) * hidden + unit, count, row);
+    if (!cell.has_c) return h_before(step, rank, unit, count, row);
+    if (step > 0) return saved(step - 1, rank) + (cell.saved - 1) * hidden + unit;
+    return storage.view(p.c_0, ranks.sample(rank) * hidden + unit, count, row);
   }
 
   // A thread: takes ranks [begin, end) back through the steps of a chunk, all hidden units or its share of them.
@@ -214,7 +213,7 @@ struct Backward {
           for (int64_t row = 0; row < rows; ++row) back_through_cell(step, row, unit, next, gates + row * b.slots);
         });
         together(b.h_stride, [&](int64_t col, int64_t next) {
-          multiply<true>(rows, gates, b.slots, b.w_hh, b.rows, col, next, dh, b.h_stride);
+          multiply(rows, gates, b.slots, b.w_hh, b.rows, col, next, dh, b.h_stride, true);
         });
       }
     }
@@ -226,20 +225,20 @@ struct Backward {
         const T* grad = b.storage.view(b.p.grad_output.data, offset + col, count, scratch_row);
         T* to = b.dh + rank * b.h_stride + col;
         for (int64_t i = 0; i < count; i += L)
-          store_as(to + i, load_as<Vector<T>>(to + i) + load_first(grad + i, count - i));
+          store_as(to + i, load_as<Vector<T>>(to + i) + load_units(grad + i, count - i));
       }
     }
 
     // Columns [col, next) of: to (+)= a B, B packed in panels.
-    template <bool add>
     static void multiply(int64_t rows, const T* a, int64_t a_stride, const T* panels, int64_t depth, int64_t col,
-                         int64_t next, T* to, int64_t stride) {
+                         int64_t next, T* to, int64_t stride, bool add) {
       panel_product<T, vectors>(
           rows, a, a_stride, {panels + col * depth, (next - col) / panel_columns, depth},
-          [&](int64_t row, int64_t panel, const T* sum) {
+          [&](int64_t row, int64_t count, int64_t panel, const T* sum) {
             T* at = to + row * stride + col + panel * panel_columns;
-            for (int64_t i = 0; i < panel_columns; i += L)
-              store_as(at + i, load_as<Vector<T>>(sum + i) + (add ? load_as<Vector<T>>(at + i) : Vector<T>{}));
+            for (int64_t r = 0; r < count; ++r, at += stride, sum += panel_columns)
+              for (int64_t i = 0; i < panel_columns; i += L)
+                store_as(at + i, add ? load_as<Vector<T>>(at + i) + load_as<Vector<T>>(sum + i) : load_as<Vector<T>>(sum + i));
           });
     }
 
@@ -248,34 +247,22 @@ struct Backward {
       together(b.h_stride, [&](int64_t col, int64_t next) {
         add_output_grads(step, rows, col, next);
         for (int64_t row = 0; row < rows; ++row) {
-          copy_contiguous(dh + row * b.h_stride + col, kept + row * b.h_stride + col, next - col);
+          copy_row(dh + row * b.h_stride + col, kept + row * b.h_stride + col, next - col);
           zero_row(dh + row * b.h_stride + col, next - col);
         }
       });
       together(b.units, [&](int64_t col, int64_t next) {
-        multiply<false>(rows, kept, b.h_stride, b.w_hr, b.projected, col, next, b.dh_hidden + begin * b.units, b.units);
+        multiply(rows, kept, b.h_stride, b.w_hr, b.projected, col, next, b.dh_hidden + begin * b.units, b.units, false);
       });
     }
 
     void back_through_cell(int64_t step, int64_t row, int64_t first_unit, int64_t next_unit, T* gates) const {
       const int64_t rank = begin + row, last_unit = min(next_unit, b.hidden);
       if (first_unit >= last_unit) return;
-      const T* before = b.memory_before(step, rank, first_unit, last_unit - first_unit, scratch_row);
-      const T* saved = b.saved(step, rank);
-      T* dh = b.projected > 0 ? b.dh_hidden + rank * b.units : b.dh + rank * b.h_stride;
-      T* dc = b.dc + rank * b.units;
-      for (int64_t unit = first_unit; unit < last_unit; unit += L) {
-        const int64_t count = b.hidden - unit;
-        Vector<T> keep[Cell::saved], grad[Cell::grads];
-#pragma GCC unroll 8
-        for (int i = 0; i < Cell::saved; ++i) keep[i] = load_first(saved + i * b.hidden + unit, count);
-        Vector<T> c = load_as<Vector<T>>(dc + unit);
-        const Vector<T> memory = load_first(before + unit - first_unit, count);
-        store_as(dh + unit, Cell::backward(keep, memory, load_as<Vector<T>>(dh + unit), c, grad));
-        if constexpr (Cell::has_c) store_as(dc + unit, c);
-#pragma GCC unroll 8
-        for (int i = 0; i < Cell::grads; ++i) store_first(grad[i], gates + i * b.hidden + unit, count);
-      }
+      b.cell.backward({b.hidden, first_unit, last_unit, b.saved(step, rank),
+                       b.memory_before(step, rank, first_unit, last_unit - first_unit, scratch_row),
+                       b.projected > 0 ? b.dh_hidden + rank * b.units : b.dh + rank * b.h_stride, b.dc + rank * b.units,
+                       gates});
     }
   };
 
@@ -296,10 +283,10 @@ struct Backward {
     const int64_t depth = ranks.first(last) - ranks.first(step);
     if (wants_weights) {
       parallel_for(pool, depth, [&](int64_t begin, int64_t end) { pack_operands(step, begin, end, depth); });
-      const int64_t blocks = Cell::gates * weight_blocks(hidden), projection = weight_blocks(projected);
+      const int64_t blocks = cell.gates * weight_blocks(hidden), projection = weight_blocks(projected);
       parallel_for(pool, 2 * blocks + projection, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          if (i < blocks) add_gate_rows(w_ih_grad, i, Cell::x_slot(static_cast<int>(i / weight_blocks(hidden))), depth, first);
+          if (i < blocks) add_gate_rows(w_ih_grad, i, cell.x_slots[i / weight_blocks(hidden)], depth, first);
           else if (i < 2 * blocks) add_gate_rows(w_hh_grad, i - blocks, (i - blocks) / weight_blocks(hidden), depth, first);
           else add_rows(w_hr_grad, (i - 2 * blocks) * block_rows, projected, unprojected_grad + (i - 2 * blocks) * block_rows,
                         h_stride, depth, first);
@@ -330,7 +317,7 @@ struct Backward {
     for (int64_t unit = 0; unit < w_hr_grad.stride; unit += L) {
       const int64_t count = hidden - unit;
       Vector<T> value = {};
-      if (count > 0) value = load_first(keep + 3 * hidden + unit, count) * tanh<T>(load_first(keep + 4 * hidden + unit, count));
+      if (count > 0) value = load_units(keep + 3 * hidden + unit, count) * tanh<T>(load_units(keep + 4 * hidden + unit, count));
       store_as(w_hr_grad.panels + unit / tile_cols<T> * tile_cols<T> * depth + row * tile_cols<T> + unit % tile_cols<T>, value);
     }
   }
@@ -348,8 +335,8 @@ struct Backward {
     for (int64_t k = 0; k == 0 || k < depth; k += block_depth) {
       const int64_t deep = min(depth - k, block_depth);
       const bool add = !first || k > 0;
-      copy_matrix(Matrix<const T>{a + k * a_stride, a_stride, 1}, Matrix<T>{block, block_rows, 1}, deep, count);
-      block_product(count, grad.cols, deep, Matrix<const T>{block, 1, block_rows},
+      for (int64_t i = 0; i < deep; ++i) copy_row(a + (k + i) * a_stride, block + i * block_rows, count);
+      multiply_block(count, grad.cols, deep, Matrix<const T>{block, 1, block_rows},
                     Panels<T>{grad.panels + k * tile_cols<T>, depth * tile_cols<T>, tile_cols<T>},
                     grad.sum + row * grad.stride, grad.stride, add);
       add_column_sums(block, deep, count, grad.bias + row, add);
@@ -360,7 +347,7 @@ struct Backward {
     for (int64_t col = 0; col < count; col += L) {
       Vector<T> sum = {};
       for (int64_t k = 0; k < depth; ++k) sum += load_as<Vector<T>>(block + k * block_rows + col);
-      store_first(add ? load_first(to + col, count - col) + sum : sum, to + col, count - col);
+      store_units<T>(add ? load_units(to + col, count - col) + sum : sum, to + col, count - col);
     }
   }
 
@@ -372,13 +359,13 @@ struct Backward {
       a = scratch.take<T>(block_rows * block_depth);
       c = scratch.take<T>(block_rows * block_cols<T>);
     });
-    for (int64_t gate = 0; gate < Cell::gates; ++gate)
+    for (int64_t gate = 0; gate < cell.gates; ++gate)
       for (int64_t k = 0; k < hidden; k += block_depth) {
         const int64_t deep = min(hidden - k, block_depth);
-        const T* from = gates + row * slots + Cell::x_slot(static_cast<int>(gate)) * hidden + k;
-        copy_matrix(Matrix<const T>{from, slots, 1}, Matrix<T>{a, block_depth, 1}, count, deep);
+        const T* from = gates + row * slots + cell.x_slots[gate] * hidden + k;
+        for (int64_t i = 0; i < count; ++i) copy_row(from + i * slots, a + i * block_depth, deep);
         const T* b = w_ih + col * rows + (gate * hidden + k) * tile_cols<T>;
-        block_product(count, cols, deep, Matrix<const T>{a, block_depth, 1},
+        multiply_block(count, cols, deep, Matrix<const T>{a, block_depth, 1},
                       Panels<T>{b, rows * tile_cols<T>, tile_cols<T>}, c, block_cols<T>, gate > 0 || k > 0);
       }
     if (rows == 0) zero_row(c, block_rows * block_cols<T>);

@@ -2,9 +2,12 @@
 // cvfast/recurrent.h, the derivatives follow from them. x and h are the projections X and R, each gate a vector.
 //
 // `memory` is the state that goes by a cell's gates: c of the lstm (updated), the previous h of the gru.
-// `saved` is what the derivative will need; `grad` the derivative to the distinct ones among X's and R's gates, and
-// x_slot and h_slot say which of them belongs to a gate.
+// `saved` is what the derivative will need; `grad` the derivative to the distinct ones among X's and R's gates: that of
+// R's gate g is number g, that of X's gate g number x_slot(g).
+//
+// The loops around do not know the cell: they call it through CellKind, whole rows or tiles at a time.
 #pragma once
+#include "cvfast/recurrent.h"
 #include "sigmoid_tanh.h"
 
 namespace cvfast {
@@ -82,6 +85,109 @@ struct RnnCell {
     return V{};
   }
 };
+
+// load_first and store_first with the tails, which are rare, out of line.
+template <class S>
+[[gnu::noinline]] Vector<Compute<S>> load_tail(const S* from, int64_t count) { return load_first(from, count); }
+template <class T>
+[[gnu::noinline]] void store_tail(Vector<T> v, T* to, int64_t count) { store_first(v, to, count); }
+template <class S>
+Vector<Compute<S>> load_units(const S* from, int64_t count) {
+  return count >= lanes<Compute<S>> ? load_vector(from) : load_tail(from, count);
+}
+template <class T>
+void store_units(Vector<T> v, T* to, int64_t count) {
+  if (count >= lanes<T>) store_vector(v, to);
+  else store_tail<T>(v, to, count);
+}
+
+// A forward step of some rows and hidden units, from the projections to the new state. Units are in whole vectors; a row
+// of x, r and of the biases has gate g at g * gate_stride. Strides in elements.
+template <class T>
+struct ForwardStep {
+  int64_t rows, vectors, gate_stride;
+  const T *x, *r;      // W_ih x and W_hh h
+  const T *b_ih, *b_hh;
+  T *memory, *result;
+  T* saved;            // [saved, hidden] of each row, or nullptr
+  int64_t x_stride, r_stride, memory_stride, result_stride;  // from row to row
+  int64_t hidden, units;  // all hidden units; those there are from the first one of the step on
+};
+
+template <class Cell, class T = typename Cell::Element>
+void forward_step(const ForwardStep<T>& step) {
+  constexpr int L = lanes<T>;
+  const ForwardStep<T> s = step;
+  for (int64_t row = 0; row < s.rows; ++row)
+    for (int64_t unit = 0; unit < s.vectors * L; unit += L) {
+      Vector<T> x[Cell::gates], r[Cell::gates], keep[Cell::saved];
+#pragma GCC unroll 4
+      for (int g = 0; g < Cell::gates; ++g) {
+        const int64_t at = g * s.gate_stride + unit;
+        x[g] = load_as<Vector<T>>(s.x + row * s.x_stride + at) + load_as<Vector<T>>(s.b_ih + at);
+        r[g] = load_as<Vector<T>>(s.r + row * s.r_stride + at) + load_as<Vector<T>>(s.b_hh + at);
+      }
+      T* at = s.memory + row * s.memory_stride + unit;
+      Vector<T> memory = load_as<Vector<T>>(at);
+      store_as(s.result + row * s.result_stride + unit, Cell::forward(x, r, memory, keep));
+      if constexpr (Cell::has_c) store_as(at, memory);
+      if (s.saved && unit < s.units)
+#pragma GCC unroll 8
+        for (int i = 0; i < Cell::saved; ++i)
+          store_units<T>(keep[i], s.saved + (row * Cell::saved + i) * s.hidden + unit, s.units - unit);
+    }
+}
+
+// A backward step of hidden units [first, last) of one row: from the derivative to h' to those to the gates and to what of
+// the previous h does not go through R; dc likewise (lstm).
+template <class T>
+struct BackwardStep {
+  int64_t hidden, first, last;
+  const T* saved;   // [saved, hidden]
+  const T* memory;  // of the units from `first` on
+  T *dh, *dc;       // [hidden, to whole vectors]
+  T* gates;         // [grads, hidden]
+};
+
+template <class Cell, class T = typename Cell::Element>
+void backward_step(const BackwardStep<T>& step) {
+  const BackwardStep<T> s = step;
+  for (int64_t unit = s.first; unit < s.last; unit += lanes<T>) {
+    const int64_t count = s.hidden - unit;
+    Vector<T> keep[Cell::saved], grad[Cell::grads], dc = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < Cell::saved; ++i) keep[i] = load_units(s.saved + i * s.hidden + unit, count);
+    if constexpr (Cell::has_c) dc = load_as<Vector<T>>(s.dc + unit);
+    const Vector<T> memory = load_units(s.memory + unit - s.first, count);
+    store_as(s.dh + unit, Cell::backward(keep, memory, load_as<Vector<T>>(s.dh + unit), dc, grad));
+    if constexpr (Cell::has_c) store_as(s.dc + unit, dc);
+#pragma GCC unroll 8
+    for (int i = 0; i < Cell::grads; ++i) store_units<T>(grad[i], s.gates + i * s.hidden + unit, count);
+  }
+}
+
+template <class T>
+struct CellKind {
+  int gates, vectors, saved, grads;
+  bool has_c;
+  int x_slots[4];
+  void (*forward)(const ForwardStep<T>&);
+  void (*backward)(const BackwardStep<T>&);
+
+  template <class Cell>
+  static constexpr CellKind of() {
+    return {Cell::gates, Cell::vectors, Cell::saved, Cell::grads, Cell::has_c,
+            {Cell::x_slot(0), Cell::x_slot(1), Cell::x_slot(2), Cell::x_slot(3)}, forward_step<Cell>, backward_step<Cell>};
+  }
+};
+
+template <class T>
+constexpr CellKind<T> cell_kinds[] = {  // by RecurrentCell
+    CellKind<T>::template of<LstmCell<T>>(), CellKind<T>::template of<GruCell<T>>(),
+    CellKind<T>::template of<RnnCell<T, false>>(), CellKind<T>::template of<RnnCell<T, true>>()};
+
+template <class T>
+const CellKind<T>& cell_kind(RecurrentCell cell) { return cell_kinds<T>[static_cast<int>(cell)]; }
 
 }  // namespace
 }  // namespace cvfast

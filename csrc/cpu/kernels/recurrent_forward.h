@@ -5,7 +5,6 @@
 //
 // Columns of the gates are in panel order: [panel of units][gate][vector of units][lane].
 #pragma once
-#include "gemm.h"
 #include "panel_product.h"
 #include "parallel.h"
 #include "recurrent_cells.h"
@@ -18,46 +17,43 @@ namespace {
 
 constexpr int64_t projected_rows = 96;
 
-template <class Cell>
+// Columns of the gates, in vectors.
 struct PanelOrder {
-  static constexpr int L = lanes<typename Cell::Element>;
-  static constexpr int vectors = Cell::gates * Cell::vectors;  // of a panel
-  static constexpr int units = Cell::vectors * L, columns = vectors * L;
-  int64_t hidden;
+  int64_t hidden, lanes, gates, unit_vectors;  // of a panel
 
-  int64_t panels() const { return ceil_div(hidden, units); }
-  // The hidden unit and gate of a column.
-  int64_t unit(int64_t column) const {
-    return (column / columns * Cell::vectors + column / L % vectors % Cell::vectors) * L + column % L;
-  }
-  int64_t gate(int64_t column) const { return column / L % vectors / Cell::vectors; }
+  int64_t vectors() const { return gates * unit_vectors; }  // of a panel
+  int64_t units() const { return unit_vectors * lanes; }
+  int64_t columns() const { return vectors() * lanes; }
+  int64_t panels() const { return ceil_div(hidden, units()); }
+  // The first hidden unit and the gate of a vector of columns.
+  int64_t unit(int64_t vector) const { return (vector / vectors() * unit_vectors + vector % unit_vectors) * lanes; }
+  int64_t gate(int64_t vector) const { return vector % vectors() / unit_vectors; }
 };
 
 // to[k * width + c] = from[c * depth + k] for k < depth and c < lanes, 0 for c >= count.
-template <class S, class T>
-void pack_vector(const S* from, int64_t count, int64_t depth, T* to, int64_t width) {
+template <class T>
+[[gnu::noinline]] void pack_vector(const T* from, int64_t count, int64_t depth, T* to, int64_t width) {
   constexpr int L = lanes<T>;
   if (count >= L && depth >= L) return copy_transposed(from, depth, to, width, depth, L);
   for (int64_t k = 0; k < depth; ++k)
-    for (int64_t c = 0; c < L; ++c) to[k * width + c] = c < count ? to_compute(from[c * depth + k]) : T{};
+    for (int64_t c = 0; c < L; ++c) to[k * width + c] = c < count ? from[c * depth + k] : T{};
 }
 
-template <class Cell>
+template <class T>
 struct Forward {
-  using T = typename Cell::Element;
   static constexpr int L = lanes<T>;
   static constexpr int plain_vectors = 4, plain_columns = plain_vectors * L;  // of a panel of W_hr
-  using Order = PanelOrder<Cell>;
 
   const RecurrentForward& p;
   const Ranks ranks{p.sequence};
   const Storage<T> storage{p.dtype};
-  const Order order{p.shape.hidden};
+  const CellKind<T>& cell = cell_kind<T>(p.cell);
+  const PanelOrder order{p.shape.hidden, L, cell.gates, cell.vectors};
   const int64_t batch = p.sequence.batch, inputs = p.shape.input, hidden = p.shape.hidden, projected = p.shape.projected;
   const int64_t outputs = projected > 0 ? projected : hidden;
-  const int64_t units = order.panels() * Order::units;  // hidden units with padding
+  const int64_t units = order.panels() * order.units();  // hidden units with padding
   const int64_t h_stride = projected > 0 ? round_up(projected, plain_columns) : units;
-  const int64_t columns = round_up(order.panels() * Order::columns, tile_cols<T>);
+  const int64_t columns = round_up(order.panels() * order.columns(), tile_cols<T>);
   ThreadCut cut;
   int64_t group_rows;             // room for the rows of a chunk of one group
   T *w_ih, *w_hh, *w_hr, *b_ih, *b_hh;
@@ -83,7 +79,7 @@ struct Forward {
     });
     parallel_for(pool, order.panels(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        pack_gates(p.weights.w_hh, outputs, i * Order::columns, Order::columns, w_hh + i * Order::columns * outputs);
+        pack_gates(p.weights.w_hh, outputs, i * order.columns(), order.columns(), w_hh + i * order.columns() * outputs);
     });
     pack_gates(p.weights.b_ih, p.weights.b_ih ? 1 : 0, 0, columns, b_ih);
     pack_gates(p.weights.b_hh, p.weights.b_hh ? 1 : 0, 0, columns, b_hh);
@@ -97,15 +93,15 @@ struct Forward {
   // Columns [first, first + count), whole vectors, of a weight matrix with rows of `depth` elements.
   void pack_gates(const void* weight, int64_t depth, int64_t first, int64_t count, T* to) const {
     for (int64_t c = 0; c < count; c += L) {
-      const int64_t unit = order.unit(first + c), row = order.gate(first + c) * hidden + unit;
+      const int64_t vector = (first + c) / L, unit = order.unit(vector), row = order.gate(vector) * hidden + unit;
       pack_rows(weight, row, hidden - unit, depth, to + c, count);
     }
   }
 
   void pack_rows(const void* weight, int64_t row, int64_t count, int64_t depth, T* to, int64_t width) const {
-    with_storage<T>(p.dtype, [&](auto s) {
-      pack_vector(static_cast<const decltype(s)*>(weight) + row * depth, count, depth, to, width);
-    });
+    const int64_t elements = min<int64_t>(count, L) * depth;
+    T* scratch = storage.converts() ? static_cast<T*>(thread_scratch(ScratchUse::worker, L * depth * sizeof(T))) : nullptr;
+    pack_vector(storage.view(weight, row * depth, elements, scratch), count, depth, to, width);
   }
 
   void run(const ThreadPool& pool) {
@@ -115,7 +111,7 @@ struct Forward {
       take_packed(scratch);
       gates = scratch.take<T>(cut.groups * group_rows * columns);
       for (T*& state : h) state = scratch.take<T>(batch * h_stride);
-      c = scratch.take<T>(Cell::has_c ? batch * units : 0);
+      c = scratch.take<T>(cell.has_c ? batch * units : 0);
       unprojected = scratch.take<T>(projected > 0 ? batch * units : 0);
       counters = scratch.take<int64_t>(cut.groups * Team::size(cut.shares));
     });
@@ -135,7 +131,7 @@ struct Forward {
       if (ranks.length(rank) == 0) storage.store(to, p.h_n, sample * outputs, outputs);
       zero_row(to + outputs, h_stride - outputs);
       zero_row(h[1] + rank * h_stride, h_stride);
-      if constexpr (Cell::has_c) {
+      if (cell.has_c) {
         storage.load(p.c_0, sample * hidden, c + rank * units, hidden);
         zero_row(c + rank * units + hidden, units - hidden);
       }
@@ -197,13 +193,13 @@ struct Forward {
 
     // gates = x W_ih^T, the columns of panels [panel, next).
     void project(int64_t rows, int64_t panel, int64_t next) const {
-      const int64_t col = panel * Order::columns, end_col = next == f.order.panels() ? f.columns : next * Order::columns;
+      const int64_t col = panel * f.order.columns(), end_col = next == f.order.panels() ? f.columns : next * f.order.columns();
       for (int64_t row = 0; row < rows; row += block_rows)
         for (int64_t k = 0; k == 0 || k < f.inputs; k += block_depth)
-          block_product(min(rows - row, block_rows), end_col - col, min(f.inputs - k, block_depth),
-                        Matrix<const T>{x + row * f.inputs + k, f.inputs, 1},
-                        Panels<T>{f.w_ih + col * f.inputs + k * tile_cols<T>, f.inputs * tile_cols<T>, tile_cols<T>},
-                        gates + row * f.columns + col, f.columns, k > 0);
+          multiply_block(min(rows - row, block_rows), end_col - col, min(f.inputs - k, block_depth),
+                         Matrix<const T>{x + row * f.inputs + k, f.inputs, 1},
+                         Panels<T>{f.w_ih + col * f.inputs + k * tile_cols<T>, f.inputs * tile_cols<T>, tile_cols<T>},
+                         gates + row * f.columns + col, f.columns, k > 0);
     }
 
     void take_step(int64_t step, const T* projection) {
@@ -212,14 +208,16 @@ struct Forward {
       T* next_h = f.h[(step + 1) % 2] + begin * f.h_stride;
       T* result = f.projected > 0 ? f.unprojected + begin * f.units : next_h;
       T* saved = static_cast<T*>(f.p.saved);
-      if (saved) saved += (ranks.first(step) + begin) * Cell::saved * f.hidden;
+      if (saved) saved += (ranks.first(step) + begin) * f.cell.saved * f.hidden;
       together(f.order.panels(), [&](int64_t panel, int64_t next) {
-        panel_product<T, Order::vectors>(
-            rows, h, f.h_stride, {f.w_hh + panel * Order::columns * f.outputs, next - panel, f.outputs},
-            [&](int64_t row, int64_t i, const T* sum) {
-              run_cell(row, panel + i, projection + row * f.columns, sum, h, result, saved);
-            });
-        if (f.projected == 0) store_outputs(step, rows, next_h, panel * Order::units, next * Order::units);
+        const PackedPanels<T> w_hh = {f.w_hh + panel * f.order.columns() * f.outputs, next - panel, f.outputs};
+        auto finish = [&](int64_t row, int64_t count, int64_t i, const T* sum) {
+          run_cell(row, count, panel + i, projection + row * f.columns, sum, result + row * f.units,
+                   saved ? saved + row * f.cell.saved * f.hidden : nullptr, f.h[step % 2]);
+        };
+        if (f.order.vectors() == 3) panel_product<T, 3>(rows, h, f.h_stride, w_hh, finish);
+        else panel_product<T, 4>(rows, h, f.h_stride, w_hh, finish);
+        if (f.projected == 0) store_outputs(step, rows, next_h, panel * f.order.units(), next * f.order.units());
       });
       if (f.projected > 0)
         together(f.h_stride / plain_columns, [&](int64_t panel, int64_t next) {
@@ -228,35 +226,30 @@ struct Forward {
         });
     }
 
-    void run_cell(int64_t row, int64_t panel, const T* projection, const T* sum, const T* h, T* result, T* saved) const {
-      const int64_t first_unit = panel * Order::units, column = panel * Order::columns;
-      result += row * f.units + first_unit;
-      for (int v = 0; v < Cell::vectors; ++v) {
-        Vector<T> x_gates[Cell::gates], h_gates[Cell::gates], keep[Cell::saved], memory;
-#pragma GCC unroll 4
-        for (int g = 0; g < Cell::gates; ++g) {
-          const int64_t vector = (g * Cell::vectors + v) * L, at = column + vector;
-          x_gates[g] = load_as<Vector<T>>(projection + at) + load_as<Vector<T>>(f.b_ih + at);
-          h_gates[g] = load_as<Vector<T>>(sum + vector) + load_as<Vector<T>>(f.b_hh + at);
-        }
-        const int64_t unit = first_unit + v * L;
-        T* c = f.c + (begin + row) * f.units + unit;
-        memory = load_as<Vector<T>>(Cell::has_c ? c : h + row * f.h_stride + unit);
-        store_as(result + v * L, Cell::forward(x_gates, h_gates, memory, keep));
-        if constexpr (Cell::has_c) store_as(c, memory);
-        if (saved && unit < f.hidden)
-#pragma GCC unroll 8
-          for (int i = 0; i < Cell::saved; ++i)
-            store_first(keep[i], saved + (row * Cell::saved + i) * f.hidden + unit, f.hidden - unit);
-      }
+    // `count` rows from `row` on, the units of a panel; projection, result and saved are those of `row`.
+    void run_cell(int64_t row, int64_t count, int64_t panel, const T* projection, const T* sum, T* result, T* saved,
+                  T* h) const {
+      const int64_t unit = panel * f.order.units(), column = panel * f.order.columns(), rank = begin + row;
+      ForwardStep<T> step = {};
+      step.rows = count, step.vectors = f.cell.vectors, step.gate_stride = f.order.units();
+      step.x = projection + column, step.x_stride = f.columns;
+      step.r = sum, step.r_stride = f.order.columns();
+      step.b_ih = f.b_ih + column, step.b_hh = f.b_hh + column;
+      step.memory_stride = f.cell.has_c ? f.units : f.h_stride;
+      step.memory = (f.cell.has_c ? f.c : h) + rank * step.memory_stride + unit;
+      step.result = result + unit, step.result_stride = f.units;
+      step.saved = saved ? saved + unit : nullptr;
+      step.hidden = f.hidden, step.units = f.hidden - unit;
+      f.cell.forward(step);
     }
 
     // Panels [panel, next) of next_h = unprojected W_hr^T.
     void project_state(int64_t rows, const T* unprojected, T* next_h, int64_t panel, int64_t next) const {
       panel_product<T, plain_vectors>(
           rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden},
-          [&](int64_t row, int64_t i, const T* sum) {
-            copy_contiguous(sum, next_h + row * f.h_stride + (panel + i) * plain_columns, plain_columns);
+          [&](int64_t row, int64_t count, int64_t i, const T* sum) {
+            for (int64_t r = 0; r < count; ++r)
+              copy_row(sum + r * plain_columns, next_h + (row + r) * f.h_stride + (panel + i) * plain_columns, plain_columns);
           });
     }
 
@@ -275,7 +268,7 @@ struct Forward {
     // c_n, and zeros beyond the samples' lengths.
     void store_rest() const {
       for (int64_t rank = begin; rank < end; ++rank) {
-        if constexpr (Cell::has_c)
+        if (f.cell.has_c)
           f.storage.store(f.c + rank * f.units, f.p.c_n, ranks.sample(rank) * f.hidden, f.hidden);
         for (int64_t time = ranks.length(rank); ranks.padded() && time < f.p.sequence.steps; ++time)
           f.storage.zero(f.p.output.data, ranks.offset(f.p.output, time, rank), f.outputs);

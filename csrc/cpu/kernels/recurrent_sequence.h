@@ -1,15 +1,20 @@
-// Samples by rank, rows by step; and the working memory of the recurrent kernels.
+// Samples by rank, rows by step, and what else the recurrent kernels share.
 #pragma once
 #include "../scratch.h"
 #include "cvfast/recurrent.h"
+#include "gemm.h"
 #include "simd.h"
 
 namespace cvfast {
 namespace {
 
-template <class S>
-void zero_row(S* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = S{};
+template <class T>
+void zero_row(T* to, int64_t count) {
+  if (count > 0) __builtin_memset(to, 0, count * sizeof(T));
+}
+template <class T>
+void copy_row(const T* from, T* to, int64_t count) {
+  if (count > 0) __builtin_memcpy(to, from, count * sizeof(T));
 }
 
 struct Ranks {
@@ -44,38 +49,47 @@ struct Ranks {
   }
 };
 
-// Calls run(S{}) for the storage type S of `dtype`, one that is computed in T.
-template <class T, class Run>
-void with_storage(DType dtype, Run&& run) {
-  if constexpr (sizeof(T) == sizeof(double)) return run(double{});
-  else if (dtype == DType::bf16) return run(Bf16{});
-  else if (dtype == DType::f16) return run(F16{});
-  else return run(float{});
-}
-
-// Rows in memory as rows of T; offsets in elements.
+// Rows in memory as rows of T; offsets in elements. Compiled once for all cells and callers.
 template <class T>
 struct Storage {
   DType dtype;
 
   bool converts() const { return dtype == DType::bf16 || dtype == DType::f16; }
+  int64_t bytes(int64_t count) const { return count * static_cast<int64_t>(converts() ? sizeof(Bf16) : sizeof(T)); }
 
-  void load(const void* from, int64_t offset, T* to, int64_t count) const {
-    with_storage<T>(dtype, [&](auto s) { copy_contiguous(static_cast<const decltype(s)*>(from) + offset, to, count); });
+  [[gnu::noinline]] void load(const void* from, int64_t offset, T* to, int64_t count) const {
+    const void* at = static_cast<const char*>(from) + bytes(offset);
+    if (!converts()) return copy_row(static_cast<const T*>(at), to, count);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (dtype == DType::bf16) copy_contiguous(static_cast<const Bf16*>(at), to, count);
+      else copy_contiguous(static_cast<const F16*>(at), to, count);
+    }
   }
-  void store(const T* from, void* to, int64_t offset, int64_t count) const {
-    with_storage<T>(dtype, [&](auto s) { copy_contiguous(from, static_cast<decltype(s)*>(to) + offset, count); });
+  [[gnu::noinline]] void store(const T* from, void* to, int64_t offset, int64_t count) const {
+    void* at = static_cast<char*>(to) + bytes(offset);
+    if (!converts()) return copy_row(from, static_cast<T*>(at), count);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (dtype == DType::bf16) copy_contiguous(from, static_cast<Bf16*>(at), count);
+      else copy_contiguous(from, static_cast<F16*>(at), count);
+    }
   }
   void zero(void* to, int64_t offset, int64_t count) const {
-    with_storage<T>(dtype, [&](auto s) { zero_row(static_cast<decltype(s)*>(to) + offset, count); });
+    zero_row(static_cast<char*>(to) + bytes(offset), bytes(count));  // all bits 0: 0 in every dtype
   }
-  // The row where it lies, or converted in `scratch`.
+  // The rows where they lie, or converted in `scratch`.
   const T* view(const void* from, int64_t offset, int64_t count, T* scratch) const {
     if (!converts()) return static_cast<const T*>(from) + offset;
     load(from, offset, scratch, count);
     return scratch;
   }
 };
+
+// block_product of gemm.h, compiled once for all of its callers.
+template <class T>
+[[gnu::noinline]] void multiply_block(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, Panels<T> b, T* c,
+                                      int64_t c_stride, bool add) {
+  block_product(rows, cols, depth, a, b, c, c_stride, add);
+}
 
 // Steps that are worked on together: about `rows` rows of `ranks` ranks.
 inline int64_t steps_of(int64_t rows, int64_t ranks) { return max<int64_t>(1, rows / max<int64_t>(1, ranks)); }

@@ -11,46 +11,58 @@ namespace cvfast {
 namespace {
 
 // One product of several: the weights' rows [*, depth] with x [rows, depth], x with zeros up to full vectors.
-template <class S>
+template <class T>
 struct DotOperand {
-  const Compute<S>* x;
+  const T* x;
   int64_t x_stride;
-  const S* weight;
+  const void* weight;
   int64_t depth;
 };
 
-// partial[i][u] = vectors of partial sums of row i and weight row units[u], over all operands.
-template <class S, int Rows, int Units>
-void dot_tile(const DotOperand<S>* operands, int count, int64_t row, const int64_t* units,
-              Vector<Compute<S>> (*partial)[lanes<Compute<S>>]) {
-  using T = Compute<S>;
+constexpr int most_dot_rows = 3;
+// Weight rows of a tile of `rows` rows: as many as registers take, at most a vector of hidden units.
+template <class T>
+constexpr int dot_units(int rows) { return min(rows == 1 ? 8 : 4, lanes<T>); }
+
+// partial[i * lanes + u] = vectors of partial sums of row i and weight row units[u], over all operands. S: the weights'
+// storage type.
+template <class S, int Rows, class T = Compute<S>, int Units = dot_units<T>(Rows)>
+[[gnu::noinline]] void dot_tile(const DotOperand<T>* operands, int count, int64_t row, const int64_t* units,
+                                Vector<T>* partial) {
   constexpr int L = lanes<T>;
   Vector<T> sum[Rows][Units] = {};
   for (int operand = 0; operand < count; ++operand) {
-    const DotOperand<S>& o = operands[operand];
+    const DotOperand<T>& o = operands[operand];
     const T* x = o.x + row * o.x_stride;
     const S* weight[Units];
 #pragma GCC unroll 8
-    for (int u = 0; u < Units; ++u) weight[u] = o.weight + units[u] * o.depth;
-    int64_t k = 0;
-    auto add = [&](auto load) {
+    for (int u = 0; u < Units; ++u) weight[u] = static_cast<const S*>(o.weight) + units[u] * o.depth;
+    for (int64_t k = 0; k < o.depth; k += L) {
       Vector<T> w[Units];
 #pragma GCC unroll 8
-      for (int u = 0; u < Units; ++u) w[u] = load(weight[u] + k);
+      for (int u = 0; u < Units; ++u) w[u] = load_units(weight[u] + k, o.depth - k);
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; ++i) {
         const Vector<T> v = load_as<Vector<T>>(x + i * o.x_stride + k);
 #pragma GCC unroll 8
         for (int u = 0; u < Units; ++u) sum[i][u] += v * w[u];
       }
-    };
-    for (; k + L <= o.depth; k += L) add([](const S* from) { return load_vector(from); });
-    if (k < o.depth) add([&](const S* from) { return load_first(from, o.depth - k); });
+    }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-    for (int u = 0; u < Units; ++u) partial[i][u] = sum[i][u];
+    for (int u = 0; u < Units; ++u) partial[i * L + u] = sum[i][u];
+}
+
+template <class T>
+using DotTile = void (*)(const DotOperand<T>*, int, int64_t, const int64_t*, Vector<T>*);
+template <class S>
+constexpr DotTile<Compute<S>> dot_tiles[most_dot_rows] = {dot_tile<S, 1>, dot_tile<S, 2>, dot_tile<S, 3>};  // by rows - 1
+template <class T>
+const DotTile<T>* dot_tiles_of(DType dtype) {
+  if constexpr (sizeof(T) == sizeof(double)) return dot_tiles<double>;
+  else return dtype == DType::bf16 ? dot_tiles<Bf16> : dtype == DType::f16 ? dot_tiles<F16> : dot_tiles<float>;
 }
 
 template <class T>
@@ -84,99 +96,103 @@ inline bool single_step_applies(const RecurrentForward& p) {
   return p.sequence.steps == 1 && !p.sequence.lengths && p.shape.projected == 0 && p.shape.hidden > 0;
 }
 
-template <class S, class Cell>
+template <class T>
 struct SingleStep {
-  using T = Compute<S>;
   static constexpr int L = lanes<T>;
-  static constexpr int most_rows = 3;
 
   const RecurrentForward& p;
+  const CellKind<T>& cell = cell_kind<T>(p.cell);
+  const Storage<T> storage{p.dtype};
+  const DotTile<T>* tiles = dot_tiles_of<T>(p.dtype);
   const int64_t batch = p.sequence.batch, inputs = p.shape.input, hidden = p.shape.hidden;
-  T *x, *h;  // operands with rows padded to full vectors
+  const int64_t x_stride = round_up(inputs, L), units = round_up(hidden, L), columns = cell.gates * units;
+  T *x, *h, *c;          // [batch, x_stride], [batch, units]: operands with zeros up to full vectors
+  T* result;             // [batch, units]
+  T *b_ih, *b_hh;        // [gates, units]
+  T *x_gates, *h_gates;  // [batch, gates, units]; where X and R enter as their sum, it is in h_gates
 
   explicit SingleStep(const RecurrentForward& problem) : p(problem) {}
 
   void run(const ThreadPool& pool) {
-    const int64_t x_stride = round_up(inputs, L), h_stride = round_up(hidden, L);
     Carver::carve(ScratchUse::caller, [&](Carver& scratch) {
       x = scratch.take<T>(batch * x_stride);
-      h = scratch.take<T>(batch * h_stride);
+      h = scratch.take<T>(batch * units);
+      c = scratch.take<T>(batch * units);
+      result = scratch.take<T>(batch * units);
+      b_ih = scratch.take<T>(columns);
+      b_hh = scratch.take<T>(columns);
+      x_gates = scratch.take<T>(batch * columns);
+      h_gates = scratch.take<T>(batch * columns);
     });
-    const S* from = static_cast<const S*>(p.input.data);
-    for (int64_t i = 0; i < batch; ++i) {
-      copy_contiguous(from + i * p.input.sample_stride, x + i * x_stride, inputs);
-      copy_contiguous(static_cast<const S*>(p.h_0) + i * hidden, h + i * h_stride, hidden);
-      zero_row(x + i * x_stride + inputs, x_stride - inputs);
-      zero_row(h + i * h_stride + hidden, h_stride - hidden);
-    }
-    const DotOperand<S> operands[] = {{x, x_stride, static_cast<const S*>(p.weights.w_ih), inputs},
-                                      {h, h_stride, static_cast<const S*>(p.weights.w_hh), hidden}};
-    const int64_t blocks = ceil_div(hidden, L);
+    load_operands();
+    const DotOperand<T> operands[] = {{x, x_stride, p.weights.w_ih, inputs}, {h, units, p.weights.w_hh, hidden}};
     auto take_blocks = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) unit_block(operands, i * L);
+      for (int64_t i = begin; i < end; ++i)
+        for (int gate = 0; gate < cell.gates; ++gate) gate_sums(operands, gate, i * L);
+      run_cell(begin * L, end - begin);
     };
-    const bool worth_threads = batch * hidden * (inputs + hidden) * Cell::gates > int64_t{1} << 18;
-    if (!worth_threads) return take_blocks(0, blocks);
-    parallel_for(pool, blocks, [&](int64_t begin, int64_t end) { take_blocks(begin, end); });
-  }
-
-  // L hidden units, of all samples.
-  void unit_block(const DotOperand<S>* operands, int64_t unit) const {
-    int64_t row = 0;
-    for (; row + most_rows <= batch; row += most_rows) rows<most_rows>(operands, row, unit);
-    if (batch - row == 2) rows<2>(operands, row, unit);
-    if (batch - row == 1) rows<1>(operands, row, unit);
-  }
-
-  template <int Rows>
-  void rows(const DotOperand<S>* operands, int64_t row, int64_t unit) const {
-    Vector<T> x_gates[Rows][Cell::gates], h_gates[Rows][Cell::gates];
-    for (int gate = 0; gate < Cell::gates; ++gate) {
-      const Vector<T> b_ih = bias(p.weights.b_ih, gate, unit), b_hh = bias(p.weights.b_hh, gate, unit);
-      const bool joined = Cell::x_slot(gate) == gate;  // X and R enter as their sum
-      Vector<T> sums[2][Rows];
-      if (joined) dots<Rows>(operands, 2, row, gate, unit, sums[1]);
-      else dots<Rows>(operands, 1, row, gate, unit, sums[0]), dots<Rows>(operands + 1, 1, row, gate, unit, sums[1]);
-      for (int i = 0; i < Rows; ++i) {
-        x_gates[i][gate] = joined ? b_ih : sums[0][i] + b_ih;
-        h_gates[i][gate] = sums[1][i] + b_hh;
-      }
+    const int64_t blocks = units / L;
+    const bool worth_threads = batch * hidden * (inputs + hidden) * cell.gates > int64_t{1} << 18;
+    if (worth_threads) parallel_for(pool, blocks, [&](int64_t begin, int64_t end) { take_blocks(begin, end); });
+    else take_blocks(0, blocks);
+    for (int64_t i = 0; i < batch; ++i) {
+      storage.store(result + i * units, p.h_n, i * hidden, hidden);
+      if (p.output.data != p.h_n) storage.store(result + i * units, p.output.data, i * p.output.sample_stride, hidden);
+      if (cell.has_c) storage.store(c + i * units, p.c_n, i * hidden, hidden);
     }
-    for (int i = 0; i < Rows; ++i) run_cell(row + i, unit, x_gates[i], h_gates[i]);
   }
 
-  Vector<T> bias(const void* from, int gate, int64_t unit) const {
-    return from ? load_first(static_cast<const S*>(from) + gate * hidden + unit, hidden - unit) : Vector<T>{};
-  }
-
-  // sums[i]: a gate of L units of row i.
-  template <int Rows>
-  void dots(const DotOperand<S>* operands, int count, int64_t row, int gate, int64_t unit, Vector<T>* sums) const {
-    constexpr int units = min(Rows == 1 ? 8 : 4, L);
-    Vector<T> partial[Rows][L];
-    for (int u = 0; u < L; u += units) {
-      int64_t weight_rows[units];
-      for (int i = 0; i < units; ++i) weight_rows[i] = gate * hidden + min(unit + u + i, hidden - 1);
-      Vector<T> part[Rows][L];
-      dot_tile<S, Rows, units>(operands, count, row, weight_rows, part);
-      for (int i = 0; i < Rows; ++i)
-        for (int j = 0; j < units; ++j) partial[i][u + j] = part[i][j];
+  void load_operands() {
+    zero_row(x_gates, batch * columns);
+    for (int64_t i = 0; i < batch; ++i) {
+      load(p.input.data, i * p.input.sample_stride, inputs, x + i * x_stride, x_stride);
+      load(p.h_0, i * hidden, hidden, h + i * units, units);
+      if (cell.has_c) load(p.c_0, i * hidden, hidden, c + i * units, units);
     }
-    for (int i = 0; i < Rows; ++i) sums[i] = sum_lanes<T>(partial[i]);
+    for (int64_t gate = 0; gate < cell.gates; ++gate) {
+      load(p.weights.b_ih, gate * hidden, p.weights.b_ih ? hidden : 0, b_ih + gate * units, units);
+      load(p.weights.b_hh, gate * hidden, p.weights.b_hh ? hidden : 0, b_hh + gate * units, units);
+    }
   }
 
-  void run_cell(int64_t row, int64_t unit, const Vector<T> (&x_gates)[Cell::gates],
-                const Vector<T> (&h_gates)[Cell::gates]) const {
-    const int64_t at = row * hidden + unit, count = hidden - unit;
-    Vector<T> keep[Cell::saved];
-    Vector<T> memory = load_first(static_cast<const S*>(Cell::has_c ? p.c_0 : p.h_0) + at, count);
-    const Vector<T> result = Cell::forward(x_gates, h_gates, memory, keep);
-    store_first(result, static_cast<S*>(p.h_n) + at, count);
-    store_first(result, static_cast<S*>(p.output.data) + row * p.output.sample_stride + unit, count);
-    if constexpr (Cell::has_c) store_first(memory, static_cast<S*>(p.c_n) + at, count);
-    if (!p.saved) return;
-    T* saved = static_cast<T*>(p.saved) + row * Cell::saved * hidden + unit;
-    for (int i = 0; i < Cell::saved; ++i) store_first(keep[i], saved + i * hidden, count);
+  void load(const void* from, int64_t offset, int64_t count, T* to, int64_t stride) const {
+    storage.load(from, offset, to, count);
+    zero_row(to + count, stride - count);
+  }
+
+  // A gate of L hidden units, of all samples.
+  void gate_sums(const DotOperand<T>* operands, int gate, int64_t unit) const {
+    const bool joined = cell.x_slots[gate] == gate;
+    for (int64_t row = 0; row < batch; row += most_dot_rows) {
+      const int64_t count = min<int64_t>(batch - row, most_dot_rows), at = row * columns + gate * units + unit;
+      if (!joined) dots(operands, 1, row, count, gate, unit, x_gates + at);
+      dots(joined ? operands : operands + 1, joined ? 2 : 1, row, count, gate, unit, h_gates + at);
+    }
+  }
+
+  void dots(const DotOperand<T>* operands, int operand_count, int64_t row, int64_t count, int gate, int64_t unit,
+            T* to) const {
+    Vector<T> partial[most_dot_rows * L];
+    const int step = dot_units<T>(static_cast<int>(count));
+    for (int u = 0; u < L; u += step) {
+      int64_t weight_rows[8];
+      for (int i = 0; i < step; ++i) weight_rows[i] = gate * hidden + min(unit + u + i, hidden - 1);
+      tiles[count - 1](operands, operand_count, row, weight_rows, partial + u);
+    }
+    for (int64_t i = 0; i < count; ++i) store_as(to + i * columns, sum_lanes<T>(partial + i * L));
+  }
+
+  // Units [unit, unit + vectors * L) of all samples.
+  void run_cell(int64_t unit, int64_t vectors) const {
+    ForwardStep<T> step = {};
+    step.rows = batch, step.vectors = vectors, step.gate_stride = units;
+    step.x = x_gates + unit, step.r = h_gates + unit, step.x_stride = step.r_stride = columns;
+    step.b_ih = b_ih + unit, step.b_hh = b_hh + unit;
+    step.memory = (cell.has_c ? c : h) + unit, step.memory_stride = units;
+    step.result = result + unit, step.result_stride = units;
+    step.saved = p.saved ? static_cast<T*>(p.saved) + unit : nullptr;
+    step.hidden = hidden, step.units = hidden - unit;
+    cell.forward(step);
   }
 };
 
