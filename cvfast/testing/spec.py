@@ -127,6 +127,8 @@ class OpSpec(ABC):
     results: Sequence[str] = ("output",)  # names of the function's results
     formats: Sequence[str] = ("contiguous", "channels_last")  # memory formats that make a difference
     in_torchs_op_db: bool = True  # whether torch lists samples of the function
+    random_cases: int = 40  # how many of `random_case` are tested
+    slow_gradients: bool = False  # whether gradcheck takes one random projection of the Jacobian, not all elements
     saturates: bool = False  # whether an infinite operand leaves all results finite
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from functools import lru_cache
 
 import pytest
@@ -27,10 +28,18 @@ def test_16_lane_kernels_are_tested():
     assert "avx2" not in isas() or {"avx512", "emulated512"} & set(isas()), "build with CVFAST_EMULATED512=1"
 
 
-def backends(test):
-    """Parametrizes over (backend, instruction set); only `ext` has the latter."""
-    params = [pytest.param(b, i, id=f"{b}-{i}" if i else b) for b, i in BACKENDS]
-    return pytest.mark.parametrize(("backend", "isa"), params, indirect=["isa"])(test)
+def over(*attributes: str, dtypes: tuple[torch.dtype, ...] = DTYPES, formats: bool = True, backends=BACKENDS):
+    """Parametrizes over spec, case, memory format, dtype, backend and instruction set, where there is a kernel.
+
+    Backends follow each other for one sample, so that its reference is computed once (`torchs`).
+    """
+    params = [
+        pytest.param(s, c, f, d, b, i, id="-".join(map(str, filter(None, (s.name, c, formats and f, d, b, i)))))
+        for s in SPECS.values() for a in attributes for c in getattr(s, a)
+        for f in s.formats[: None if formats else 1] for d in dtypes for b, i in backends if d in s.dtypes[b]
+    ]  # fmt: skip
+    names = ("spec", "case", "memory_format", "dtype", "backend", "isa")
+    return pytest.mark.parametrize(names, params, indirect=["isa"])
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +60,10 @@ def spec_cases(*attributes: str):
     return pytest.mark.parametrize(("spec", "case"), params)
 
 
-def spec_cases_and_formats(*attributes: str):
+def spec_cases_and_formats(*attributes: str, specs: Iterable[OpSpec] = SPECS.values()):
     params = [
         pytest.param(s, c, f, id=f"{s.name}-{c.name}-{f}")
-        for s in SPECS.values() for a in attributes for c in getattr(s, a) for f in s.formats
+        for s in specs for a in attributes for c in getattr(s, a) for f in s.formats
     ]  # fmt: skip
     return pytest.mark.parametrize(("spec", "case", "memory_format"), params)
 
@@ -81,7 +90,7 @@ def derivatives(function, sample: Sample, cotangents: tuple[torch.Tensor, ...] |
     return tuple(r.detach() for r in results), cotangents, grads
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16)
 def torchs(spec_name: str, case: Case | int, dtype: torch.dtype, memory_format: torch.memory_format):
     """The case's sample and cotangents, torch's own (results, gradients) and the float64 reference's."""
     spec = SPECS[spec_name]
@@ -110,32 +119,29 @@ def check(spec: OpSpec, case: Case | int, backend: str, dtype: torch.dtype, memo
         torch.testing.assert_close(new, old, rtol=0, atol=0, msg="an operand was overwritten")
 
 
-def refused(spec: OpSpec, case: Case, backend: str, dtype: torch.dtype) -> bool:
-    """Whether `backend` has no kernel for the dtype; then it says so."""
-    if dtype in spec.dtypes[backend]:
-        return False
-    with cvfast.use_backend(backend), pytest.raises(RuntimeError, match=f"no kernel for {dtype}"):
-        case.sample(dtype).call(spec.function)
-    return True
-
-
-@spec_cases_and_formats("cases")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@backends
-def test_result_and_gradients(spec, case, backend, isa, dtype, memory_format, poisoned):
-    if refused(spec, case, backend, dtype):
-        return
+@over("cases")
+def test_result_and_gradients(spec, case, memory_format, dtype, backend, isa, poisoned):
     check(spec, case, backend, dtype, FORMATS[memory_format])
 
 
-@spec_cases_and_formats("wide_cases")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("isa", isas(), indirect=True)
-def test_wide_result_and_gradients(spec, case, isa, dtype, memory_format, poisoned):
-    check(spec, case, "ext", dtype, FORMATS[memory_format])
+@over("wide_cases", backends=[(b, i) for b, i in BACKENDS if b == "ext"])
+def test_wide_result_and_gradients(spec, case, memory_format, dtype, backend, isa, poisoned):
+    check(spec, case, backend, dtype, FORMATS[memory_format])
 
 
-@spec_cases_and_formats("cases", "wide_cases")
+WITHOUT_KERNEL = [(s, b, d) for s in SPECS.values() for b in s.dtypes for d in DTYPES if d not in s.dtypes[b]]
+
+
+@pytest.mark.parametrize(("spec", "backend", "dtype"), WITHOUT_KERNEL, ids=lambda v: getattr(v, "name", str(v)))
+def test_dtype_without_a_kernel_is_refused(spec, backend, dtype):
+    with cvfast.use_backend(backend), pytest.raises(RuntimeError, match=f"no kernel for {dtype}"):
+        spec.plain().sample(dtype).call(spec.function)
+
+
+INEXACT = [spec for spec in SPECS.values() if type(spec).bound is not OpSpec.bound]
+
+
+@spec_cases_and_formats("cases", "wide_cases", specs=INEXACT)
 def test_strict_precision_is_exact(spec, case, memory_format):
     """Under strict precision the bound of exact algorithms holds everywhere."""
     cvfast.set_precision("strict")
@@ -146,22 +152,20 @@ def test_strict_precision_is_exact(spec, case, memory_format):
         cvfast.set_precision("fast")
 
 
-RANDOM = [(b, isa, seed) for b, isa in BACKENDS for seed in range(4 if b == "triton" else 40)]  # triton: slow here
+RANDOM = [
+    pytest.param(s, b, i, seed, id=f"{s.name}-{b}-{i}-{seed}")
+    for s in SPECS.values() for seed in range(s.random_cases) for b, i in BACKENDS
+    if torch.float32 in s.dtypes[b] and (b != "triton" or seed < 4)  # slow here
+]  # fmt: skip
 
 
-@all_specs
-@pytest.mark.parametrize(("backend", "isa", "seed"), RANDOM, indirect=["isa"])
+@pytest.mark.parametrize(("spec", "backend", "isa", "seed"), RANDOM, indirect=["isa"])
 def test_random_shapes(spec, seed, backend, isa, poisoned):
-    if refused(spec, spec.plain(), backend, torch.float32):
-        return
     check(spec, seed, backend, torch.float32, FORMATS["channels_last" if seed % 2 else "contiguous"])
 
 
-@spec_cases("small_cases")
-@backends
-def test_gradcheck(spec, case, backend, isa):
-    if refused(spec, case, backend, torch.float64):
-        return
+@over("small_cases", dtypes=(torch.float64,), formats=False)
+def test_gradcheck(spec, case, memory_format, dtype, backend, isa):
     sample = case.sample(torch.float64).requiring_grad()
 
     def function(*tensors):
@@ -169,9 +173,10 @@ def test_gradcheck(spec, case, backend, isa):
         operands = {name: None if t is None else next(present) for name, t in sample.operands.items()}
         return Sample(operands, sample.options).call(spec.function, backend=backend)
 
-    fast = backend == "triton"  # interpreted: slow, so few evaluations and second derivatives of one case
+    triton = backend == "triton"  # interpreted: slow, so few evaluations and second derivatives of one case
+    fast = triton or spec.slow_gradients
     assert gradcheck(function, sample.tensors(), fast_mode=fast)
-    if not fast or case is spec.small_cases[-1]:
+    if not triton or case is spec.small_cases[-1]:
         assert gradgradcheck(function, sample.tensors(), fast_mode=fast)
 
 
@@ -181,10 +186,13 @@ def test_opcheck(spec, case, namespace):
     """Schema, autograd registration, fake (exact strides) and AOT dispatch of each operator of the card."""
     if namespace == "cvfast_triton" and not spec.dtypes["triton"]:
         return
-    for memory_format in FORMATS.values():
-        for name, args in spec.operator_calls(case.sample(torch.float32, memory_format).requiring_grad()):
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not spec.slow_gradients or case is spec.small_cases[0]:
+        checks.append("test_aot_dispatch_dynamic")
+    for memory_format in spec.formats:
+        for name, args in spec.operator_calls(case.sample(torch.float32, FORMATS[memory_format]).requiring_grad()):
             op = getattr(getattr(torch.ops, namespace), name).default
-            torch.library.opcheck(op, args)
+            torch.library.opcheck(op, args, test_utils=checks)
 
 
 @spec_cases_and_formats("cases", "wide_cases")
@@ -253,8 +261,9 @@ def test_same_bits(spec, case, isa, threads):
     sample = case.sample(torch.float32)
     threads(1)
     expected = sample.results(spec.function, backend="ext")
-    last = case.sample(torch.float32, torch.channels_last)
-    assert all_equal(last.results(spec.function, backend="ext"), expected)
+    if "channels_last" in spec.formats:
+        last = case.sample(torch.float32, torch.channels_last)
+        assert all_equal(last.results(spec.function, backend="ext"), expected)
     threads(2)
     assert all_equal(sample.results(spec.function, backend="ext"), expected)
     for alone, share in spec.samples_alone(sample):
@@ -277,8 +286,8 @@ def test_gradients_same_bits_for_any_threads(spec, case, threads):
 def test_nan_and_inf_reach_torchs_places(spec, value):
     """One NaN or Inf in the first operand's middle: the result has non-finite values where torch's has them."""
     case = spec.plain()
-    for memory_format in FORMATS.values():
-        sample = case.sample(torch.float32, memory_format)
+    for memory_format in spec.formats:
+        sample = case.sample(torch.float32, FORMATS[memory_format])
         first = sample.tensors()[0]
         first[tuple(size // 2 for size in first.shape)] = value
         actual, expected = ([r.isfinite() for r in sample.results(f)] for f in (spec.function, spec.native))
