@@ -13,14 +13,20 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from cvfast import _env, _library
+from cvfast.backends.ext import additive_attention as ext_additive_attention
+from cvfast.backends.ext import attention as ext_attention
 from cvfast.backends.ext import conv2d as ext_conv2d
 from cvfast.backends.ext import conv_transpose2d as ext_conv_transpose2d
 from cvfast.backends.ext import recurrent as ext_recurrent
 from cvfast.backends.ext import recurrent_cell as ext_recurrent_cell
+from cvfast.backends.native import additive_attention as native_additive_attention
+from cvfast.backends.native import attention as native_attention
 from cvfast.backends.native import conv2d as native_conv2d
 from cvfast.backends.native import conv_transpose2d as native_conv_transpose2d
 from cvfast.backends.native import recurrent as native_recurrent
 from cvfast.backends.native import recurrent_cell as native_recurrent_cell
+from cvfast.backends.triton import additive_attention as triton_additive_attention
+from cvfast.backends.triton import attention as triton_attention
 from cvfast.backends.triton import conv2d as triton_conv2d
 from cvfast.backends.triton import conv_transpose2d as triton_conv_transpose2d
 from cvfast.backends.triton import recurrent as triton_recurrent
@@ -29,6 +35,12 @@ _RECURRENT = {"ext": ext_recurrent, "triton": triton_recurrent, "native": native
 _RECURRENT_CELL = {"ext": ext_recurrent_cell, "triton": triton_recurrent, "native": native_recurrent_cell}
 # Operator -> backend -> module, in the order in which `auto` asks them; `native` comes last and never refuses.
 BACKENDS: dict[str, dict[str, ModuleType]] = {
+    "additive_attention": {
+        "ext": ext_additive_attention,
+        "triton": triton_additive_attention,
+        "native": native_additive_attention,
+    },
+    "attention": {"ext": ext_attention, "triton": triton_attention, "native": native_attention},
     "conv2d": {"ext": ext_conv2d, "triton": triton_conv2d, "native": native_conv2d},
     "conv_transpose2d": {
         "ext": ext_conv_transpose2d,

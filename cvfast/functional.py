@@ -12,9 +12,22 @@ import torch
 from torch import Tensor
 
 from cvfast import backend as _backend
+from cvfast._functional.additive_attention import additive_attention
+from cvfast._functional.attention import scaled_dot_product_attention
 from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
-__all__ = ["conv2d", "conv_transpose2d", "gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+__all__ = [
+    "additive_attention",
+    "conv2d",
+    "conv_transpose2d",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+    "scaled_dot_product_attention",
+]
 
 
 def conv2d(

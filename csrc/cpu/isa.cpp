@@ -10,12 +10,14 @@ namespace cvfast {
 #define CVFAST_DECLARE(isa) \
   namespace isa { \
     extern const Conv2dKernels conv2d; \
-    extern const PeakKernels peak; \
     extern const RecurrentKernels recurrent; \
+    extern const AttentionKernels attention; \
+    extern const AdditiveAttentionKernels additive_attention; \
+    extern const PeakKernels peak; \
   }
 #define CVFAST_TABLE(isa, vector_bytes) \
   KernelTable{#isa, vector_bytes, isa::conv2d.forward, isa::conv2d.input_grad, isa::conv2d.weight_grad, \
-              isa::recurrent.forward, isa::recurrent.backward, isa::peak}
+              isa::recurrent.forward, isa::recurrent.backward, isa::attention, isa::additive_attention, isa::peak}
 
 // CVFAST_BASELINE_ONLY: for a build that leaves the other ones out, under sanitizers say.
 #if defined(__x86_64__) && !defined(CVFAST_BASELINE_ONLY)

@@ -1,5 +1,7 @@
 // The kernels of one instruction set. Plain function pointers: included by files that are compiled several times.
 #pragma once
+#include "cvfast/additive_attention.h"
+#include "cvfast/attention.h"
 #include "cvfast/conv2d.h"
 #include "cvfast/recurrent.h"
 
@@ -18,6 +20,18 @@ struct RecurrentKernels {
   void (*backward)(const RecurrentBackward&, const ThreadPool&);
 };
 
+// Likewise kernels/attention.cpp.
+struct AttentionKernels {
+  void (*forward)(const AttentionForward&, const ThreadPool&);
+  void (*backward)(const AttentionBackward&, const ThreadPool&);
+};
+
+// Likewise kernels/additive_attention.cpp.
+struct AdditiveAttentionKernels {
+  void (*weights)(const AdditiveWeights&, const ThreadPool&);
+  void (*weights_backward)(const AdditiveWeightsBackward&, const ThreadPool&);
+};
+
 // What kernels/peak.cpp exports: work at a core's limits, for a clock outside. Results only keep the work alive.
 struct PeakKernels {
   int64_t bytes_per_step;  // of the sums s = s * x + x that one step forms; they stay normal for 0.1 < x < 0.9
@@ -34,6 +48,8 @@ struct KernelTable {
   void (*conv2d_weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
   void (*recurrent_forward)(const RecurrentForward&, const ThreadPool&);
   void (*recurrent_backward)(const RecurrentBackward&, const ThreadPool&);
+  AttentionKernels attention;
+  AdditiveAttentionKernels additive_attention;
   PeakKernels peak;
 };
 

@@ -5,6 +5,8 @@ memory format by themselves.
 """
 
 from cvfast.testing.accuracy import assert_as_accurate, relative_error
+from cvfast.testing.additive_attention import AdditiveAttentionSpec
+from cvfast.testing.attention import AttentionSpec
 from cvfast.testing.conv2d import Conv2dSpec
 from cvfast.testing.conv_transpose2d import ConvTranspose2dSpec
 from cvfast.testing.recurrent import RecurrentCellSpec, RecurrentSpec
@@ -14,6 +16,7 @@ _RECURRENT = (
     *map(RecurrentSpec, ("lstm", "gru", "rnn")),
     *map(RecurrentCellSpec, ("lstm_cell", "gru_cell", "rnn_cell")),
 )
-SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (Conv2dSpec(), ConvTranspose2dSpec(), *_RECURRENT)}
+_ATTENTION = (AttentionSpec(), AdditiveAttentionSpec())
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (Conv2dSpec(), ConvTranspose2dSpec(), *_RECURRENT, *_ATTENTION)}
 
 __all__ = ["SPECS", "Case", "ErrorCase", "OpSpec", "Sample", "assert_as_accurate", "relative_error"]

@@ -130,6 +130,8 @@ class OpSpec(ABC):
     random_cases: int = 40  # how many of `random_case` are tested
     slow_gradients: bool = False  # whether gradcheck takes one random projection of the Jacobian, not all elements
     saturates: bool = False  # whether an infinite operand leaves all results finite
+    native_second_gradients: bool = True  # whether torch's own operator has them
+    fixed_options: dict[str, object] = {}  # what replaces options of torch's samples that leave the result to chance
 
     @property
     def torch_name(self) -> str:

@@ -1,0 +1,186 @@
+// The weights of additive attention for one instruction set; see conv2d.cpp. Exports
+// cvfast::<CVFAST_ISA>::additive_attention and nothing else.
+#include "../kernel_table.h"
+#include "../scratch.h"
+#include "cvfast/additive_attention.h"
+#include "exp.h"
+#include "parallel.h"
+
+namespace cvfast {
+namespace {
+
+// The features that one piece of backward work takes: whole cache lines of every type.
+constexpr int64_t feature_block = 128;
+// The keys that are summed in one chain in the backward pass, and that one piece of forward work takes.
+constexpr int64_t key_chain = 16, key_block_size = 32;
+
+template <class S>
+struct AdditiveView {
+  using T = Compute<S>;
+  const AdditiveProblem& p;
+  const S* query(int64_t b, int64_t t) const { return row(p.query, b * p.shape.queries + t); }
+  const S* key(int64_t b, int64_t s) const { return row(p.key, b * p.shape.keys + s); }
+  const S* weight() const { return static_cast<const S*>(p.weight); }
+  bool seen(int64_t b, int64_t t, int64_t s) const {
+    return !p.mask || p.mask[b * p.mask_stride[0] + t * p.mask_stride[1] + s * p.mask_stride[2]];
+  }
+
+ private:
+  const S* row(const void* data, int64_t index) const { return static_cast<const S*>(data) + index * p.shape.size; }
+};
+
+template <class S>
+Compute<S> additive_score(const S* query, const S* key, const S* weight, int64_t size) {
+  using T = Compute<S>;
+  constexpr int L = lanes<T>;
+  Vector<T> sum = {};
+  for (int64_t a = 0; a < size; a += L) {
+    const int64_t count = size - a;  // the weight's missing lanes are 0
+    sum += load_first(weight + a, count) * tanh_and_slope<T>(load_first(query + a, count) + load_first(key + a, count)).tanh;
+  }
+  T total = 0;
+  for (int i = 0; i < L; ++i) total += sum[i];
+  return total;
+}
+
+// Scores, -inf where hidden, become weights.
+template <class T>
+void additive_softmax(T* row, int64_t keys) {
+  constexpr int L = lanes<T>;
+  T top = -static_cast<T>(__builtin_inf());
+  for (int64_t s = 0; s < keys; ++s) top = row[s] > top ? row[s] : top;
+  if (top == -static_cast<T>(__builtin_inf())) top = T{};  // nothing is seen, or NaN only
+  Vector<T> sums = {};
+  for (int64_t s = 0; s < keys; s += L) {
+    const int64_t count = min<int64_t>(L, keys - s);
+    Vector<T> score = Vector<T>{} - static_cast<T>(__builtin_inf());
+    for (int64_t i = 0; i < count; ++i) score[i] = row[s + i];
+    const Vector<T> weight = exp2<T>((score - top) * static_cast<T>(log2_e));
+    sums += weight;
+    store_first(weight, row + s, count);
+  }
+  T sum = {};
+  for (int i = 0; i < L; ++i) sum += sums[i];
+  if (sum == 0) return;
+  for (int64_t s = 0; s < keys; ++s)
+    if (row[s] != 0) row[s] /= sum;  // a hidden key's 0 stays, even if the sum is NaN
+}
+
+template <class S>
+void additive_weights(const AdditiveWeights& args, const ThreadPool& pool) {
+  using T = Compute<S>;
+  const AdditiveShape& shape = args.problem.shape;
+  const AdditiveView<S> view = {args.problem};
+  T* const weights = static_cast<T*>(args.weights);
+  const int64_t blocks = ceil_div(shape.keys, key_block_size), rows = shape.batch * shape.queries;
+  parallel_for(pool, rows * blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t row = unit / blocks, b = row / shape.queries, t = row % shape.queries;
+      const int64_t first = unit % blocks * key_block_size, last = min(first + key_block_size, shape.keys);
+      for (int64_t s = first; s < last; ++s)
+        weights[row * shape.keys + s] = view.seen(b, t, s)
+                                            ? additive_score(view.query(b, t), view.key(b, s), view.weight(), shape.size)
+                                            : -static_cast<T>(__builtin_inf());
+    }
+  });
+  parallel_for(pool, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) additive_softmax(weights + row * shape.keys, shape.keys);
+  });
+}
+
+// Sums over keys of `feature_block` features: chains of key_chain keys, added up in order.
+template <class T>
+struct ChainedSums {
+  T chain[feature_block] = {}, total[feature_block] = {};
+  void add(int64_t a, Vector<T> v) { store_as(chain + a, load_as<Vector<T>>(chain + a) + v); }
+  void end_chain() {
+    for (int64_t a = 0; a < feature_block; ++a) total[a] += chain[a], chain[a] = T{};
+  }
+};
+
+// The gradients of one sample for features [first, first + count). key_sums: [S][feature_block].
+template <class S>
+void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int64_t first, int64_t count,
+                             Compute<S>* key_sums) {
+  using T = Compute<S>;
+  constexpr int L = lanes<T>;
+  const AdditiveShape& shape = args.problem.shape;
+  const AdditiveView<S> view = {args.problem};
+  ChainedSums<T> weight_sums;
+  for (int64_t i = 0; i < shape.keys * feature_block; ++i) key_sums[i] = T{};
+  auto store = [&](const T* sums, S* to) {  // of query + key, whose derivative is weight times the slope
+    for (int64_t a = 0; a < count; ++a) from_compute(sums[a] * to_compute(view.weight()[first + a]), to + first + a);
+  };
+  for (int64_t t = 0; t < shape.queries; ++t) {
+    const int64_t row = b * shape.queries + t;
+    const S* const query = view.query(b, t) + first;
+    const T* const weights = static_cast<const T*>(args.weights) + row * shape.keys;
+    const T* const grads = static_cast<const T*>(args.grad_weights) + row * shape.keys;
+    double mean = 0;
+    for (int64_t s = 0; s < shape.keys; ++s)
+      if (view.seen(b, t, s)) mean += static_cast<double>(weights[s]) * grads[s];
+    ChainedSums<T> query_sums;
+    for (int64_t s = 0; s < shape.keys; ++s) {
+      if (view.seen(b, t, s)) {
+        const T grad_score = static_cast<T>(weights[s] * (grads[s] - mean));
+        const S* const key = view.key(b, s) + first;
+        T* const sums = key_sums + s * feature_block;
+        for (int64_t a = 0; a < count; a += L) {
+          const auto [h, slope] = tanh_and_slope<T>(load_first(query + a, count - a) + load_first(key + a, count - a));
+          query_sums.add(a, grad_score * slope);
+          store_as(sums + a, load_as<Vector<T>>(sums + a) + grad_score * slope);
+          weight_sums.add(a, grad_score * h);
+        }
+      }
+      if (s % key_chain == key_chain - 1 || s == shape.keys - 1) query_sums.end_chain(), weight_sums.end_chain();
+    }
+    store(query_sums.total, static_cast<S*>(args.grad_query) + row * shape.size);
+  }
+  for (int64_t s = 0; s < shape.keys; ++s)
+    store(key_sums + s * feature_block, static_cast<S*>(args.grad_key) + (b * shape.keys + s) * shape.size);
+  T* const grad_weight = static_cast<T*>(args.grad_weight) + b * shape.size + first;
+  for (int64_t a = 0; a < count; ++a) grad_weight[a] = weight_sums.total[a];
+}
+
+template <class S>
+void additive_weights_backward(const AdditiveWeightsBackward& args, const ThreadPool& pool) {
+  using T = Compute<S>;
+  const AdditiveShape& shape = args.problem.shape;
+  const int64_t blocks = ceil_div(shape.size, feature_block);
+  parallel_for(pool, shape.batch * blocks, [&](int64_t begin, int64_t end) {
+    const int64_t bytes = max<int64_t>(1, shape.keys) * feature_block * static_cast<int64_t>(sizeof(T));
+    T* const key_sums = static_cast<T*>(thread_scratch(ScratchUse::worker, bytes));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit % blocks * feature_block;
+      additive_backward_block<S>(args, unit / blocks, first, min(feature_block, shape.size - first), key_sums);
+    }
+  });
+}
+
+// Calls run(S{}) for the storage type S of `dtype`.
+template <class Run>
+void with_storage(DType dtype, Run&& run) {
+  switch (dtype) {
+    case DType::f32: return run(float{});
+    case DType::f64: return run(double{});
+    case DType::bf16: return run(Bf16{});
+    case DType::f16: return run(F16{});
+  }
+}
+
+void forward(const AdditiveWeights& args, const ThreadPool& pool) {
+  with_storage(args.problem.dtype, [&](auto s) { additive_weights<decltype(s)>(args, pool); });
+}
+
+void backward(const AdditiveWeightsBackward& args, const ThreadPool& pool) {
+  with_storage(args.problem.dtype, [&](auto s) { additive_weights_backward<decltype(s)>(args, pool); });
+}
+
+}  // namespace
+
+namespace CVFAST_ISA {
+extern const AdditiveAttentionKernels additive_attention;
+const AdditiveAttentionKernels additive_attention = {forward, backward};
+}  // namespace CVFAST_ISA
+
+}  // namespace cvfast

@@ -1,0 +1,301 @@
+// Attention backward: the scores are computed again, a block of queries by a block of keys at a time. With w the weights
+// (recovered from the scores and log_sum), f the dropout factors and g the output's gradient,
+//   grad_value[j] = sum over i of w[i, j] f[i, j] g[i]
+//   grad_score    = w[i, j] (f[i, j] g[i] . value[j] - delta[i]),  delta[i] = g[i] . output[i] - grad_log_sum[i]
+//   grad_query    = scale * grad_score key;  grad_key = scale * grad_score^T query;  grad_bias = grad_score
+// Every sum runs over blocks in ascending order, whichever thread does it.
+#pragma once
+#include "attention_forward.h"
+
+namespace cvfast {
+namespace {
+
+constexpr int64_t backward_queries = 64, backward_keys = 128;  // of a block
+
+template <class T>
+struct BackwardArrays {
+  int64_t queries, keys, key_stride, value_stride;
+  int64_t *index, *nonfinite;           // [keys]
+  T *key, *value;                       // [keys][key_stride], [keys][value_stride]
+  T *query_panels, *grad_panels;        // panels [D][panel_queries], [Dv][panel_queries]
+  T* output_panel;                      // one [Dv][panel_queries]
+  T *query, *grad;                      // [queries][key_stride], [queries][value_stride]
+  T *log_sum, *delta;                   // [queries], log_sum in units of log 2, +inf where no key was seen
+  T *weights, *score_grads;             // [keys][queries]
+  T* query_sums;                        // [queries][key_stride]
+  T* product;                           // [keys or panel_queries][key_stride or value_stride]
+  T *key_sums, *value_sums;             // [S][key_stride], [S][value_stride]; not with_sums: nothing
+
+  BackwardArrays(Arena& arena, const AttentionShape& shape, bool with_sums)
+      : queries(query_block<T>(shape.queries, backward_queries)),
+        key_stride(padded_row<T>(shape.size)),
+        value_stride(padded_row<T>(shape.value_size)) {
+    keys = key_block<T>(key_stride + value_stride, backward_keys);
+    index = arena.take<int64_t>(keys);
+    nonfinite = arena.take<int64_t>(keys);
+    key = arena.take<T>(keys * key_stride);
+    value = arena.take<T>(keys * value_stride);
+    query_panels = arena.take<T>(queries * shape.size);
+    grad_panels = arena.take<T>(queries * shape.value_size);
+    output_panel = arena.take<T>(panel_queries<T> * shape.value_size);
+    query = arena.take<T>(queries * key_stride);
+    grad = arena.take<T>(queries * value_stride);
+    log_sum = arena.take<T>(queries);
+    delta = arena.take<T>(queries);
+    weights = arena.take<T>(keys * queries);
+    score_grads = arena.take<T>(keys * queries);
+    query_sums = arena.take<T>(queries * key_stride);
+    product = arena.take<T>(max(keys, panel_queries<T>) * max(key_stride, value_stride));
+    key_sums = arena.take<T>(with_sums ? shape.keys * key_stride : 0);
+    value_sums = arena.take<T>(with_sums ? shape.keys * value_stride : 0);
+    if (!key) return;
+    zero_matrix(Matrix<T>{key, key_stride, 1}, keys, key_stride);  // read with the rest of a tile, then ignored
+    zero_matrix(Matrix<T>{query, key_stride, 1}, queries, key_stride);
+    zero_matrix(Matrix<T>{grad, value_stride, 1}, queries, value_stride);
+  }
+};
+
+// to[i] = left[:, i] . right[:, i] for the queries of two panels, added up in the order of panel_product: a query that sees
+// one key then has g . value = g . output to the last bit, and gradient 0.
+template <class T>
+void panel_dot(const T* left, const T* right, int64_t size, T* to) {
+  using V = Vector<T>;
+  V sum[2] = {};
+  for (int64_t d = 0; d < size; ++d)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const int64_t place = d * panel_queries<T> + j * lanes<T>;
+      sum[j] += load_as<V>(left + place) * load_as<V>(right + place);
+    }
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) store_as(to + j * lanes<T>, sum[j]);
+}
+
+// Reads a block of queries with everything that belongs to it.
+template <class T>
+void read_queries(const AttentionBackward& args, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries block) {
+  const AttentionProblem& p = args.problem;
+  const AttentionShape& shape = p.shape;
+  read_rows(p.query, p.dtype, b, h, block.first, block.count, shape.size, a.query, a.key_stride);
+  read_rows(args.grad_output, p.dtype, b, h, block.first, block.count, shape.value_size, a.grad, a.value_stride);
+  for_panels<T>(block, [&](Queries panel) {
+    const int64_t offset = panel.first - block.first;
+    pack_panel(a.query + offset * a.key_stride, a.key_stride, panel.count, shape.size, static_cast<T>(p.scale * log2_e),
+               a.query_panels + offset * shape.size);
+    T* const grad_panel = a.grad_panels + offset * shape.value_size;
+    pack_panel(a.grad + offset * a.value_stride, a.value_stride, panel.count, shape.value_size, T{1}, grad_panel);
+    read_rows(args.output, p.dtype, b, h, panel.first, panel.count, shape.value_size, a.product, a.value_stride);
+    pack_panel(a.product, a.value_stride, panel.count, shape.value_size, T{1}, a.output_panel);
+    panel_dot(grad_panel, a.output_panel, shape.value_size, a.delta + offset);
+  });
+  const int64_t place = (b * shape.heads + h) * shape.queries + block.first;
+  for (int64_t i = 0; i < a.queries; ++i) a.log_sum[i] = infinity<T>;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const T log_sum = static_cast<const T*>(args.log_sum)[place + i];
+    T* const grad_row = a.grad + i * a.value_stride;
+    if (log_sum == -infinity<T>) {  // saw no key: whatever the rows hold, it takes no part
+      for (int64_t d = 0; d < shape.size; ++d) a.query[i * a.key_stride + d] = T{};
+      for (int64_t d = 0; d < shape.value_size; ++d) grad_row[d] = T{};
+      a.delta[i] = T{};
+      continue;
+    }
+    a.log_sum[i] = static_cast<T>(log_sum * log2_e);
+    if (args.grad_log_sum) a.delta[i] -= static_cast<const T*>(args.grad_log_sum)[place + i];
+  }
+}
+
+// weights: scores -> w f; score_grads: g . value -> grad_score; for one panel, positions [s.first, s.last).
+template <bool with_dropout, class T>
+void differentiate(const KeyBlock& keys, const Seen& s, const PanelDropout<T>* dropout, const T* log_sum, const T* delta,
+                   T* weights, T* score_grads, int64_t stride) {
+  using V = Vector<T>;
+  constexpr int step = lanes<T>;
+  T factors[panel_queries<T>];
+  V sum[2], shift[2];
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) sum[j] = load_as<V>(log_sum + j * step), shift[j] = load_as<V>(delta + j * step);
+  for (int64_t k = s.first; k < s.last; ++k) {
+    if constexpr (with_dropout) dropout->factors(keys.index[k], factors);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      T *const at = weights + k * stride + j * step, *const grad_at = score_grads + k * stride + j * step;
+      const V score = load_as<V>(at);
+      V weight = exp2<T>(score - sum[j]), grad = load_as<V>(grad_at);
+      if constexpr (with_dropout) grad *= load_as<V>(factors + j * step);
+      store_as(grad_at, score == -infinity<T> ? V{} : weight * (grad - shift[j]));
+      if constexpr (with_dropout) weight *= load_as<V>(factors + j * step);
+      store_as(at, weight);
+    }
+  }
+}
+
+// What a panel has of the keys that it doesn't see.
+template <class T>
+void zero_columns(T* to, int64_t stride, const Seen& s, int64_t keys) {
+  zero_matrix(Matrix<T>{to, stride, 1}, s.first, panel_queries<T>);
+  zero_matrix(Matrix<T>{to + s.last * stride, stride, 1}, keys - s.last, panel_queries<T>);
+}
+
+// The weights and score_grads of a panel with one block of keys; 0 where the panel sees nothing. Returns what it sees.
+template <class T>
+Seen differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a, const KeyBlock& keys,
+                         Queries block, Queries panel) {
+  const AttentionShape& shape = p.shape;
+  const Seen s = seen(p.visible, keys, panel);
+  const int64_t offset = panel.first - block.first;
+  T *const weights = a.weights + offset, *const grads = a.score_grads + offset;
+  zero_columns(weights, a.queries, s, keys.count);
+  zero_columns(grads, a.queries, s, keys.count);
+  if (s.first == s.last) return s;
+  panel_scores(a.key, a.key_stride, a.query_panels + offset * shape.size, shape.size, s.first, s.last, weights, a.queries);
+  panel_product(a.value, a.value_stride, a.grad_panels + offset * shape.value_size, shape.value_size, s.first, s.last, grads,
+                a.queries);
+  finish_scores(p, b, h, keys, s, panel, weights, a.queries);
+  if (p.dropout.probability > 0) {
+    const PanelDropout<T> dropout(p.dropout, b * shape.heads + h, panel.first);
+    differentiate<true>(keys, s, &dropout, a.log_sum + offset, a.delta + offset, weights, grads, a.queries);
+  } else {
+    differentiate<false, T>(keys, s, nullptr, a.log_sum + offset, a.delta + offset, weights, grads, a.queries);
+  }
+  return s;
+}
+
+// sums[key] += the block's product [key][size] of `factors` [key][query] with `rows` [query][size].
+template <class T>
+void add_to_keys(const KeyBlock& keys, const T* factors, const BackwardArrays<T>& a, int64_t queries, const T* rows,
+                 int64_t stride, int64_t size, T* sums) {
+  const Matrix<const T> left = {factors, a.queries, 1};
+  const Panels<T> right = {rows, tile_cols<T>, stride};
+  if (keys.contiguous())
+    return block_product<T>(keys.count, size, queries, left, right, sums + keys.index[0] * stride, stride, true);
+  block_product<T>(keys.count, size, queries, left, right, a.product, stride, false);
+  for (int64_t k = 0; k < keys.count; ++k)
+    for (int64_t d = 0; d < size; ++d) sums[keys.index[k] * stride + d] += a.product[k * stride + d];
+}
+
+// Reads the keys and values that `block` sees, a block at a time, and calls body(keys, nonfinite) for each.
+template <class T, class Body>
+void for_key_blocks(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries block,
+                    Body&& body) {
+  const int64_t key_head = h / (p.shape.heads / p.shape.key_heads);
+  KeyWalk walk(p, b, h, block);
+  for (KeyBlock keys = {a.index, 0}; walk.fill(keys, a.keys);) {
+    read_keys(p.key, p.dtype, b, key_head, keys, p.shape.size, a.key, a.key_stride);
+    read_keys(p.value, p.dtype, b, key_head, keys, p.shape.value_size, a.value, a.value_stride);
+    body(keys, hides_some(p, keys, block) ? find_nonfinite(a.key, a.key_stride, keys.count, p.shape.size, a.nonfinite) : 0);
+  }
+}
+
+// Rows `rows` of a head of `to` = factor * sums.
+template <class T>
+void store_scaled(T* sums, int64_t stride, double factor, const AttentionProblem& p, const Tensor4& to, int64_t b, int64_t h,
+                  Queries rows, int64_t size) {
+  for (int64_t i = 0; i < rows.count; ++i)
+    for (int64_t d = 0; d < size; ++d) sums[i * stride + d] *= static_cast<T>(factor);
+  write_rows(sums, stride, to, p.dtype, b, h, rows.first, rows.count, size);
+}
+
+// One block of queries: its grad_query, and its share of the sums for keys and values.
+template <class T>
+void backward_block(const AttentionBackward& args, int64_t b, int64_t h, const BackwardArrays<T>& a,
+                    Queries block) {
+  const AttentionProblem& p = args.problem;
+  const AttentionShape& shape = p.shape;
+  read_queries(args, b, h, a, block);
+  zero_matrix(Matrix<T>{a.query_sums, a.key_stride, 1}, block.count, a.key_stride);
+  for_key_blocks(p, b, h, a, block, [&](const KeyBlock& keys, int64_t nonfinite) {
+    for_panels<T>(block, [&](Queries panel) {
+      const Seen s = differentiate_panel(p, b, h, a, keys, block, panel);
+      const int64_t offset = panel.first - block.first;
+      if (s.first < s.last)
+        add_weighted_rows(a.score_grads + offset, a.queries, a.key, a.key_stride, s.first, s.last, a.nonfinite, nonfinite,
+                          panel.count, shape.size, a.query_sums + offset * a.key_stride, a.key_stride);
+    });
+    add_to_keys(keys, a.weights, a, block.count, a.grad, a.value_stride, shape.value_size, a.value_sums);
+    add_to_keys(keys, a.score_grads, a, block.count, a.query, a.key_stride, shape.size, a.key_sums);
+  });
+  store_scaled(a.query_sums, a.key_stride, p.scale, p, args.grad_query, b, h, block, shape.size);
+}
+
+// Calls body(block) for the blocks of queries.
+template <class T, class Body>
+void for_query_blocks(const AttentionShape& shape, Body&& body) {
+  const int64_t step = query_block<T>(shape.queries, backward_queries);
+  for (int64_t first = 0; first < shape.queries; first += step)
+    body(Queries{first, min(step, shape.queries - first)});
+}
+
+// All gradients that belong to one head of the keys.
+template <class T>
+void backward_head(const AttentionBackward& args, int64_t b, int64_t key_head, const BackwardArrays<T>& a) {
+  const AttentionProblem& p = args.problem;
+  const AttentionShape& shape = p.shape;
+  const int64_t group = shape.heads / shape.key_heads;
+  zero_matrix(Matrix<T>{a.key_sums, a.key_stride, 1}, shape.keys, a.key_stride);
+  zero_matrix(Matrix<T>{a.value_sums, a.value_stride, 1}, shape.keys, a.value_stride);
+  for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
+    for_query_blocks<T>(shape, [&](Queries block) { backward_block(args, b, h, a, block); });
+  const Queries all = {0, shape.keys};
+  store_scaled(a.key_sums, a.key_stride, p.scale, p, args.grad_key, b, key_head, all, shape.size);
+  store_scaled(a.value_sums, a.value_stride, 1, p, args.grad_value, b, key_head, all, shape.value_size);
+}
+
+// Adds one block's score_grads to the gradient of the bias.
+template <class T>
+void add_to_bias(const AttentionBackward& args, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries block) {
+  const int64_t* size = args.grad_bias_size;
+  const int64_t key_step = size[3] > 1, query_step = size[2] > 1 ? size[3] : 0;
+  const int64_t place = ((size[0] > 1 ? b : 0) * size[1] + (size[1] > 1 ? h : 0)) * size[2] * size[3];
+  T* const grad = static_cast<T*>(args.grad_bias) + place;
+  read_queries(args, b, h, a, block);
+  for_key_blocks(args.problem, b, h, a, block, [&](const KeyBlock& keys, int64_t) {
+    for_panels<T>(block, [&](Queries panel) { differentiate_panel(args.problem, b, h, a, keys, block, panel); });
+    for (int64_t i = 0; i < block.count; ++i)
+      for (int64_t k = 0; k < keys.count; ++k)
+        grad[(block.first + i) * query_step + keys.index[k] * key_step] += a.score_grads[k * a.queries + i];
+  });
+}
+
+// A range of one dimension: all of it where the bias is broadcast along it, else only `place`.
+struct Along {
+  int64_t begin, end;
+  Along(int64_t bias_size, int64_t size, int64_t place)
+      : begin(bias_size == 1 ? 0 : place), end(bias_size == 1 ? size : place + 1) {}
+};
+
+// A pass of its own, whose pieces of work are the elements of the bias, so that samples and heads that share them are
+// added up in order.
+template <class T>
+void bias_gradient(const AttentionBackward& args, const ThreadPool& pool) {
+  const AttentionShape& shape = args.problem.shape;
+  const int64_t* size = args.grad_bias_size;
+  const int64_t step = query_block<T>(shape.queries, backward_queries), blocks = ceil_div(shape.queries, step);
+  zero_matrix(Matrix<T>{static_cast<T*>(args.grad_bias), size[3], 1}, size[0] * size[1] * size[2], size[3]);
+  const int64_t block_units = size[2] == 1 ? 1 : blocks;
+  parallel_for(pool, size[0] * size[1] * block_units, [&](int64_t begin, int64_t end) {
+    const auto arrays = worker_arrays<BackwardArrays<T>>(shape, false);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t head = unit / block_units;
+      const Along bs(size[0], shape.batch, head / size[1]), hs(size[1], shape.heads, head % size[1]);
+      const Along qs(size[2], blocks, unit % block_units);
+      for (int64_t b = bs.begin; b < bs.end; ++b)
+        for (int64_t h = hs.begin; h < hs.end; ++h)
+          for (int64_t q = qs.begin; q < qs.end; ++q)
+            add_to_bias(args, b, h, arrays, {q * step, min(step, shape.queries - q * step)});
+    }
+  });
+}
+
+template <class T>
+void attention_backward(const AttentionBackward& args, const ThreadPool& pool) {
+  const AttentionShape& shape = args.problem.shape;
+  parallel_for(pool, shape.batch * shape.key_heads, [&](int64_t begin, int64_t end) {
+    const auto arrays = worker_arrays<BackwardArrays<T>>(shape, true);
+    for (int64_t unit = begin; unit < end; ++unit)
+      backward_head(args, unit / shape.key_heads, unit % shape.key_heads, arrays);
+  });
+  if (args.grad_bias) bias_gradient<T>(args, pool);
+}
+
+}  // namespace
+}  // namespace cvfast

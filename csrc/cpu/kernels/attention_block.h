@@ -1,0 +1,362 @@
+// What the passes of attention share: blocks of visible keys, and the scores of one panel of queries with one block.
+//
+// A panel is tile_cols queries, one vector lane each. Scores lie transposed, [key][query of the panel], so that softmax
+// works lane by lane, and both the keys (for the scores) and the weights (for the output) are the broadcast operand of
+// the matrix product. Scores are kept in units of log 2: the query takes scale * log2(e).
+#pragma once
+#include "../scratch.h"
+#include "attention_dropout.h"
+#include "cvfast/attention.h"
+#include "exp.h"
+#include "gemm.h"
+#include "parallel.h"
+#include "transpose.h"
+
+namespace cvfast {
+namespace {
+
+template <class T>
+constexpr int64_t panel_queries = tile_cols<T>;
+
+template <class T>
+constexpr T infinity = static_cast<T>(__builtin_inf());
+
+// Row stride of a block whose columns are read tile_cols at a time: an odd number of cache lines, which spreads a column
+// of tiles over all sets of the L1 cache.
+template <class T>
+int64_t padded_row(int64_t size) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return (ceil_div(round_up(max<int64_t>(size, 1), tile_cols<T>), line) | 1) * line;
+}
+
+// Cuts a worker's scratch into arrays, each aligned to 64 bytes. Without memory it only adds up how much is needed.
+class Arena {
+ public:
+  explicit Arena(char* memory = nullptr) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* taken = memory_ + used_;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return memory_ ? reinterpret_cast<T*>(taken) : nullptr;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+// Working memory of a worker: `Arrays` is constructed from an Arena, which it asks for everything it needs.
+template <class Arrays, class... Args>
+Arrays worker_arrays(const Args&... args) {
+  Arena measure;
+  Arrays(measure, args...);
+  Arena arena(static_cast<char*>(thread_scratch(ScratchUse::worker, measure.used())));
+  return Arrays(arena, args...);
+}
+
+template <class S>
+Matrix<const S> head_of(const ConstTensor4& t, int64_t b, int64_t h) {
+  return {static_cast<const S*>(t.data) + b * t.stride[0] + h * t.stride[1], t.stride[2], t.stride[3]};
+}
+template <class S>
+Matrix<S> head_of(const Tensor4& t, int64_t b, int64_t h) {
+  return {static_cast<S*>(t.data) + b * t.stride[0] + h * t.stride[1], t.stride[2], t.stride[3]};
+}
+
+// Calls run(S{}) for the storage type S of `dtype`, one of those that are computed in T.
+template <class T, class Run>
+void with_storage(DType dtype, Run&& run) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    run(double{});
+  } else {
+    switch (dtype) {
+      case DType::bf16: return run(Bf16{});
+      case DType::f16: return run(F16{});
+      default: return run(float{});
+    }
+  }
+}
+
+// Rows [first, first + count) of a head, `size` columns each. Between these two everything is of the compute type T.
+template <class T>
+void read_rows(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, int64_t first, int64_t count, int64_t size,
+               T* to, int64_t to_stride) {
+  with_storage<T>(dtype, [&](auto type) {
+    Matrix<const decltype(type)> rows = head_of<decltype(type)>(from, b, h);
+    rows.data += first * rows.row_stride;
+    copy_matrix(rows, Matrix<T>{to, to_stride, 1}, count, size);
+  });
+}
+
+template <class T>
+void write_rows(const T* from, int64_t from_stride, const Tensor4& to, DType dtype, int64_t b, int64_t h, int64_t first,
+                int64_t count, int64_t size) {
+  with_storage<T>(dtype, [&](auto type) {
+    Matrix<decltype(type)> rows = head_of<decltype(type)>(to, b, h);
+    rows.data += first * rows.row_stride;
+    copy_matrix(Matrix<const T>{from, from_stride, 1}, rows, count, size);
+  });
+}
+
+// ---- queries ----
+
+struct Queries {
+  int64_t first, count;
+};
+
+// ---- blocks of keys ----
+
+// Ascending indices of the keys that some query of a block of queries sees.
+struct KeyBlock {
+  int64_t* index;
+  int64_t count;
+  bool contiguous() const { return count == 0 || index[count - 1] - index[0] == count - 1; }
+  // The first position whose key is >= `key`.
+  int64_t position(int64_t key) const {
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (index[middle] < key)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+};
+
+// Positions of a block's keys that a panel sees: some query sees those from first to last, all queries those from
+// all_first to all_last, as far as the window goes.
+struct Seen {
+  int64_t first, all_first, all_last, last;
+  bool partly() const { return first < all_first || all_last < last; }
+};
+
+inline Seen seen(const AttentionVisibility& visible, const KeyBlock& keys, Queries queries) {
+  const int64_t first = queries.first, last = queries.first + queries.count - 1;
+  Seen s = {keys.position(first - visible.left), keys.position(last - visible.left),
+            keys.position(first + visible.right + 1), keys.position(last + visible.right + 1)};
+  s.all_first = min(s.all_first, s.last);
+  s.all_last = max(s.all_last, s.all_first);
+  return s;
+}
+
+// Walks over the keys that the queries of a block see, a KeyBlock at a time.
+class KeyWalk {
+ public:
+  KeyWalk(const AttentionProblem& p, int64_t b, int64_t h, Queries queries) : queries_(queries) {
+    const AttentionVisibility& v = p.visible;
+    next_ = max<int64_t>(0, queries.first - v.left);
+    end_ = min(p.shape.keys, queries.first + queries.count + v.right);
+    if (v.key_lengths) end_ = min(end_, v.key_lengths[b]);
+    if (v.mask.data) mask_ = head_of<const unsigned char>(v.mask, b, h);
+  }
+
+  // Fills `block` with at most `most` keys; false when there are none left.
+  bool fill(KeyBlock& block, int64_t most) {
+    block.count = 0;
+    // A mask leaves some of each chunk: chunks shrink with the room that is left, and little room is left unused.
+    while (next_ < end_ && most - block.count > most / 8) {
+      const int64_t chunk = min(end_ - next_, most - block.count);
+      mask_.data ? add_visible(block, chunk) : add_all(block, chunk);
+      next_ += chunk;
+    }
+    return block.count > 0;
+  }
+
+ private:
+  void add_all(KeyBlock& block, int64_t chunk) {
+    for (int64_t j = 0; j < chunk; ++j) block.index[block.count++] = next_ + j;
+  }
+
+  void add_visible(KeyBlock& block, int64_t chunk) {
+    constexpr int64_t step = 64;
+    const int64_t rows = mask_.row_stride == 0 ? 1 : queries_.count;
+    for (int64_t begin = 0; begin < chunk; begin += step) {
+      const int64_t count = min(step, chunk - begin);
+      unsigned char any[step] = {};
+      for (int64_t i = 0; i < rows; ++i) {
+        const unsigned char* row =
+            mask_.data + (queries_.first + i) * mask_.row_stride + (next_ + begin) * mask_.col_stride;
+        if (mask_.col_stride == 1)
+          for (int64_t j = 0; j < count; ++j) any[j] |= row[j];
+        else
+          for (int64_t j = 0; j < count; ++j) any[j] |= row[j * mask_.col_stride];
+      }
+      for (int64_t j = 0; j < count; ++j)
+        if (any[j]) block.index[block.count++] = next_ + begin + j;
+    }
+  }
+
+  Queries queries_;
+  int64_t next_, end_;
+  Matrix<const unsigned char> mask_ = {nullptr, 0, 0};
+};
+
+// Reads the rows of a block of keys, `size` columns each, to dense rows `to_stride` apart.
+template <class T>
+void read_keys(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, const KeyBlock& keys, int64_t size, T* to,
+               int64_t to_stride) {
+  if (keys.contiguous()) return read_rows(from, dtype, b, h, keys.index[0], keys.count, size, to, to_stride);
+  for (int64_t k = 0; k < keys.count; ++k) read_rows(from, dtype, b, h, keys.index[k], 1, size, to + k * to_stride, to_stride);
+}
+
+// Positions of rows with a NaN or an infinity.
+template <class T>
+int64_t find_nonfinite(const T* rows, int64_t stride, int64_t count, int64_t size, int64_t* positions) {
+  int64_t found = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    Vector<T> zeros = {};
+    for (int64_t d = 0; d < size; d += lanes<T>) zeros += load_first(rows + k * stride + d, size - d) * T{};
+    bool finite = true;
+    for (int i = 0; i < lanes<T>; ++i) finite = finite && zeros[i] == 0;
+    if (!finite) positions[found++] = k;
+  }
+  return found;
+}
+
+// ---- one panel ----
+
+// `count` <= panel_queries rows, times `factor`, as the columns of to [size][panel_queries]; the columns that are left over
+// are 0.
+template <class T>
+void pack_panel(const T* rows, int64_t row_stride, int64_t count, int64_t size, T factor, T* to) {
+  constexpr int64_t width = panel_queries<T>;
+  if (count < width)
+    for (int64_t i = 0; i < size * width; ++i) to[i] = T{};
+  if (min(count, size) >= lanes<T>)
+    copy_transposed(rows, row_stride, to, width, size, count);
+  else
+    copy_matrix(Matrix<const T>{rows, row_stride, 1}, Matrix<T>{to, 1, width}, count, size);
+  for (int64_t i = 0; i < size * width; ++i) to[i] *= factor;
+}
+
+// to[k, i] (+)= rows[k] . panel[:, i] for keys k in [first, last).
+template <class T>
+void panel_product(const T* rows, int64_t row_stride, const T* panel, int64_t size, int64_t first, int64_t last, T* to,
+                   int64_t to_stride, bool add = false) {
+  block_product<T>(last - first, panel_queries<T>, size, {rows + first * row_stride, row_stride, 1},
+                   {panel, 0, panel_queries<T>}, to + first * to_stride, to_stride, add);
+}
+
+// The scores of a panel, as panel_product. An error of a score is its weight's relative error, and a chain's last steps
+// err most: two chains of half the size halve the largest error of attention.
+template <class T>
+void panel_scores(const T* keys, int64_t row_stride, const T* panel, int64_t size, int64_t first, int64_t last, T* to,
+                  int64_t to_stride) {
+  const int64_t half = min(size, max<int64_t>(32, ceil_div(size, 2)));
+  panel_product(keys, row_stride, panel, half, first, last, to, to_stride);
+  if (half < size)
+    panel_product(keys + half, row_stride, panel + half * panel_queries<T>, size - half, first, last, to, to_stride, true);
+}
+
+// sums[i] += sum over positions k in [first, last) of weights[k, i] * rows[k], for `queries` rows of sums. Rows at the
+// ascending positions `nonfinite` count only where their weight isn't 0: a hidden key's NaN must not pass.
+template <class T>
+void add_weighted_rows(const T* weights, int64_t weights_stride, const T* rows, int64_t row_stride, int64_t first,
+                       int64_t last, const int64_t* nonfinite, int64_t nonfinite_count, int64_t queries, int64_t size,
+                       T* sums, int64_t sums_stride) {
+  for (int64_t n = 0; n <= nonfinite_count; ++n) {
+    const int64_t stop = n < nonfinite_count ? max(first, min(last, nonfinite[n])) : last;
+    if (first < stop)
+      block_product<T>(queries, size, stop - first, {weights + first * weights_stride, 1, weights_stride},
+                       {rows + first * row_stride, tile_cols<T>, row_stride}, sums, sums_stride, true);
+    if (stop == last) return;
+    for (int64_t i = 0; i < queries; ++i) {
+      const T weight = weights[stop * weights_stride + i];
+      if (weight != 0)
+        for (int64_t d = 0; d < size; ++d) sums[i * sums_stride + d] += weight * rows[stop * row_stride + d];
+    }
+    first = stop + 1;
+  }
+}
+
+// Gives -inf to the scores of keys that the window hides from some queries of a panel.
+template <class T>
+void hide_by_window(const AttentionVisibility& visible, const KeyBlock& keys, const Seen& s, Queries queries, T* scores,
+                    int64_t stride) {
+  auto hide = [&](int64_t from, int64_t to) {
+    for (int64_t k = from; k < to; ++k)
+      for (int64_t i = 0; i < queries.count; ++i) {
+        const int64_t distance = keys.index[k] - (queries.first + i);
+        if (distance > visible.right || -distance > visible.left) scores[k * stride + i] = -infinity<T>;
+      }
+  };
+  hide(s.first, s.all_first);
+  hide(s.all_last, s.last);
+}
+
+// from[i * stride] for the queries of a panel, as neighbours; 0 beyond them.
+template <class V>
+struct PanelColumn {
+  V values[panel_queries<float>] = {};
+  PanelColumn(const V* from, int64_t stride, int64_t queries) {
+    for (int64_t i = 0; i < queries; ++i) values[i] = from[i * stride];
+  }
+};
+
+// Gives -inf to the scores that the mask hides.
+template <class T>
+void hide_by_mask(Matrix<const unsigned char> mask, const KeyBlock& keys, const Seen& s, Queries queries, T* scores,
+                  int64_t stride) {
+  for (int64_t k = s.first; k < s.last; ++k) {
+    const PanelColumn<unsigned char> seen(
+        mask.data + queries.first * mask.row_stride + keys.index[k] * mask.col_stride, mask.row_stride, queries.count);
+    T* const row = scores + k * stride;
+    for (int64_t i = 0; i < panel_queries<T>; ++i) row[i] = seen.values[i] ? row[i] : -infinity<T>;
+  }
+}
+
+template <class B, class T>
+void add_bias(Matrix<const B> bias, const KeyBlock& keys, const Seen& s, Queries queries, T* scores, int64_t stride) {
+  for (int64_t k = s.first; k < s.last; ++k) {
+    const PanelColumn<B> column(bias.data + queries.first * bias.row_stride + keys.index[k] * bias.col_stride,
+                                bias.row_stride, queries.count);
+    T* const row = scores + k * stride;
+    for (int64_t i = 0; i < panel_queries<T>; ++i) {
+      const T added = static_cast<T>(to_compute(column.values[i])) * static_cast<T>(log2_e);
+      row[i] = added == -infinity<T> ? added : row[i] + added;
+    }
+  }
+}
+
+// Whether a mask hides keys query by query. One without a dimension of queries is left to KeyWalk.
+inline bool masks_queries(const AttentionVisibility& visible) {
+  return visible.mask.data && visible.mask.stride[2] != 0;
+}
+
+// Bias and everything that hides a key from a query, on the scores [key][query] of a panel.
+template <class T>
+void finish_scores(const AttentionProblem& p, int64_t b, int64_t h, const KeyBlock& keys, const Seen& s, Queries queries,
+                   T* scores, int64_t stride) {
+  auto with_bias = [&](auto type) {
+    add_bias(head_of<decltype(type)>(p.bias, b, h), keys, s, queries, scores, stride);
+  };
+  if (p.bias.data) p.bias_dtype == p.dtype ? with_storage<T>(p.dtype, with_bias) : with_bias(float{});
+  if (masks_queries(p.visible))
+    hide_by_mask(head_of<unsigned char>(p.visible.mask, b, h), keys, s, queries, scores, stride);
+  if (s.partly()) hide_by_window(p.visible, keys, s, queries, scores, stride);
+}
+
+// Whether some key of a block may be hidden from some of the queries.
+inline bool hides_some(const AttentionProblem& p, const KeyBlock& keys, Queries queries) {
+  return p.bias.data || masks_queries(p.visible) || seen(p.visible, keys, queries).partly();
+}
+
+// Equal blocks of at most `most`, in whole panels.
+template <class T>
+int64_t query_block(int64_t queries, int64_t most) {
+  const int64_t blocks = max<int64_t>(1, ceil_div(queries, most));
+  return round_up(max<int64_t>(1, ceil_div(queries, blocks)), panel_queries<T>);
+}
+
+// Keys of a block: at most `most`, fewer where their rows would leave the L2 cache no room.
+template <class T>
+int64_t key_block(int64_t row_elements, int64_t most) {
+  constexpr int64_t bytes = int64_t{224} << 10;
+  return max<int64_t>(16, min<int64_t>(most, bytes / (row_elements * static_cast<int64_t>(sizeof(T))) / 2 * 2));
+}
+
+}  // namespace
+}  // namespace cvfast

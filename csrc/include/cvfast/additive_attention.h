@@ -1,0 +1,36 @@
+// The weights of additive attention (Bahdanau et al. 2015), without a tensor [B, T, S, A]: softmax over s of
+//   score[b, t, s] = sum over a of weight[a] * tanh(query[b, t, a] + key[b, s, a])
+// with query and key already projected to A features. A query that sees no key has weights and gradients 0.
+#pragma once
+#include "common.h"
+
+namespace cvfast {
+
+struct AdditiveShape {
+  int64_t batch, queries, keys, size;  // B, T, S, A
+};
+
+// Query, key and weight are contiguous; mask is bool [B, T, S] with strides (0 where broadcast), data nullptr: all seen.
+// Keys that the mask hides are not read. Every size may be 0. Results are fully written, and the same bits for any number
+// of threads and for a sample alone or in a batch.
+struct AdditiveProblem {
+  AdditiveShape shape;
+  DType dtype;
+  const void *query, *key, *weight;  // [B, T, A], [B, S, A], [A]
+  const unsigned char* mask;
+  int64_t mask_stride[3];
+};
+
+struct AdditiveWeights {
+  AdditiveProblem problem;
+  void* weights;  // [B, T, S], contiguous, in the compute type; 0 where hidden
+};
+
+struct AdditiveWeightsBackward {
+  AdditiveProblem problem;
+  const void *grad_weights, *weights;  // [B, T, S], contiguous, in the compute type
+  void *grad_query, *grad_key;         // [B, T, A], [B, S, A]
+  void* grad_weight;                   // [B, A], in the compute type: to be added up over B
+};
+
+}  // namespace cvfast

@@ -1,0 +1,45 @@
+"""Softmax attention by cvfast's C++ kernels (CPU)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cvfast import _library
+from cvfast.ops.card import call
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
+
+
+def why_not(query: Tensor, *args) -> list[str]:
+    """Reasons why the compiled kernels cannot run this call."""
+    if not query.is_cpu:
+        return [f"no kernel of attention for device {query.device.type!r} (there is one for the CPU)"]
+    if _library.ops.reason is not None:
+        return [_library.ops.reason]
+    if query.dtype not in DTYPES:
+        return [f"no kernel for {query.dtype} on cpu"]
+    return []
+
+
+def why_slower(*args) -> list[str]:
+    """Where torch's own operator is taken although the kernels could run: nowhere, as far as measured."""
+    return []
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    left: int,
+    right: int,
+) -> Tensor:
+    """Calls the operator; shapes and meaning as in cvfast/ops/attention.py. Dropout's seed is torch's next number."""
+    seed = torch.randint(2**63 - 1, (1,)) if dropout_p > 0 else None
+    options = (dropout_p, scale, left, right)
+    return call(torch.ops.cvfast.attention.default, query, key, value, bias, mask, key_lengths, seed, *options)[0]

@@ -1,0 +1,190 @@
+"""Attention layers against torch's own: results, weights, gradients, state_dict and every option."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from cvfast import nn
+
+torch.manual_seed(0)
+OPTIONS = [
+    {},
+    {"batch_first": True},
+    {"bias": False},
+    {"kdim": 12, "vdim": 10},
+    {"add_bias_kv": True},
+    {"add_zero_attn": True, "batch_first": True},
+    {"add_bias_kv": True, "add_zero_attn": True, "kdim": 12},
+]
+
+
+def pair(**options) -> tuple[torch.nn.MultiheadAttention, nn.MultiheadAttention]:
+    """torch's layer and cvfast's with the same parameters, in float64."""
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(16, 4, **options).double()
+    ours = nn.MultiheadAttention(16, 4, **options).double()
+    ours.load_state_dict(theirs.state_dict())
+    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.nn.init.normal_(p)  # biases, too
+        q.data.copy_(p.data)
+    return theirs, ours
+
+
+def inputs(layer: torch.nn.MultiheadAttention, batch: int | None = 3, queries: int = 7, keys: int = 9):
+    sizes = zip((queries, keys, keys), (16, layer.kdim, layer.vdim), strict=True)
+    shape = lambda n, e: (n, e) if batch is None else (batch, n, e) if layer.batch_first else (n, batch, e)  # noqa: E731
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape(n, e), dtype=torch.float64, generator=generator).requires_grad_() for n, e in sizes]
+
+
+def compare(theirs, ours, tensors, **options):
+    """Result, weights and all gradients agree."""
+    expected, actual = (layer(*tensors, **options) for layer in (theirs, ours))
+    torch.testing.assert_close(actual, expected)
+    wanted = [[*tensors, *layer.parameters()] for layer in (theirs, ours)]
+    grads = [
+        torch.autograd.grad(result[0].square().sum(), w, allow_unused=True)
+        for result, w in zip((expected, actual), wanted, strict=True)
+    ]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(two, one)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_options(options, need_weights):
+    theirs, ours = pair(**options)
+    compare(theirs, ours, inputs(theirs), need_weights=need_weights)
+    compare(theirs, ours, inputs(theirs, batch=None), need_weights=need_weights)
+
+
+def masks(kind: str, *shape: int):
+    """A mask with the first key seen by all: bool (True: hidden), added numbers, or none."""
+    if kind == "none":
+        return None
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    hidden = mask < 0.4
+    hidden[..., 0] = False
+    return hidden if kind == "bool" else mask.masked_fill(hidden, -torch.inf)
+
+
+@pytest.mark.parametrize(("attn", "padding"), itertools.product(("none", "bool", "float"), repeat=2))
+@pytest.mark.parametrize("options", [{}, {"batch_first": True, "add_bias_kv": True}], ids=str)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_masks(attn, padding, options, need_weights):
+    theirs, ours = pair(**options)
+    for shape in ((7, 9), (12, 7, 9)):
+        compare(theirs, ours, inputs(theirs), key_padding_mask=masks(padding, 3, 9), attn_mask=masks(attn, *shape),
+                need_weights=need_weights)  # fmt: skip
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_causal_self_attention(need_weights, average):
+    theirs, ours = pair(batch_first=True)
+    x = inputs(theirs, queries=9)[1]
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
+    options = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights, "average_attn_weights": average}
+    actual, expected = (layer(x, x, x, **options) for layer in (ours, theirs))
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises(RuntimeError, match="Need attn_mask"):
+        ours(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_row_that_sees_nothing_gives_the_bias_and_no_gradient(need_weights):
+    _, ours = pair(batch_first=True)
+    q, k, v = inputs(ours)
+    hidden = torch.zeros(3, 9, dtype=torch.bool)
+    hidden[1] = True
+    output, weights = ours(q, k, v, key_padding_mask=hidden, need_weights=need_weights)
+    torch.testing.assert_close(output[1], ours.out_proj.bias.expand(7, 16))
+    if need_weights:
+        assert torch.equal(weights[1], torch.zeros(7, 9, dtype=torch.float64))
+    for grad in torch.autograd.grad(output.sum(), (q, k, v)):
+        assert torch.equal(grad[1], torch.zeros_like(grad[1]))
+        assert grad[0].abs().sum() > 0
+
+
+def test_it_is_torchs_layer():
+    theirs, ours = pair(kdim=12)
+    assert isinstance(ours, torch.nn.MultiheadAttention)
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+def test_torchs_transformer_layers_take_it(name):
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(16, 4, 32, batch_first=True, dropout=0.0).double()
+    ours = getattr(torch.nn, name)(16, 4, 32, batch_first=True, dropout=0.0).double()
+    for attribute in ("self_attn", "multihead_attn"):
+        if hasattr(ours, attribute):
+            setattr(ours, attribute, nn.MultiheadAttention(16, 4, batch_first=True).double())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    args = (x,) if name == "TransformerEncoderLayer" else (x, torch.randn(2, 5, 16, dtype=torch.float64))
+    for training in (True, False):
+        torch.testing.assert_close(ours.train(training)(*args), theirs.train(training)(*args))
+
+
+def test_torchs_module_inputs():
+    """torch's own module tests' inputs give torch's results, with and without gradients."""
+    from torch.testing._internal.common_modules import module_db
+
+    info = next(m for m in module_db if m.module_cls is torch.nn.MultiheadAttention)
+    count = 0
+    for training in (True, False):
+        for case in info.module_inputs_func(
+            info, device="cpu", dtype=torch.float64, requires_grad=False, training=training
+        ):
+            args, options = case.constructor_input.args, dict(case.constructor_input.kwargs)
+            options.update(device="cpu", dtype=torch.float64)
+            theirs, ours = (c(*args, **options).train(training) for c in (info.module_cls, nn.MultiheadAttention))
+            ours.load_state_dict(theirs.state_dict())
+            if theirs.dropout and training:
+                continue  # another random stream
+            forward = case.forward_input
+            actual, expected = (layer(*forward.args, **forward.kwargs) for layer in (ours, theirs))
+            torch.testing.assert_close(actual, expected)
+            count += 1
+    assert count > 20
+
+
+def test_additive_attention_layer():
+    """The definition's numbers; keys that were projected before give the same; every parameter has a gradient."""
+    from cvfast import reference
+
+    layer = nn.AdditiveAttention(6, 5, 8).double()
+    query, keys = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 7, 5, dtype=torch.float64)
+    mask = torch.rand(3, 7) < 0.7
+    expected = reference.additive_attention(query, keys, keys, layer.w_query, layer.w_key, layer.v, mask)
+    torch.testing.assert_close(layer(query, keys, mask=mask), expected)
+    projected = layer.project_keys(keys)
+    torch.testing.assert_close(layer(query, keys, mask=mask, projected_keys=projected), expected)
+    layer(query, keys, mask=mask)[0].square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_attention_lstm_cell(score):
+    """One step is attention by h, then torch's cell on [input, context]; hidden keys have weight 0."""
+    cell = nn.AttentionLSTMCell(3, 6, 5, 8, score).double()
+    x, keys = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 7, 5, dtype=torch.float64)
+    state = (torch.randn(2, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64))
+    mask = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0, 0]]).bool()
+    if score == "additive":
+        scores = torch.tanh((state[0] @ cell.attention.w_query.t())[:, None] + keys @ cell.attention.w_key.t())
+        scores = scores @ cell.attention.v
+    else:
+        scores = torch.einsum("bk,bsk->bs", cell.attention(state[0]), keys) / 5**0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    context = torch.einsum("bs,bsk->bk", weights, keys)
+    expected = (*cell.cell(torch.cat((x, context), 1), state), context, weights)
+    for projected in (None, cell.project_keys(keys)):
+        torch.testing.assert_close(cell(x, keys, state, mask, projected), expected)
+    with pytest.raises(ValueError, match="unknown score 'cosine'; allowed: additive, dot"):
+        nn.AttentionLSTMCell(3, 6, 5, score="cosine")

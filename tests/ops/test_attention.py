@@ -1,0 +1,224 @@
+"""What attention promises beyond torch's operator and the OpSpec: hidden keys, empty rows, dropout, memory, exp."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cvfast import reference
+from cvfast.functional import scaled_dot_product_attention
+from cvfast.ops.attention import kept
+from tests.conftest import isas
+
+
+def attention(*args, **options):
+    return scaled_dot_product_attention(*args, **options, backend="ext")
+
+
+def operands(b=2, h=2, queries=40, keys=300, d=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randn(b, h, n, d, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    return draw(queries), draw(keys), draw(keys)
+
+
+HIDING = {
+    "lengths": {"key_lengths": torch.tensor([250, 0])},
+    "mask-of-keys": {"attn_mask": (torch.arange(300) % 3 > 0).expand(2, 1, 1, 300)},
+    "mask": {"attn_mask": torch.rand(40, 300, generator=torch.Generator().manual_seed(1)) < 0.3},
+    "bias": {
+        "attn_mask": torch.zeros(40, 300).masked_fill(
+            torch.rand(40, 300, generator=torch.Generator().manual_seed(1)) < 0.6, -torch.inf
+        )
+    },
+    "causal": {"is_causal": True},
+    "window": {"window": (3, 5)},
+}
+
+
+def visible(options) -> torch.Tensor:
+    """[2, 1, 40, 300]: found with one value per key, one query at a time, by the reference."""
+    q, k = torch.zeros(2, 1, 40, 1, dtype=torch.float64), torch.zeros(2, 1, 300, 1, dtype=torch.float64)
+    options = dict(options)
+    if "attn_mask" in options and options["attn_mask"].dtype != torch.bool:
+        options["attn_mask"] = options["attn_mask"].double()
+    eye = torch.eye(300, dtype=torch.float64).expand(2, 1, 300, 300)
+    return reference.scaled_dot_product_attention(q, k, eye, **options) > 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", HIDING.values(), ids=list(HIDING))
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+def test_what_hidden_keys_and_values_hold_does_not_matter(options, bad, isa):
+    """One bad key and value: queries that don't see it have the result and gradient that they have without it."""
+    q, k, v = operands()
+    sees = visible(options)[..., 7].expand(2, 2, 40)
+    expected = [t.requires_grad_() for t in (q, k, v)]
+    bad_k, bad_v = k.detach().clone(), v.detach().clone()
+    bad_k[:, :, 7, 3] = bad_v[:, :, 7, 5] = bad
+    actual = [q.detach().clone().requires_grad_(), bad_k.requires_grad_(), bad_v.requires_grad_()]
+    results = []
+    for tensors in (expected, actual):
+        output = attention(*tensors, **options)
+        grad_q = torch.autograd.grad(output.masked_fill(sees[..., None], 0).square().sum(), tensors[0])[0]
+        results.append((output[~sees], grad_q[~sees]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    assert not attention(*actual, **options)[sees].isfinite().all() or not sees.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_query_that_sees_nothing_gives_zero(dtype):
+    """Result and gradients 0, whatever query, keys and values hold; lengths 0, a mask's row, a window off the end."""
+    q, k, v = (t.requires_grad_() for t in operands(keys=30, dtype=dtype))
+    mask = torch.ones(40, 30, dtype=torch.bool)
+    mask[5] = False
+    with torch.no_grad():
+        q[:, :, 5] = torch.nan
+        k[1], v[1] = torch.nan, torch.nan
+    output = attention(q, k, v, mask, key_lengths=torch.tensor([30, 0]), window=(8, None))
+    empty = torch.zeros(2, 1, 40, dtype=torch.bool)
+    empty[1], empty[:, :, 5], empty[:, :, 38:] = True, True, True
+    empty = empty.expand(2, 2, 40)
+    assert torch.equal(output == 0, empty[..., None].expand_as(output))
+    grads = torch.autograd.grad(output.square().sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][empty] == 0).all()
+    assert (grads[1][1] == 0).all()
+    assert (grads[2][1] == 0).all()
+
+
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dropout_is_the_twins_and_the_same_in_the_gradient(isa, dtype):
+    """Values of one-hot rows read off the weights: the kernel drops where `kept` says, forward and backward."""
+    q, k, _ = operands(queries=33, keys=50, dtype=dtype)
+    v = torch.eye(50, dtype=dtype).expand(2, 2, 50, 50)
+    torch.manual_seed(3)
+    seed = torch.randint(2**63 - 1, (1,))
+    torch.manual_seed(3)
+    q.requires_grad_()
+    dropped = attention(q, k, v, dropout_p=0.3)
+    keep = kept(seed, 0.3, torch.arange(4).reshape(2, 2, 1, 1), torch.arange(33)[:, None], torch.arange(50))
+    full = (q @ k.transpose(-1, -2) / 4).softmax(-1)
+    expected = full * keep / 0.7
+    torch.testing.assert_close(dropped, expected)
+    grads = [torch.autograd.grad(o.sin().sum(), q)[0] for o in (dropped, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_dropout_is_fair():
+    """Shares and neighbours' agreement over 2^20 places are within five standard deviations of chance."""
+    keep = kept(torch.tensor([2**40 + 7]), 0.25, torch.tensor(3), torch.arange(1024)[:, None], torch.arange(1024))
+    assert abs(keep.double().mean() - 0.75) < 5 * (0.25 * 0.75 / 2**20) ** 0.5
+    agree = 0.75**2 + 0.25**2
+    for one, two in ((keep[1:], keep[:-1]), (keep[:, 1:], keep[:, :-1]), (keep[1:, 1:], keep[:-1, :-1])):
+        share = (one == two).double().mean()
+        assert abs(share - agree) < 5 * (agree * (1 - agree) / one.numel()) ** 0.5
+    other = kept(torch.tensor([2**40 + 8]), 0.25, torch.tensor(3), torch.arange(1024)[:, None], torch.arange(1024))
+    assert abs((keep == other).double().mean() - agree) < 0.003
+
+
+def test_all_dropped():
+    q, k, v = (t.requires_grad_() for t in operands())
+    output = attention(q, k, v, dropout_p=1.0)
+    assert torch.equal(output, torch.zeros_like(output))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(output.sum(), (q, k, v)))
+
+
+def test_second_gradients_with_dropout_and_of_log_sum():
+    q, k, v = (t.requires_grad_() for t in operands(1, 2, 3, 4, 2, torch.float64))
+    seed = torch.tensor([11])
+
+    def both(q, k, v):
+        return torch.ops.cvfast.attention(q, k, v, None, None, None, seed, 0.3, 0.5, 9, 9)
+
+    assert torch.autograd.gradcheck(both, (q, k, v))
+    assert torch.autograd.gradgradcheck(both, (q, k, v))
+
+
+def test_third_gradient():
+    q, k, v = (t.requires_grad_() for t in operands(1, 1, 2, 3, 2, torch.float64))
+
+    def second(q, k, v):
+        grads = torch.autograd.grad(attention(q, k, v).sin().sum(), (q, k, v), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v), create_graph=True)
+
+    assert torch.autograd.gradcheck(second, (q, k, v))
+
+
+def test_second_gradients_in_several_tiles(monkeypatch):
+    """Tiles of few queries give what one tile gives, for every gradient."""
+    import cvfast.ops.attention as card
+
+    results = []
+    for elements in (2**20, 50):
+        monkeypatch.setattr(card, "TILE_ELEMENTS", elements)
+        q, k, v = (t.requires_grad_() for t in operands(1, 2, 7, 9, 4, torch.float64))
+        bias = torch.linspace(-1, 1, 14, dtype=torch.float64).reshape(1, 2, 7, 1).requires_grad_()
+        grads = torch.autograd.grad(attention(q, k, v, bias).sin().sum(), (q, k, v, bias), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v, bias)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 2.0**-24), (torch.float64, 2.0**-53)], ids=str)
+def test_exponential(isa, dtype, unit):
+    """2 ulp for 2^x, of two keys with scores 0 and x in units of log 2; then a sum, a quotient and a product round."""
+    scale = 0.6931471805599453
+    assert scale * 1.4426950408889634 == 1.0  # so that the kernel's scores are exactly x
+    x = -torch.linspace(0, 60, 20001, dtype=torch.float64).to(dtype)
+    k = torch.tensor([0.0, 1.0], dtype=dtype).reshape(1, 1, 2, 1)
+    weight = attention(x.reshape(1, 1, -1, 1), k, k, scale=scale)[0, 0, :, 0].double()
+    power = torch.exp2(x.double())
+    assert ((weight / (power / (1 + power)) - 1).abs() <= (2 * 2 + 3 + (dtype == torch.float64)) * unit).all()
+
+
+PEAK = """
+import resource, torch
+from cvfast.functional import scaled_dot_product_attention as attention
+q, k, v = (torch.randn(1, 8, 4096, 64, requires_grad=True) for _ in range(3))
+bias = torch.zeros(1, 1, 1, 4096, requires_grad=True)
+small = [t[:, :, :64].detach().requires_grad_() for t in (q, k, v)]
+attention(*small).sum().backward()
+cotangent = torch.ones_like(q)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+output = attention(q, k, v, bias, backend="ext")
+grads = torch.autograd.grad(output, (q, k, v, bias), cotangent)
+held = sum(t.numel() * 4 for t in (output, *grads))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - held)
+"""
+
+
+def test_memory_grows_with_length_only():
+    """Training with 4096 queries and keys, gradient of a bias included: at most 32 MB beside results (L * S is 512)."""
+    result = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 32 * 2**20
+
+
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+def test_strides_do_not_change_the_bits(isa):
+    """[B, L, H, D] seen as [B, H, L, D], transposed and reversed orders of memory: result and gradients are the same."""
+    tensors = operands(queries=70, keys=90, d=24)
+    results = []
+    for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (3, 2, 1, 0)):
+        views = [t.permute(order).contiguous().permute(*torch.tensor(order).argsort()) for t in tensors]
+        views = [t.requires_grad_() for t in views]
+        output = attention(*views, is_causal=True)
+        assert output.stride() == views[0].stride()
+        results.append([output, *torch.autograd.grad(output.sin().sum(), views)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_many_calls_from_many_threads_at_once():
+    """Kernels keep no state but their thread's scratch memory."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    calls = [operands(queries=n, keys=3 * n) for n in range(1, 60, 7)]
+    expected = [attention(*c) for c in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            actual = list(pool.map(lambda c: attention(*c), calls))
+            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
