@@ -71,7 +71,7 @@ def masks(kind: str, *shape: int):
     return hidden if kind == "bool" else mask.masked_fill(hidden, -torch.inf)
 
 
-@pytest.mark.parametrize(("attn", "padding"), itertools.product(("none", "bool", "float"), repeat=2))
+@pytest.mark.parametrize(("attn", "padding"), list(itertools.product(("none", "bool", "float"), repeat=2)))
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "add_bias_kv": True}], ids=str)
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_masks(attn, padding, options, need_weights):

@@ -199,7 +199,7 @@ def test_memory_grows_with_length_only():
 
 @pytest.mark.parametrize("isa", isas(), indirect=True)
 def test_strides_do_not_change_the_bits(isa):
-    """[B, L, H, D] seen as [B, H, L, D], transposed and reversed orders of memory: result and gradients are the same."""
+    """[B, L, H, D] seen as [B, H, L, D], transposed and reversed orders of memory: the same result and gradients."""
     tensors = operands(queries=70, keys=90, d=24)
     results = []
     for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (3, 2, 1, 0)):
