@@ -234,7 +234,8 @@ def test_layer_compiles_without_a_graph_break(name):
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_onnx_has_the_standard_operator(name):
     """By torch's operators, as cvfast's export does it; the runtime's numbers are the layer's."""
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     layer, x = getattr(cvfast.nn, name)(5, 7, bidirectional=True).eval(), torch.randn(4, 3, 5)
     with cvfast.use_backend("native"):
         program = torch.onnx.export(torch.export.export(layer, (x,)), dynamo=True, verbose=False)

@@ -182,12 +182,15 @@ def test_gradcheck(spec, case, memory_format, dtype, backend, isa):
         assert gradgradcheck(function, sample.tensors(), fast_mode=fast)
 
 
-@spec_cases("small_cases")
-@pytest.mark.parametrize("namespace", NAMESPACES)
+IMPLEMENTED = [
+    pytest.param(s, c, n, id=f"{n}-{s.name}-{c.name}")
+    for n in NAMESPACES for s in SPECS.values() for c in s.small_cases if n == "cvfast" or s.dtypes["triton"]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "case", "namespace"), IMPLEMENTED)
 def test_opcheck(spec, case, namespace):
     """Schema, autograd registration, fake (exact strides) and AOT dispatch of each operator of the card."""
-    if namespace == "cvfast_triton" and not spec.dtypes["triton"]:
-        return
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if not spec.slow_gradients or case is spec.small_cases[0]:
         checks.append("test_aot_dispatch_dynamic")
