@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "../cpu/isa.h"
-#include "attention_common.h"
+#include "cpu_tensors.h"
 #include "thread_pool.h"
 
 namespace {

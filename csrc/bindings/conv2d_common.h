@@ -1,41 +1,9 @@
 // What the CPU's and the GPU's bindings of conv2d share: checks, shapes, allocation. No loops over elements.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <optional>
-#include <vector>
-
 #include "cvfast/conv2d.h"
+#include "tensor_common.h"
 
 namespace cvfast {
-
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
-
-inline DType dtype_of(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "cvfast: dtype must be float32, float64, bfloat16 or float16");
-  }
-}
-
-inline Tensor4 tensor4(Tensor& tensor) {
-  auto s = tensor.strides();
-  return {tensor.mutable_data_ptr(), {s[0], s[1], s[2], s[3]}};
-}
-
-inline ConstTensor4 tensor4(const Tensor& tensor) {
-  auto s = tensor.strides();
-  return {tensor.const_data_ptr(), {s[0], s[1], s[2], s[3]}};
-}
 
 // Channels-last dense and not contiguous at the same time: the twin of result_format in cvfast/ops/conv2d.py.
 inline bool is_channels_last(const Tensor& tensor) {
@@ -54,19 +22,19 @@ inline bool is_channels_last(const Tensor& tensor) {
 // An uninitialised result [N, C, H, W] of first's dtype and device, in the format the operands ask for. The C function is
 // called directly because torch::stable::empty costs more than the rest of the binding.
 inline Tensor empty_result(const Ints& size, const Tensor& first, const Tensor& second) {
-  const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
+  const int64_t c = size[1], h = size[2], w = size[3];
   const bool channels_last = is_channels_last(first) || is_channels_last(second);
   auto at_least_1 = [](int64_t extent) { return extent > 0 ? extent : 1; };
   const int64_t width = at_least_1(w), plane = at_least_1(h) * width;
   const int64_t contiguous_strides[] = {at_least_1(c) * plane, plane, width, 1};
   const int64_t channels_last_strides[] = {h * w * c, 1, w * c, c};
   int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(first.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(first.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(first.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(first.get(), &device_index));
   AtenTensorHandle result;
   const int64_t* strides = channels_last ? channels_last_strides : contiguous_strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(4, size.data(), strides, dtype, device_type, device_index, &result));
   return Tensor(result);
 }

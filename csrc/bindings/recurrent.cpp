@@ -6,9 +6,8 @@
 #include <tuple>
 
 #include "../cpu/isa.h"
-#include "../cpu/poison.h"
 #include "../cpu/sequence_order.h"
-#include "conv2d_common.h"
+#include "cpu_tensors.h"
 #include "thread_pool.h"
 
 namespace {
@@ -18,29 +17,6 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t gates_of(RecurrentCell cell) {
   return cell == RecurrentCell::lstm ? 4 : cell == RecurrentCell::gru ? 3 : 1;
-}
-
-int32_t dtype_code(const Tensor& tensor) {
-  int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  return code;
-}
-
-// bfloat16 and float16 are computed in float32.
-int32_t compute_code(const Tensor& tensor) {
-  return dtype_of(tensor) == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-
-Tensor empty(const Ints& sizes, int32_t dtype) {
-  Ints strides(sizes.size());
-  int64_t next = 1;
-  for (size_t i = sizes.size(); i-- > 0; next *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = next;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  const Tensor result(handle);
-  if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, result.numel() * result.element_size());
-  return result;
 }
 
 void check_size(const char* what, const Tensor& tensor, const Ints& expected) {
@@ -169,10 +145,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const MaybeTensor& w_hr, bool reverse, bool save) {
   const Operands o(Form::sequence, cell, input, lengths, batch_sizes, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr);
   const int32_t dtype = dtype_code(input);
-  const RowTensor output(empty(o.row_sizes(o.outputs), dtype));
-  const Tensor h_n = empty({o.batch, o.outputs}, dtype);
-  const Tensor c_n = empty(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0}, dtype);
-  const Tensor saved = empty(save ? o.saved_sizes() : Ints{0}, compute_code(input));
+  const RowTensor output(empty_contiguous(o.row_sizes(o.outputs), dtype));
+  const Tensor h_n = empty_contiguous({o.batch, o.outputs}, dtype);
+  const Tensor c_n = empty_contiguous(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0}, dtype);
+  const Tensor saved = empty_contiguous(save ? o.saved_sizes() : Ints{0}, compute_code(input));
   // What is saved of padded sequences ends before the tensor does.
   if (save && lengths.has_value()) std::memset(saved.mutable_data_ptr(), 0, saved.numel() * saved.element_size());
   kernels().recurrent_forward({cell, dtype_of(input), o.order.sequence(reverse), o.shape, o.weights, o.input, o.h_0, o.c_0,
@@ -187,9 +163,9 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& h, co
                                         const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, bool save) {
   const Operands o(Form::step, cell, input, {}, {}, h, c, w_ih, w_hh, b_ih, b_hh, {});
   const int32_t dtype = dtype_code(input);
-  const RowTensor new_h(empty({o.batch, o.outputs}, dtype));
-  const Tensor new_c = empty(c.has_value() ? Ints{o.batch, o.outputs} : Ints{0}, dtype);
-  const Tensor saved = empty(save ? o.saved_sizes() : Ints{0}, compute_code(input));
+  const RowTensor new_h(empty_contiguous({o.batch, o.outputs}, dtype));
+  const Tensor new_c = empty_contiguous(c.has_value() ? Ints{o.batch, o.outputs} : Ints{0}, dtype);
+  const Tensor saved = empty_contiguous(save ? o.saved_sizes() : Ints{0}, compute_code(input));
   kernels().recurrent_forward({cell, dtype_of(input), o.order.sequence(false), o.shape, o.weights, o.input, o.h_0, o.c_0,
                                new_h, new_h.keep.mutable_data_ptr(), new_c.mutable_data_ptr(),
                                save ? saved.mutable_data_ptr() : nullptr},
@@ -218,15 +194,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     grad_rows.emplace(*grad_output);
   }
   const int64_t gates = w_ih.size(0);
-  const RowTensor grad_input(empty(input_grad ? o.row_sizes(o.shape.input) : Ints{0, 0, 0}, dtype));
-  const Tensor grad_h_0 = empty({o.batch, o.outputs}, dtype);
-  const Tensor grad_c_0 = empty(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0}, dtype);
+  const RowTensor grad_input(empty_contiguous(input_grad ? o.row_sizes(o.shape.input) : Ints{0, 0, 0}, dtype));
+  const Tensor grad_h_0 = empty_contiguous({o.batch, o.outputs}, dtype);
+  const Tensor grad_c_0 = empty_contiguous(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0}, dtype);
   const bool biases = weight_grads && b_ih.has_value(), projection = weight_grads && w_hr.has_value();
-  const Tensor grad_w_ih = empty(weight_grads ? Ints{gates, o.shape.input} : Ints{0}, dtype);
-  const Tensor grad_w_hh = empty(weight_grads ? Ints{gates, o.outputs} : Ints{0}, dtype);
-  const Tensor grad_b_ih = empty(biases ? Ints{gates} : Ints{0}, dtype);
-  const Tensor grad_b_hh = empty(biases ? Ints{gates} : Ints{0}, dtype);
-  const Tensor grad_w_hr = empty(projection ? Ints{o.outputs, o.shape.hidden} : Ints{0}, dtype);
+  const Tensor grad_w_ih = empty_contiguous(weight_grads ? Ints{gates, o.shape.input} : Ints{0}, dtype);
+  const Tensor grad_w_hh = empty_contiguous(weight_grads ? Ints{gates, o.outputs} : Ints{0}, dtype);
+  const Tensor grad_b_ih = empty_contiguous(biases ? Ints{gates} : Ints{0}, dtype);
+  const Tensor grad_b_hh = empty_contiguous(biases ? Ints{gates} : Ints{0}, dtype);
+  const Tensor grad_w_hr = empty_contiguous(projection ? Ints{o.outputs, o.shape.hidden} : Ints{0}, dtype);
   auto pointer = [](bool wanted, const Tensor& tensor) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
   RecurrentBackward args = {};
   args.cell = cell, args.dtype = dtype_of(input), args.sequence = o.order.sequence(reverse), args.shape = o.shape;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,7 @@ from cvfast import backend as _backend
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """One layer and direction: w_ih [G H, I], w_hh [G H, O], b_ih and b_hh [G H] or None, w_hr [O, H] or None."""
 
     w_ih: Tensor
@@ -339,7 +339,7 @@ def _run(
         if state.shape != size:
             what = f"hidden[{i}]" if cell == "lstm" else "hidden"
             raise RuntimeError(f"{name}: Expected {what} size {tuple(size)}, got {list(state.shape)}")
-    _check_same(name, input, [*states, *(t for w in weights for t in vars(w).values() if t is not None)])
+    _check_same(name, input, [*states, *(t for w in weights for t in w if t is not None)])
     call = Call(
         cell, input, states[0], states[1] if cell == "lstm" else None, weights, 2 if bidirectional else 1, dropout,
         layout.lengths, layout.batch_sizes,

@@ -119,7 +119,8 @@ class Conv2dSpec(OpSpec):
     function = staticmethod(functional.conv2d)
     native = staticmethod(torch.nn.functional.conv2d)
     reference = staticmethod(reference.conv2d)
-    dtypes = {"ext": CPU_DTYPES, "triton": (torch.float32, torch.float64), "native": CPU_DTYPES}
+    gpu_dtypes = (torch.float32, torch.float64)
+    dtypes = {"ext": CPU_DTYPES, "triton": gpu_dtypes, "native": CPU_DTYPES}
     cases = CASES
     wide_cases = WIDE_CASES
     small_cases = SMALL_CASES

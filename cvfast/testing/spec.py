@@ -131,6 +131,7 @@ class OpSpec(ABC):
     slow_gradients: bool = False  # whether gradcheck takes one random projection of the Jacobian, not all elements
     saturates: bool = False  # whether an infinite operand leaves all results finite
     native_second_gradients: bool = True  # whether torch's own operator has them
+    gpu_dtypes: Sequence[torch.dtype] = ()  # that the kernels for GPUs take, CUDA's and Triton's
     fixed_options: dict[str, object] = {}  # what replaces options of torch's samples that leave the result to chance
 
     @property

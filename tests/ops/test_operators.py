@@ -48,7 +48,7 @@ def strict_interpreter(monkeypatch):
 
     Its time is per block, whatever the block's size, so here they are large; tests/triton runs those of a GPU.
     """
-    monkeypatch.setattr(triton_conv2d, "BLOCK", {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64})
+    monkeypatch.setattr(triton_conv2d, "BLOCK", {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "CHUNK": 64})
     with interpreter.strict():
         yield
 

@@ -34,7 +34,7 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> lis
 def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> list[str]:
     """Where torch's own operator is taken although the kernels could run."""
     if input.is_cuda:
-        return ["the CUDA kernel is a first, simple one and unmeasured against cuDNN"]
+        return ["the CUDA kernel is a first, simple one: on an H100 cuDNN is up to 90 times as fast"]
     return []
 
 

@@ -57,7 +57,7 @@ def _with_lengths(call, states: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor
 def _nothing(call, states: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
     """Results of a call without any step: the states; connected with every operand, with gradient 0."""
     steps, batch, _ = call.input.shape
-    operands = [call.input, *(t for w in call.weights for t in vars(w).values() if t is not None)]
+    operands = [call.input, *(t for w in call.weights for t in w if t is not None)]
     zero = sum(t.flatten()[:0].sum() for t in operands)
     output = call.input.new_zeros(steps, batch, call.h_0.shape[2] * call.directions) + zero
     return output, [s.clone() for s in states]

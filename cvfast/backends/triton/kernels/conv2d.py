@@ -3,7 +3,8 @@
 Each kernel computes `output[row, column] = sum over k of a[row, k] * b[k, column]` for every group and gathers its
 operands straight from the 4-D tensors: rows, columns and the summed index are flattened positions that `unflatten`
 takes apart, and whatever lies outside a tensor is masked. One program owns one tile of the output and adds up in one
-fixed order, without atomics, so that results are the same bits from run to run.
+fixed order, without atomics, so that results are the same bits from run to run. Each CHUNK of a sum is added up on its
+own before it joins the total, so that the rounding error grows with the number of chunks.
 
 Arguments of every kernel, sizes in elements: `shape` is a `cvfast.backends.triton.conv2d.Geometry`, `*_stride` are the
 four strides of a tensor, `rows` and `reduction` the extents of the matrix product, WIDE asks for 64-bit offsets.
@@ -16,7 +17,7 @@ import triton.language as tl
 @triton.jit
 def conv2d(
     input, weight, bias, output, shape, input_stride, weight_stride, output_stride, rows, reduction,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """output [N, K, P, Q]: row = (n, p, q), column = output channel of the group, k = (c, r, s)."""
     group, row, column = tile(shape.groups, shape.out_channels, WIDE, BLOCK_M, BLOCK_N)
@@ -26,20 +27,23 @@ def conv2d(
     x0 = q * shape.stride_w - shape.padding_w
 
     total = tl.zeros((BLOCK_M, BLOCK_N), output.dtype.element_ty)
-    for start in range(0, reduction, BLOCK_K):
-        k = offset(tl.arange(0, BLOCK_K), WIDE) + start
-        c, r, s = unflatten(k, shape.kernel_height, shape.kernel_width)
-        y = y0[:, None] + r[None, :] * shape.dilation_h
-        x = x0[:, None] + s[None, :] * shape.dilation_w
-        a = load(
-            input, input_stride, n[:, None], (group * shape.in_channels + c)[None, :], y, x,
-            (row < rows)[:, None] & (k < reduction)[None, :] & within(y, shape.height) & within(x, shape.width),
-        )  # fmt: skip
-        b = load(
-            weight, weight_stride, out_channel[None, :], c[:, None], r[:, None], s[:, None],
-            (k < reduction)[:, None] & (column < shape.out_channels)[None, :],
-        )  # fmt: skip
-        total = multiply_add(a, b, total)
+    for chunk in range(0, reduction, CHUNK):
+        part = tl.zeros((BLOCK_M, BLOCK_N), output.dtype.element_ty)
+        for start in range(chunk, min(chunk + CHUNK, reduction), BLOCK_K):
+            k = offset(tl.arange(0, BLOCK_K), WIDE) + start
+            c, r, s = unflatten(k, shape.kernel_height, shape.kernel_width)
+            y = y0[:, None] + r[None, :] * shape.dilation_h
+            x = x0[:, None] + s[None, :] * shape.dilation_w
+            a = load(
+                input, input_stride, n[:, None], (group * shape.in_channels + c)[None, :], y, x,
+                (row < rows)[:, None] & (k < reduction)[None, :] & within(y, shape.height) & within(x, shape.width),
+            )  # fmt: skip
+            b = load(
+                weight, weight_stride, out_channel[None, :], c[:, None], r[:, None], s[:, None],
+                (k < reduction)[:, None] & (column < shape.out_channels)[None, :],
+            )  # fmt: skip
+            part = multiply_add(a, b, part)
+        total += part
 
     if bias is not None:
         total += tl.load(bias + out_channel, mask=column < shape.out_channels, other=0.0)[None, :]
@@ -52,7 +56,7 @@ def conv2d(
 @triton.jit
 def conv2d_input_grad(
     grad_output, weight, bias, grad_input, shape, grad_output_stride, weight_stride, grad_input_stride, rows, reduction,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """grad_input [N, C, H, W]: row = (n, y, x), column = input channel of the group, k = (output channel, r, s).
 
@@ -64,25 +68,28 @@ def conv2d_input_grad(
     in_channel = group * shape.in_channels + column
 
     total = tl.zeros((BLOCK_M, BLOCK_N), grad_input.dtype.element_ty)
-    for start in range(0, reduction, BLOCK_K):
-        k = offset(tl.arange(0, BLOCK_K), WIDE) + start
-        c, r, s = unflatten(k, shape.kernel_height, shape.kernel_width)
-        out_channel = group * shape.out_channels + c
-        reach_y = (y + shape.padding_h)[:, None] - r[None, :] * shape.dilation_h
-        reach_x = (x + shape.padding_w)[:, None] - s[None, :] * shape.dilation_w
-        p = reach_y // shape.stride_h
-        q = reach_x // shape.stride_w
-        hit_y = (reach_y >= 0) & (p * shape.stride_h == reach_y) & (p < shape.out_height)
-        hit_x = (reach_x >= 0) & (q * shape.stride_w == reach_x) & (q < shape.out_width)
-        a = load(
-            grad_output, grad_output_stride, n[:, None], out_channel[None, :], p, q,
-            (row < rows)[:, None] & (k < reduction)[None, :] & hit_y & hit_x,
-        )  # fmt: skip
-        b = load(
-            weight, weight_stride, out_channel[:, None], column[None, :], r[:, None], s[:, None],
-            (k < reduction)[:, None] & (column < shape.in_channels)[None, :],
-        )  # fmt: skip
-        total = multiply_add(a, b, total)
+    for chunk in range(0, reduction, CHUNK):
+        part = tl.zeros((BLOCK_M, BLOCK_N), grad_input.dtype.element_ty)
+        for start in range(chunk, min(chunk + CHUNK, reduction), BLOCK_K):
+            k = offset(tl.arange(0, BLOCK_K), WIDE) + start
+            c, r, s = unflatten(k, shape.kernel_height, shape.kernel_width)
+            out_channel = group * shape.out_channels + c
+            reach_y = (y + shape.padding_h)[:, None] - r[None, :] * shape.dilation_h
+            reach_x = (x + shape.padding_w)[:, None] - s[None, :] * shape.dilation_w
+            p = reach_y // shape.stride_h
+            q = reach_x // shape.stride_w
+            hit_y = (reach_y >= 0) & (p * shape.stride_h == reach_y) & (p < shape.out_height)
+            hit_x = (reach_x >= 0) & (q * shape.stride_w == reach_x) & (q < shape.out_width)
+            a = load(
+                grad_output, grad_output_stride, n[:, None], out_channel[None, :], p, q,
+                (row < rows)[:, None] & (k < reduction)[None, :] & hit_y & hit_x,
+            )  # fmt: skip
+            b = load(
+                weight, weight_stride, out_channel[:, None], column[None, :], r[:, None], s[:, None],
+                (k < reduction)[:, None] & (column < shape.in_channels)[None, :],
+            )  # fmt: skip
+            part = multiply_add(a, b, part)
+        total += part
 
     if bias is not None:
         total += tl.load(bias + in_channel, mask=column < shape.in_channels, other=0.0)[None, :]
@@ -97,11 +104,7 @@ def conv2d_weight_grad(
     grad_output, input, grad_weight, shape, grad_output_stride, input_stride, grad_weight_stride, rows, reduction,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """grad_weight [K, C/G, R, S]: row = (c, r, s), column = output channel of the group, k = (n, p, q).
-
-    The sum runs over all pixels of the batch: each CHUNK of them is added up on its own before it joins the total, so
-    that the rounding error grows with the number of chunks rather than with that of pixels.
-    """
+    """grad_weight [K, C/G, R, S]: row = (c, r, s), column = output channel of the group, k = (n, p, q)."""
     group, row, column = tile(shape.groups, shape.out_channels, WIDE, BLOCK_M, BLOCK_N)
     c, r, s = unflatten(row, shape.kernel_height, shape.kernel_width)
     in_channel = group * shape.in_channels + c

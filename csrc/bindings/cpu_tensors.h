@@ -1,16 +1,16 @@
-// What the bindings of softmax and of additive attention share: dtypes and uninitialised tensors on the CPU.
+// What the bindings of recurrent layers and of attention share: dtypes, and uninitialised tensors on the CPU.
 #pragma once
 #include <cstring>
 
 #include "../cpu/poison.h"
-#include "conv2d_common.h"
+#include "tensor_common.h"
 
 namespace cvfast {
 
 // torch's number of a dtype, as the C functions take it.
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
   return code;
 }
 
@@ -31,7 +31,7 @@ inline Tensor empty_contiguous(const Ints& sizes, int32_t dtype) {
   int64_t next = 1;
   for (size_t i = sizes.size(); i-- > 0; next *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = next;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                          dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return poisoned(Tensor(handle));
 }
