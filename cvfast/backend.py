@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
+
 from cvfast import _env, _library
 from cvfast.backends.ext import additive_attention as ext_additive_attention
 from cvfast.backends.ext import attention as ext_attention
@@ -115,6 +117,14 @@ def select(operator: str, requested: str | None, *args) -> ModuleType:
     if reasons:
         raise RuntimeError(f"backend {name!r} cannot run {operator}: " + "; ".join(reasons))
     return module
+
+
+def autocasts(device: str) -> bool:
+    """Whether torch.autocast casts on devices of this type, so that operands of different dtypes fit; never on meta.
+
+    torch.amp.is_autocast_available would know of meta, but torch 2.11 cannot compile it.
+    """
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def report(operator: str, *args) -> dict[str, list[str]]:

@@ -269,14 +269,9 @@ def _check_same(operator: str, name: str, tensor: Tensor, input: Tensor) -> None
     device = input.device
     if tensor.dtype is input.dtype and tensor.device == device:
         return
-    if tensor.device == device and _casts(device.type):
+    if tensor.device == device and _backend.autocasts(device.type):
         return
     raise RuntimeError(
         f"{operator}: Input type ({input.dtype}, {device}) and {name} type ({tensor.dtype}, {tensor.device}) "
         "should be the same"
     )
-
-
-def _casts(device: str) -> bool:
-    # torch's is_autocast_available, which alone would know of meta, cannot be compiled by torch 2.11
-    return device != "meta" and torch.is_autocast_enabled(device)

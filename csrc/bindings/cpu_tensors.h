@@ -32,7 +32,7 @@ inline Tensor empty_contiguous(const Ints& sizes, int32_t dtype) {
   for (size_t i = sizes.size(); i-- > 0; next *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = next;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return poisoned(Tensor(handle));
 }
 

@@ -43,7 +43,7 @@ def additive_attention(
         ValueError: an unknown backend.
     """
     device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if _backend.autocasts(device):
         cast = partial(_cast, dtype=torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):  # so that the scores stay in the type they are computed in
             operands = map(cast, (query, keys, values, w_query, w_key, v))

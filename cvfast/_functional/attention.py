@@ -81,7 +81,7 @@ def _check(
             f"query.dim: {query.dim()}, key.dim: {key.dim()} and value.dim: {value.dim()} instead"
         )
     device = query.device.type
-    casts = device != "meta" and torch.is_autocast_enabled(device)
+    casts = _backend.autocasts(device)
     if not casts and not query.dtype == key.dtype == value.dtype:
         raise RuntimeError(
             "scaled_dot_product_attention: Expected query, key, and value to have the same dtype, but got "

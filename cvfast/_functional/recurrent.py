@@ -399,13 +399,8 @@ def _check_same(name: str, input: Tensor, tensors: Sequence[Tensor]) -> None:
     """Raises RuntimeError if a tensor is not of input's device and, unless autocast will cast them, dtype."""
     device, dtype = input.device, input.dtype
     for tensor in tensors:
-        if tensor.device != device or (tensor.dtype != dtype and not _casts(device.type)):
+        if tensor.device != device or (tensor.dtype != dtype and not _backend.autocasts(device.type)):
             raise RuntimeError(
                 f"{name}: Input type ({dtype}, {device}) and type of states and weights "
                 f"({tensor.dtype}, {tensor.device}) should be the same"
             )
-
-
-def _casts(device: str) -> bool:
-    # torch's is_autocast_available, which alone would know of meta, cannot be compiled by torch 2.11
-    return device != "meta" and torch.is_autocast_enabled(device)
