@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 from cvfast import _env, _library
 from cvfast.backends.ext import additive_attention as ext_additive_attention
@@ -109,14 +110,21 @@ def select(operator: str, requested: str | None, *args) -> ModuleType:
     name = _current if requested is None else requested
     backends = BACKENDS[operator]
     if name == "auto":
-        for module in backends.values():
-            if not module.why_not(*args) and not module.why_slower(*args):
+        for name, module in backends.items():
+            if not _why_not(name, module, args) and not module.why_slower(*args):
                 return module
     module = backends[checked_name(name)]
-    reasons = module.why_not(*args)
+    reasons = _why_not(name, module, args)
     if reasons:
         raise RuntimeError(f"backend {name!r} cannot run {operator}: " + "; ".join(reasons))
     return module
+
+
+def _why_not(name: str, module: ModuleType, args: tuple) -> list[str]:
+    """`module.why_not` and what no kernel can do."""
+    if name != "native" and forward_ad._current_level >= 0:
+        return ["forward-mode derivatives are torch's"]
+    return module.why_not(*args)
 
 
 def autocasts(device: str) -> bool:
@@ -129,4 +137,4 @@ def autocasts(device: str) -> bool:
 
 def report(operator: str, *args) -> dict[str, list[str]]:
     """For each backend of `operator`, in the order of `auto`, the reasons why it is not taken (empty: able)."""
-    return {name: m.why_not(*args) + m.why_slower(*args) for name, m in BACKENDS[operator].items()}
+    return {name: _why_not(name, m, args) + m.why_slower(*args) for name, m in BACKENDS[operator].items()}

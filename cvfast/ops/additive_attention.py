@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from cvfast.ops.card import Card, call, register
+from cvfast.ops.card import Card, call, looped, register
 
 TILE_ELEMENTS = 2**20
 
@@ -49,19 +50,19 @@ def _fold(size: int, tensor: Tensor, dim: int | None, batch: int) -> Tensor:
     return tensor.expand(size, batch, *tensor.shape[2:]).flatten(0, 1)
 
 
-def _vmap(run, info, in_dims, tensors: tuple[Tensor, ...], weight: Tensor, mask: Tensor | None):
-    size = info.batch_size
-    if in_dims[len(tensors)] is not None:
-        raise NotImplementedError("vmap over additive attention's weight is not supported")
+def weights_vmap(ops, info, in_dims, *args):
+    return _vmap(ops.additive_weights, info, in_dims, *args), 0
+
+
+def _vmap(op, info, in_dims, *args):
+    """The operator's results for tensors of [B, ...], a weight and a mask, vmap's dimension first."""
+    (*tensors, weight, mask), size = args, info.batch_size
+    if in_dims[-2] is not None:
+        return looped(op, info, in_dims, args)[0]
     batch = _batched(size, tensors[0], in_dims[0]).shape[1]
     folded = [_fold(size, t, d, batch) for t, d in zip(tensors, in_dims, strict=False)]
-    mask = None if mask is None else _fold(size, mask, in_dims[-1], batch)
-    return run(*folded, weight, mask)
-
-
-def weights_vmap(ops, info, in_dims, query, key, weight, mask):
-    result = _vmap(ops.additive_weights, info, in_dims, (query, key), weight, mask)
-    return result.unflatten(0, (info.batch_size, -1)), 0
+    results = op(*folded, weight, None if mask is None else _fold(size, mask, in_dims[-1], batch))
+    return tree_map(lambda r: r.unflatten(0, (size, -1)), results)
 
 
 # additive_weights_backward: grad_weights and weights [B, T, S] -> grad_query, grad_key, grad_weight [B, A], in the
@@ -107,9 +108,8 @@ def backward_backward(ops, ctx, needs, u_query: Tensor, u_key: Tensor, u_weight:
     return grad_grad, grad_weights, *narrow, None
 
 
-def backward_vmap(ops, info, in_dims, grad, weights, query, key, weight, mask):
-    results = _vmap(ops.additive_weights_backward, info, in_dims, (grad, weights, query, key), weight, mask)
-    return tuple(r.unflatten(0, (info.batch_size, -1)) for r in results), (0, 0, 0)
+def backward_vmap(ops, info, in_dims, *args):
+    return _vmap(ops.additive_weights_backward, info, in_dims, *args), (0, 0, 0)
 
 
 register(

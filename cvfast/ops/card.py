@@ -13,6 +13,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 NAMESPACES = ("cvfast", "cvfast_triton")
 
@@ -84,7 +87,7 @@ _differentiable: dict[torch._ops.OpOverload, Callable] = {}  # operator -> (run,
 def _function(card: Card, ops) -> Callable:
     """The operator as a torch.autograd.Function: `run(*args)` computes the result without its derivative."""
 
-    class Function(torch.autograd.Function):
+    class Function(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, run, *args):
             output = run(*args)
@@ -107,8 +110,15 @@ def _autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset, *args)
 
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _differentiable[op](run, *args)
+    def run_next_level(*args):  # derivatives of derivatives: the level below has its own graph
+        with torch.enable_grad():
+            return run(*args)
+
+    if _derives(args):
+        if transforms() is None:
+            return _differentiable[op](run, *args)
+        with enable_single_level_autograd_function():
+            return _differentiable[op](run_next_level, *args)
     return run(*args)
 
 
@@ -119,18 +129,32 @@ def call(op: torch._ops.OpOverload, *args):
     """
     if (
         torch.compiler.is_compiling()
-        or _transforms() is not None
+        or transforms() is not None
         or _modes()
         or torch.is_autocast_enabled("cpu" if args[0].is_cpu else args[0].device.type)
     ):
         return op(*args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _differentiable[op](_kernels[op], *args)
-    return _kernels[op](*args)
+    return _differentiable[op](_kernels[op], *args) if _derives(args) else _kernels[op](*args)
 
 
-_transforms = torch._C._functorch.peek_interpreter_stack
+def _derives(args: tuple) -> bool:
+    """Whether autograd is to know of the call; in forward mode, for it to say that there is no such derivative."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args) or forward_ad._current_level >= 0
+
+
+transforms = torch._C._functorch.peek_interpreter_stack  # None where none of torch.func's is active
 _modes = torch._C._len_torch_dispatch_stack
+
+
+def looped(op: Callable, info, in_dims: tuple[int | None, ...], args: tuple):
+    """A vmap rule for what no kernel does at once: the operator for one after the other of vmap's samples."""
+    results = [
+        op(*(a.select(d, i) if d is not None else a for a, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(r) for r in zip(*results, strict=True)), tuple(0 for _ in results[0])
 
 
 def autocast_dtype(tensor: Tensor, device: str) -> torch.dtype:

@@ -5,12 +5,12 @@ The derivative's own derivative, of any order, is that of the definition written
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from cvfast.ops.card import Card, call, register
+from cvfast.ops.card import Card, call, looped, register, transforms
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 SAVED = {"lstm": 5, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}  # numbers kept per hidden unit and step
@@ -87,7 +87,7 @@ def _by_operand(
 def _forward_vmap(cell, ops, info, in_dims, *args):
     input, lengths, batch_sizes, h_0, c_0, *weights, reverse, save = args
     if any(d is not None for d in in_dims[_W_IH:_TENSORS]) or batch_sizes is not None:
-        return _looped(getattr(ops, cell), info, in_dims, args)
+        return looped(getattr(ops, cell), info, in_dims, args)
     # Shared weights: vmap's dimension becomes the outer part of the batch.
     size = info.batch_size
     batch_dims = (1, 0, 0, 0, 0)
@@ -104,15 +104,6 @@ def _fold(tensor: Tensor | None, dim: int | None, into: int, size: int) -> Tenso
         return None
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.movedim(0, into).flatten(into, into + 1)
-
-
-def _looped(op, info, in_dims, args):
-    """The operator for one after the other of vmap's samples."""
-    results = [
-        op(*(a.select(d, i) if d is not None else a for a, d in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    return tuple(torch.stack(r) for r in zip(*results, strict=True)), tuple(0 for _ in results[0])
 
 
 # cell: input [B, I], h [B, H], c [B, H] (lstm only) -> h, c ([0] without), saved, all after the step
@@ -148,7 +139,7 @@ def _cell_backward(cell, ops, ctx, needs, grad_h, grad_c, _):
 def _cell_vmap(cell, ops, info, in_dims, input, h, c, *weights_and_save):
     op, size = getattr(ops, f"{cell}_cell"), info.batch_size
     if any(d is not None for d in in_dims[3:]):
-        return _looped(op, info, in_dims, (input, h, c, *weights_and_save))
+        return looped(op, info, in_dims, (input, h, c, *weights_and_save))
     operands = [_fold(t, d, 0, size) for t, d in zip((input, h, c), in_dims[:3], strict=True)]
     new_h, new_c, saved = op(*operands, *weights_and_save[:-1], False)
     new_c = new_c.expand(size, 0) if c is None else new_c.unflatten(0, (size, -1))
@@ -192,11 +183,11 @@ def _backward_backward(cell, ops, ctx, needs, *cotangents):
         return tuple(results[i] for i in given)
 
     def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-        _, pull = torch.func.vjp(definition, *values[len(given) :])
+        _, pull = _vjp(definition, *values[len(given) :])
         return pull(values[: len(given)])
 
     values = [*(grads[i] for i in given), *(tensors[p] for p in present)]
-    results, pull = torch.func.vjp(gradients, *values)
+    results, pull = _vjp(gradients, *values)
     by_place = dict(zip(_DIFFERENTIABLE, cotangents, strict=True))
     seconds = iter(pull(tuple(
         torch.zeros_like(r) if by_place[p] is None or by_place[p].shape != r.shape else by_place[p]
@@ -209,8 +200,29 @@ def _backward_backward(cell, ops, ctx, needs, *cotangents):
     return (None, None, *of_grads, *of_tensors, None, None, None)
 
 
+def _vjp(function: Callable, *values: Tensor) -> tuple[tuple[Tensor, ...], Callable]:
+    """torch.func.vjp. Nested, it cannot be traced by torch 2.11: without need of its levels, plain autograd does it."""
+    if transforms() is not None:
+        return torch.func.vjp(function, *values)
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        values = tuple(v.view_as(v).requires_grad_() for v in values)
+        results = function(*values)
+
+    def pull(cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        pairs = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]
+        if not pairs:
+            return tuple(torch.zeros_like(v) for v in values)
+        return torch.autograd.grad(
+            [r for r, _ in pairs], values, [c for _, c in pairs],
+            create_graph=differentiable, allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+
+    return results, pull
+
+
 def _backward_vmap(cell, ops, info, in_dims, *args):
-    return _looped(getattr(ops, f"{cell}_backward"), info, in_dims, args)
+    return looped(getattr(ops, f"{cell}_backward"), info, in_dims, args)
 
 
 # The definition

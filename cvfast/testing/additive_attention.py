@@ -132,6 +132,7 @@ class AdditiveAttentionSpec(OpSpec):
     vmap_dims = (
         {"query": 0, "keys": 0, "values": 0, "w_query": None, "w_key": None, "v": None},
         {"query": 1, "keys": None, "values": None, "w_query": None, "w_key": None, "v": None},
+        {"query": None, "keys": 0, "values": None, "w_query": 0, "w_key": None, "v": 0},
     )
 
     def random_case(self, rng: random.Random) -> Case:

@@ -8,8 +8,10 @@ from functools import lru_cache
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cvfast
 from cvfast.backends.triton import conv2d as triton_conv2d
@@ -321,6 +323,55 @@ def test_vmap(spec):
         for i, sample in enumerate(samples):
             one = {n: samples[0].operands[n] if dims[n] is None else sample.operands[n] for n in names}
             torch.testing.assert_close(tuple(a[i] for a in actual), Sample(one, case.options).results(spec.native))
+
+
+def squares(spec: OpSpec, sample: Sample, **options):
+    """A scalar function of the sample's operands."""
+
+    def loss(*tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        operands = {name: None if t is None else next(given) for name, t in sample.operands.items()}
+        return sum((result**2).sum() for result in Sample(operands, sample.options).results(spec.function, **options))
+
+    return loss
+
+
+@all_specs
+def test_func_gradients(spec):
+    """torch.func.grad, once and twice, and in torch.func.vmap, gives autograd's gradients."""
+    sample = spec.small_cases[0].sample(torch.float64).requiring_grad()
+    tensors = sample.tensors()
+    loss, places = squares(spec, sample, backend="ext"), tuple(range(len(tensors)))
+    first = torch.func.grad(loss, places)
+
+    def slope(*tensors):
+        return sum((g**2).sum() for g in first(*tensors))
+
+    expected = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
+    expected_second = torch.autograd.grad(sum((g**2).sum() for g in expected), tensors)
+    detached = [t.detach() for t in tensors]
+    torch.testing.assert_close(first(*detached), expected)
+    torch.testing.assert_close(torch.func.grad(slope, places)(*detached), expected_second)
+    per_sample = torch.func.vmap(first)(*(torch.stack([t, t]) for t in detached))
+    torch.testing.assert_close(per_sample, tuple(torch.stack([g, g]) for g in expected))
+
+
+@all_specs
+def test_forward_mode(spec):
+    """No kernel has forward-mode derivatives: torch's operators give them, and an operator called by name refuses."""
+    sample = spec.small_cases[0].sample(torch.float64)
+    tensors = tuple(sample.tensors())
+    gradients = torch.func.grad(squares(spec, sample), tuple(range(len(tensors))))(*tensors)
+    expected = sum((gradient * t).sum() for gradient, t in zip(gradients, tensors, strict=True))
+    with sdpa_kernel(SDPBackend.MATH):  # the only one of torch's that has them
+        actual = torch.func.jvp(squares(spec, sample), tensors, tensors)[1]
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(squares(spec, sample, backend="ext"), tensors, tensors)
+    name, args = next(iter(spec.operator_calls(sample)))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        dual = [forward_ad.make_dual(a, a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        getattr(torch.ops.cvfast, name).default(*dual)
 
 
 @all_specs
