@@ -93,7 +93,7 @@ BUILD_VARIABLES = {
     ),
     "emulated512": Variable(
         "CVFAST_EMULATED512", one_of("0", "1"), "0",
-        "1: build the instruction set emulated512 too, with which tests run the avx512 kernels' logic on AVX2",
+        "1: build emulated512 in place of avx512: its kernels' logic made of AVX2's instructions, for tests",
     ),
     "max_jobs": Variable("MAX_JOBS", positive, None, "compilations at the same time (default: one per core)"),
 }  # fmt: skip

@@ -25,12 +25,13 @@ namespace cvfast {
 #endif
 
 #if defined(CVFAST_X86)
-#if defined(CVFAST_EMULATED512)
-CVFAST_DECLARE(emulated512)
-#endif
 CVFAST_DECLARE(baseline)
 CVFAST_DECLARE(avx2)
+#if defined(CVFAST_EMULATED512)
+CVFAST_DECLARE(emulated512)
+#else
 CVFAST_DECLARE(avx512)
+#endif
 #elif defined(__aarch64__)
 CVFAST_DECLARE(neon)
 #else
@@ -49,7 +50,7 @@ const std::vector<Variant>& variants() {
 #if defined(CVFAST_X86)
   static const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  [[maybe_unused]] static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const std::vector<Variant> all = {
 #if defined(CVFAST_EMULATED512)
@@ -57,7 +58,9 @@ const std::vector<Variant>& variants() {
 #endif
       {CVFAST_TABLE(baseline, 16), true},
       {CVFAST_TABLE(avx2, 32), has_avx2},
+#if !defined(CVFAST_EMULATED512)
       {CVFAST_TABLE(avx512, 64), has_avx512},
+#endif
   };
 #elif defined(__aarch64__)
   static const std::vector<Variant> all = {{CVFAST_TABLE(neon, 16), true}};

@@ -18,7 +18,8 @@ CVFAST_EXPORT const KernelTable& kernels();
 CVFAST_EXPORT const KernelTable& kernels(const std::string& name);
 
 // Names of the instruction sets in this library, and of those among them that this machine can run, best last.
-// "emulated512" (64-byte vectors made of AVX2 instructions) is built for tests only and is never the best.
+// "emulated512" (64-byte vectors made of AVX2 instructions) is built for tests only, in
+// place of avx512, and is never the best.
 CVFAST_EXPORT std::vector<std::string> compiled_isas();
 CVFAST_EXPORT std::vector<std::string> available_isas();
 
