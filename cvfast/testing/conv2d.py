@@ -64,6 +64,8 @@ WIDE_CASES = (  # more vectors, tiles and blocks; not for interpreters
     case("3x3-padding-2", (1, 40, 13, 11), (33, 40, 3, 3), padding=2),
     case("3x3-padding-3", (1, 17, 9, 8), (20, 17, 3, 3), padding=3),
     case("1x1-wide", (2, 70, 13, 17), (90, 70, 1, 1)),
+    case("4x4-stride2-wide", (2, 40, 16, 15), (36, 20, 4, 4), stride=2, padding=1, groups=2),
+    case("3x3-stride2-wide", (1, 24, 32, 31), (33, 24, 3, 3), stride=2, padding=1),
 )
 
 SMALL_CASES = (  # run on every backend, interpreted ones too: a few tiles each
@@ -110,6 +112,16 @@ ERRORS = (
     error("devices", "should be the same", weight=torch.zeros(8, 4, 3, 3, device="meta")),
     error("backend", "unknown backend 'cudnn'; allowed: auto, ext, triton, native", ValueError, backend="cudnn"),
 )
+
+
+def _winograd_on_phases(kernel_height: int, kernel_width: int, height: int, width: int) -> bool:
+    """Whether Winograd's F(4x4, 2x2) takes a convolution with stride 2; height x width: a phase of the result."""
+    taps, tiles = kernel_height * kernel_width, -(-height // 4) * -(-width // 4)
+    return (
+        {kernel_height, kernel_width} <= {3, 4}
+        and tiles >= (4 if taps == 16 else 16)
+        and 3 * (kernel_height + 6) * (kernel_width + 6) * tiles <= 2 * taps * height * width
+    )
 
 
 class Conv2dSpec(OpSpec):
@@ -173,21 +185,29 @@ class Conv2dSpec(OpSpec):
         """What Winograd cuts into tiles for `result`: the result, or for the weights the output's gradient."""
         return sample.operands["input"] if result == "input" else sample.call(self.native)
 
+    finer_result = "input"  # the one that a stride makes larger than the other image
+
     def bound(self, sample: Sample, backend: str, result: str) -> float:
         """Winograd's, where csrc/cpu/kernels/conv2d_winograd.h or conv2d_winograd_weight_grad.h takes the result."""
         weight, groups = sample.operands["weight"], sample.options.get("groups", 1)
-        steps = [self._pair(sample, name, 1) for name in ("stride", "dilation")]
-        image = self._tiled_image(sample, result)
-        taken = (
+        stride, dilation = (self._pair(sample, name, 1) for name in ("stride", "dilation"))
+        possible = (
             backend == "ext"
             and not _library.C.strict_precision()
             and result != "bias"
             and weight.dtype != torch.float64
-            and weight.shape[2:] == (3, 3)
-            and steps == [(1, 1), (1, 1)]
+            and dilation == (1, 1)
             and min(weight.shape[0] // groups, weight.shape[1]) >= 16
-            and image.shape[-2] * image.shape[-1] >= 16
         )
+        if not possible:
+            return 0.0
+        height, width = self._tiled_image(sample, result).shape[-2:]
+        if stride == (2, 2) and result != "weight":
+            if result == self.finer_result:
+                height, width = (height + 1) // 2, (width + 1) // 2
+            taken = _winograd_on_phases(*weight.shape[2:], height, width)
+        else:
+            taken = weight.shape[2:] == (3, 3) and stride == (1, 1) and height * width >= 16
         return WINOGRAD_ERROR if taken else 0.0
 
     def flops(self, sample: Sample) -> int:

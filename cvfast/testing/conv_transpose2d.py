@@ -61,6 +61,7 @@ WIDE_CASES = (  # more vectors, tiles and blocks; not for interpreters
     case("dcgan-last", (2, 64, 16, 15), (64, 3, 4, 4), stride=2, padding=1),
     case("3x3-many-tiles", (2, 36, 15, 14), (36, 40, 3, 3), padding=1),
     case("3x3-stride2-wide", (1, 48, 13, 12), (48, 35, 3, 3), stride=2, padding=1, output_padding=1),
+    case("3x3-stride2-many-tiles", (1, 24, 16, 15), (24, 33, 3, 3), stride=2, padding=1, output_padding=1),
     case("3x3-few-channels", (2, 3, 20, 21), (3, 6, 3, 3), stride=2),
     case("2x2-wide", (2, 70, 13, 9), (70, 35, 2, 2), stride=2),
     case("depthwise-wide", (2, 37, 11, 20), (37, 1, 3, 3), stride=2, padding=1, output_padding=1, groups=37),
@@ -114,6 +115,7 @@ class ConvTranspose2dSpec(conv2d.Conv2dSpec):
     wide_cases = WIDE_CASES
     small_cases = SMALL_CASES
     errors = ERRORS
+    finer_result = "output"
 
     def random_case(self, rng: random.Random) -> Case:
         groups = rng.choice((1, 1, 1, 2, 3, 5))

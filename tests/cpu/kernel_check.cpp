@@ -261,6 +261,15 @@ const Case cases[] = {
     {1, 33, 4, 31, 34, 3, 3, 1, 1, 1, 1, 1, 1, 1},     // one line of tiles
     {2, 64, 24, 23, 64, 3, 3, 1, 1, 1, 1, 1, 1, 4},    // several chunks of tiles
     {3, 32, 30, 29, 34, 3, 3, 1, 1, 1, 1, 1, 1, 2},    // weight gradient in two slices, one of them of two chunks
+    // Winograd on the phases of stride 2:
+    {2, 32, 16, 14, 32, 4, 4, 2, 2, 1, 1, 1, 1, 1},    // whole tiles and partial ones
+    {1, 131, 17, 16, 19, 4, 4, 2, 2, 2, 0, 1, 1, 1},   // blocks of channels, tails, phases of different size
+    {1, 34, 15, 15, 40, 4, 4, 2, 2, 3, 5, 1, 1, 2},    // groups, padding wider than the kernel
+    {1, 33, 32, 31, 34, 3, 3, 2, 2, 1, 1, 1, 1, 1},    // phases with one tap on an axis
+    {1, 20, 31, 32, 18, 3, 4, 2, 2, 0, 1, 1, 1, 1},    // the same on one axis only; the first phase has one tap
+    {1, 64, 16, 46, 64, 4, 4, 2, 2, 1, 1, 1, 1, 4},    // several chunks of tiles
+    {2, 20, 12, 12, 18, 4, 4, 2, 2, 1, 1, 1, 1, 1},    // partial tiles that still pay
+    {2, 20, 8, 8, 18, 4, 4, 2, 2, 1, 1, 1, 1, 1},      // not yet: too few tiles
     {0, 4, 5, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1},        // nothing: batch, channels, outputs, pixels, kernel
     {2, 0, 5, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1},
     {2, 4, 5, 5, 0, 3, 3, 1, 1, 1, 1, 1, 1, 1},
@@ -378,13 +387,20 @@ constexpr double winograd_error = 2e-6;
 double epsilon(DType dtype) { return dtype == DType::f64 ? std::ldexp(1, -53) : std::ldexp(1, -24); }
 double half_ulp(DType dtype) { return dtype == DType::bf16 ? std::ldexp(1, -8) : dtype == DType::f16 ? std::ldexp(1, -11) : 0; }
 
-// Does Winograd's F(4x4, 3x3) compute this product? Then an error spreads over the tile.
+// Does Winograd's F(4x4, 3x3), or F(4x4, 2x2) on the phases of stride 2, compute this product? Then an error spreads over the
+// tile.
 bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
-  const bool input_grad = product == Product::input_grad;
-  const int64_t height = input_grad ? s.in_height : s.out_height, width = input_grad ? s.in_width : s.out_width;
-  return dtype != DType::f64 && s.kernel_height == 3 && s.kernel_width == 3 &&
-         s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 &&
-         std::min(s.in_channels, s.out_channels) >= 16 * s.groups && height * width >= 16;
+  const bool input_grad = product == Product::input_grad, phases = s.stride_h == 2;
+  int64_t height = input_grad ? s.in_height : s.out_height, width = input_grad ? s.in_width : s.out_width;
+  if (dtype == DType::f64 || s.dilation_h != 1 || s.dilation_w != 1 || std::min(s.in_channels, s.out_channels) < 16 * s.groups)
+    return false;
+  if (!phases) return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 && height * width >= 16;
+  if (input_grad) height = (height + 1) / 2, width = (width + 1) / 2;
+  const int64_t taps = s.kernel_height * s.kernel_width, tiles = (height + 3) / 4 * ((width + 3) / 4);
+  const auto fits = [](int64_t kernel, int64_t stride) { return stride == 2 && (kernel == 3 || kernel == 4); };
+  return product != Product::weight_grad && fits(s.kernel_height, s.stride_h) && fits(s.kernel_width, s.stride_w) &&
+         tiles >= (taps < 16 ? 16 : 4) &&
+         3 * (s.kernel_height + 6) * (s.kernel_width + 6) * tiles <= 2 * taps * height * width;
 }
 
 // Winograd's error: relative in the L2 norm over the whole result, and an element's against the largest sum.
@@ -607,7 +623,8 @@ void check_nonfinite_grad(DType dtype, double bad, const Case& c) {
 
 void check_nonfinite(DType dtype, double bad) {
   const Case by_gemm = {2, 4, 7, 8, 34, 3, 3, 2, 1, 1, 1, 1, 1, 1}, winograd = {2, 18, 7, 8, 34, 3, 3, 1, 1, 1, 1, 1, 1, 1};
-  for (const Case& c : {by_gemm, winograd}) {
+  const Case on_phases = {2, 18, 31, 32, 34, 3, 3, 2, 2, 1, 1, 1, 1, 1};
+  for (const Case& c : {by_gemm, winograd, on_phases}) {
     check_nonfinite_input(dtype, bad, c);
     check_nonfinite_weight(dtype, bad, c);
     check_nonfinite_grad(dtype, bad, c);

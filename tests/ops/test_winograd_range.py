@@ -86,3 +86,35 @@ def test_weight_gradient_with_a_bad_pixel_is_the_exact_algorithms(value, memory_
         touched[(slice(None), 3) if which == 0 else 3] = True
         assert torch.equal(fast.isfinite(), ~touched.expand_as(fast))
         torch.testing.assert_close(fast, exact, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", [3, 4])
+def test_phases_on_channels_of_very_different_scale(kernel):
+    """F(4x4, 2x2) on the phases of stride 2: the bound holds for each channel of either result."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-3, 3, CHANNELS)
+    image = torch.randn(2, CHANNELS, 32, 32, generator=generator) * scale[:, None, None]
+    weight = torch.randn(CHANNELS, CHANNELS, kernel, kernel, generator=generator) / scale[:, None, None]
+    weight = weight.flip(0) * scale[:, None, None, None]
+    for name, operand in (("conv2d", weight.transpose(0, 1)), ("conv_transpose2d", weight)):
+        with cvfast.use_backend("ext"):
+            fast = getattr(cvfast.functional, name)(image, operand, stride=2, padding=1)
+        exact = getattr(reference, name)(image.double(), operand.double(), stride=2, padding=1)
+        norm = torch.linalg.vector_norm
+        error = norm(fast.double() - exact, dim=(0, 2, 3)) / norm(exact, dim=(0, 2, 3))
+        assert error.max() <= WINOGRAD_ERROR
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bad_pixel_within_phases_reaches_its_taps_alone(value, memory_format):
+    """A NaN or Inf in a transposed convolution's input: not finite where the definition says, close to it elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, CHANNELS, 16, 15, generator=generator).contiguous(memory_format=memory_format)
+    weight = torch.randn(CHANNELS, CHANNELS, 4, 4, generator=generator)
+    image[0, 3, 6, 5] = value
+    with cvfast.use_backend("ext"):
+        fast = cvfast.functional.conv_transpose2d(image, weight, stride=2, padding=1)
+    exact = reference.conv_transpose2d(image.double(), weight.double(), stride=2, padding=1)
+    assert (~exact.isfinite()).sum() == CHANNELS * 4 * 4
+    torch.testing.assert_close(fast.double(), exact, rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -27,14 +27,16 @@ bool always(const Problem&) { return true; }
 template <class S>
 constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"winograd", winograd_applies, correlate_by_winograd<S>},
+    {"winograd", winograd_applies, correlate_by_winograd<3, S>},
+    {"winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>},
     {"direct", direct_applies, correlate_direct<S>},
     {"implicit_gemm", always, correlate_by_gemm<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"winograd", winograd_applies, correlate_by_winograd<S>},
+    {"winograd", winograd_applies, correlate_by_winograd<3, S>},
+    {"winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>},
     {"direct", direct_applies, correlate_direct<S>},
     {"implicit_gemm", always, correlate_by_gemm<S>},
 };

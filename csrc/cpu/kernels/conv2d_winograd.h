@@ -1,10 +1,15 @@
-// Forward convolution and gradient to the input by Winograd's F(4x4, 3x3), for 3x3 kernels with stride 1 and dilation 1.
+// Forward convolution and gradient to the input by Winograd's F(4x4, 3x3), for 3x3 kernels with stride 1, and by F(4x4, 2x2),
+// for kernels whose taps are two on each axis within a phase of the stride, as 3x3 and 4x4 with stride 2. Dilation 1.
+//
+// The phases of the forward pass are the source's pixels with the same remainder modulo the stride: the result is the sum of
+// stride-1 correlations of them. Those of the gradient to the input are the result's pixels: each is a stride-1 correlation
+// by itself.
 //
 // The result is cut into tiles of 4x4 pixels. A chunk of tiles takes three steps, each over vectors of channels in both
-// memory formats:
-//   1. source [6x6 patch, channel] -> V [block of channels, point, tile, channel];
-//   2. for each panel of output channels and each of the 36 points: M [point, tile, out] = V[point] * U[point], where U are
-//      the transformed weights;
+// memory formats; P is 6 or 5:
+//   1. source [PxP patch, channel] -> V [block: phase of the source and channels, point, tile, channel];
+//   2. for each panel of output channels and each of the P x P points: M [point, tile, out] = V[point] * U[point], where U
+//      are the transformed weights;
 //   3. M -> result [4x4 pixels, out], plus bias.
 // An element of M is one chain of multiply-adds per block of channels, added in order; a tile's bits depend on its patch
 // alone. Numbers that are not finite would spread over a tile: such results are computed again by the definition.
@@ -19,6 +24,7 @@ namespace {
 
 constexpr int64_t winograd_depth = 128;                // most channels of a block
 constexpr int64_t winograd_width = tile_cols<float>;  // output channels of a panel
+constexpr int64_t winograd_most_phases = 4;            // of the source, 2 on each axis
 constexpr int64_t line_floats = 16;  // a cache line more between points: their addresses fall into different cache sets
 
 // The tile `index` of all: image and first pixel of the result.
@@ -26,68 +32,107 @@ struct WinogradTile {
   int64_t n, y, x;
 };
 
-// Images cut into tiles. To each tile belongs a patch of Pixels x Pixels, 0 outside of the image. The transformed patches
-// of a chunk of tiles lie as [group, block of channels, point, tile, channel].
-template <class S, int Pixels>
-struct TiledImages {
+// Images, or those of their pixels that make a phase.
+template <class S>
+struct PhaseImages {
   const S* data;
   int64_t stride[4], height, width;
   int64_t offset_y, offset_x;  // from a tile's first pixel to its patch's
+};
+
+// Images cut into tiles. To each tile and phase belongs a patch of Pixels x Pixels, 0 outside of the image. The transformed
+// patches, Points x Points each, of a chunk of tiles lie as [group, phase, block of channels, point, tile, channel].
+template <class S, int Pixels, int Points>
+struct TiledImages {
+  PhaseImages<S> phase[winograd_most_phases];
+  int64_t phases;
   int64_t batch, tiles_y, tiles_x;
-  int64_t groups, channels;            // of a group
-  int64_t block_width, blocks;         // channels of a block; the last one may have fewer
+  int64_t groups, channels;             // of a group
+  int64_t block_width, channel_blocks;  // channels of a block, the last one may have fewer; blocks of a phase
+  int64_t blocks;                       // of all phases
 
   // Whole vectors of any width: a block is a chain of multiply-adds, the same with all instruction sets.
   void cut_channels(int64_t most) {
     constexpr int64_t most_lanes = 16;
-    blocks = ceil_div(channels, most);
-    block_width = round_up(ceil_div(channels, blocks), most_lanes);
+    channel_blocks = ceil_div(channels, most);
+    block_width = round_up(ceil_div(channels, channel_blocks), most_lanes);
+    blocks = phases * channel_blocks;
   }
   int64_t tiles() const { return batch * tiles_y * tiles_x; }
   WinogradTile tile_at(int64_t index) const {
     const int64_t tile_y = index / tiles_x;
     return {tile_y / tiles_y, tile_y % tiles_y * winograd_outputs, index % tiles_x * winograd_outputs};
   }
-  int64_t block_channels(int64_t block) const { return min(channels - block * block_width, block_width); }
+  int64_t first_channel(int64_t block) const { return block % channel_blocks * block_width; }
+  int64_t block_channels(int64_t block) const { return min(channels - first_channel(block), block_width); }
   int64_t point_stride(int64_t tiles) const { return tiles * block_width + line_floats; }
-  int64_t block_stride(int64_t tiles) const { return winograd_points * point_stride(tiles); }
+  int64_t block_stride(int64_t tiles) const { return Points * Points * point_stride(tiles); }
   int64_t elements(int64_t tiles) const { return groups * blocks * block_stride(tiles); }
 };
 
-// What both directions have in common: result pixel (y, x) is the sum over taps (r, s) of source pixel
-// (y + offset_y + r, x + offset_x + s) times weight tap (r, s).
-template <class S>
-struct Winograd {
-  Correlation<S> c;  // its taps run backwards for the gradient to the input, and so do the weights' strides here
-  TiledImages<S, winograd_inputs> source;
-  int64_t height, width;  // of the result
-  int64_t panels;         // of a group
+// Taps of a kernel on one axis: first, first + step, ...
+struct TapRun {
+  int64_t count, first, step;
+};
 
-  // U [group, panel, block of channels, point, channel, out]
+// One phase of an axis's source, and the taps that read it: tap j of result pixel i reads the phase's pixel i + offset + j.
+struct AxisPhase {
+  int64_t first_pixel, pixels, offset;
+  TapRun taps;
+};
+
+inline AxisPhase axis_phase(const Axis& a, int64_t phase) {
+  const bool backwards = a.tap_offset < 0;  // then a.step is 1
+  const int64_t last = a.taps - 1, place = backwards ? a.offset - last : a.offset + phase;
+  AxisPhase p;
+  p.first_pixel = (place % a.step + a.step) % a.step;
+  p.pixels = ceil_div(a.inputs - p.first_pixel, a.step);
+  p.offset = (place - p.first_pixel) / a.step;
+  p.taps = backwards ? TapRun{a.taps, a.first_tap + last * a.tap_step, -a.tap_step}
+                     : TapRun{ceil_div(a.taps - phase, a.step), phase, a.step};
+  return p;
+}
+
+// One phase of the result: the sum over the source's phases of stride-1 correlations with at most Taps x Taps taps.
+template <class S, int Taps>
+struct Winograd {
+  static constexpr int points = winograd_inputs<Taps>;  // on each axis
+
+  Correlation<S> c;
+  Phase<S> phase;  // of the result
+  TiledImages<S, points, points> source;
+  TapRun taps_y[winograd_most_phases], taps_x[winograd_most_phases];  // of each of the source's phases
+  int64_t panels;                                                      // of a group
+
+  int64_t height() const { return phase.patches.y.positions; }
+  int64_t width() const { return phase.patches.x.positions; }
+
+  // Points whose products are not 0, the first ones.
+  static int64_t used_points(TapRun taps) { return points - Taps + taps.count; }
+
+  // U [group, panel, block, point, channel, out]
   int64_t u_point_stride() const { return source.block_width * winograd_width + line_floats; }
-  int64_t u_block_stride() const { return winograd_points * u_point_stride(); }
+  int64_t u_block_stride() const { return points * points * u_point_stride(); }
   int64_t u_panel_stride() const { return source.blocks * u_block_stride(); }
 };
 
-template <class S>
-Winograd<S> winograd(Correlation<S> c) {
-  const Conv2dShape& s = c.shape;
-  Winograd<S> w;
-  TiledImages<S, winograd_inputs>& source = w.source;
-  if (c.input_grad) {
-    source.height = s.out_height, source.width = s.out_width, w.height = s.in_height, w.width = s.in_width;
-    source.offset_y = s.padding_h - 2, source.offset_x = s.padding_w - 2;
-    c.weight += 2 * c.weight_y_stride + 2 * c.weight_x_stride;
-    c.weight_y_stride = -c.weight_y_stride, c.weight_x_stride = -c.weight_x_stride;
-  } else {
-    source.height = s.in_height, source.width = s.in_width, w.height = s.out_height, w.width = s.out_width;
-    source.offset_y = -s.padding_h, source.offset_x = -s.padding_w;
+template <class S, int Taps>
+Winograd<S, Taps> winograd(const Correlation<S>& c, int64_t phase_y, int64_t phase_x) {
+  Winograd<S, Taps> w;
+  w.c = c, w.phase = make_phase(c, phase_y, phase_x, false);
+  const Axis &y = w.phase.patches.y, &x = w.phase.patches.x;
+  const int64_t* stride = c.source_stride;
+  auto& source = w.source;
+  source.phases = y.step * x.step;
+  for (int64_t i = 0; i < source.phases; ++i) {
+    const AxisPhase py = axis_phase(y, i / x.step), px = axis_phase(x, i % x.step);
+    source.phase[i] = {c.source + py.first_pixel * stride[2] + px.first_pixel * stride[3],
+                       {stride[0], stride[1], y.step * stride[2], x.step * stride[3]},
+                       py.pixels, px.pixels, py.offset, px.offset};
+    w.taps_y[i] = py.taps, w.taps_x[i] = px.taps;
   }
-  w.c = c;
-  source.data = c.source;
-  for (int d = 0; d < 4; ++d) source.stride[d] = c.source_stride[d];
   source.batch = c.batch, source.groups = c.groups, source.channels = c.in_channels;
-  source.tiles_y = ceil_div(w.height, winograd_outputs), source.tiles_x = ceil_div(w.width, winograd_outputs);
+  source.tiles_y = ceil_div(w.height(), winograd_outputs), source.tiles_x = ceil_div(w.width(), winograd_outputs);
   source.cut_channels(winograd_depth);
   w.panels = ceil_div(c.out_channels, winograd_width);
   return w;
@@ -95,98 +140,134 @@ Winograd<S> winograd(Correlation<S> c) {
 
 // ---- Weights ----
 
-// Reads the nine taps of `count` <= 4 input channels for as many output channels as a vector has lanes.
-template <class S>
-void load_weights(const Correlation<S>& c, const S* weight, int64_t count, FloatVector (&taps)[4][9]) {
-  const int64_t y_stride = c.weight_y_stride, x_stride = c.weight_x_stride;
-  const auto tap_offset = [&](int tap) { return tap / 3 * y_stride + tap % 3 * x_stride; };
+// The taps of one phase: one of both runs each.
+struct PhaseTaps {
+  TapRun y, x;
+};
+
+// Reads the taps of `count` <= 4 input channels for as many output channels as a vector has lanes. `weight` is the place of
+// the kernel's tap (0, 0). Those that the phase lacks are left alone.
+template <class S, int Taps>
+void load_weights(const Correlation<S>& c, const S* weight, PhaseTaps taps, int64_t count,
+                  FloatVector (&loaded)[4][Taps * Taps]) {
+  const int64_t y_stride = c.weight_y_stride, x_stride = c.weight_x_stride, kernel_width = c.shape.kernel_width;
+  const int64_t kernel_size = c.shape.kernel_height * kernel_width;
+  const auto each_tap = [&](auto&& body) {
+    for (int64_t y = 0; y < taps.y.count; ++y)
+      for (int64_t x = 0; x < taps.x.count; ++x)
+        body(Taps * y + x, (taps.y.first + y * taps.y.step) * y_stride + (taps.x.first + x * taps.x.step) * x_stride);
+  };
   if (c.weight_out_stride == 1) {
-    for (int64_t i = 0; i < count; ++i)
-      for (int tap = 0; tap < 9; ++tap) taps[i][tap] = load_vector(weight + i * c.weight_in_stride + tap_offset(tap));
+    each_tap([&](int64_t tap, int64_t offset) {
+      for (int64_t i = 0; i < count; ++i) {
+        const S* from = weight + i * c.weight_in_stride + offset;
+        __builtin_prefetch(from + 4 * c.weight_in_stride);  // of the next call
+        loaded[i][tap] = load_vector(from);
+      }
+    });
   } else if (c.weight_in_stride == 1 && count == 4) {
-    for (int tap = 0; tap < 9; ++tap) {
+    each_tap([&](int64_t tap, int64_t offset) {
       FloatVector column[4];
-      load_columns(weight + tap_offset(tap), c.weight_out_stride, column);
-      for (int i = 0; i < 4; ++i) taps[i][tap] = column[i];
-    }
-  } else if (y_stride == 3 * x_stride && x_stride * x_stride == 1) {
-    const S* lowest = x_stride < 0 ? weight - 8 : weight;
-    constexpr int places[] = {0, 4, 5};  // of four taps, three times: the last ones overlap
+      load_columns(weight + offset, c.weight_out_stride, column);
+      for (int i = 0; i < 4; ++i) loaded[i][tap] = column[i];
+    });
+  } else if (x_stride == 1 && y_stride == kernel_width && kernel_size >= 4) {
+    // Four neighbours at a time, all of the kernel's.
     for (int64_t i = 0; i < count; ++i)
-      for (int place : places) {
+      for (int64_t y = 0; y < taps.y.count; ++y) {
+        const int64_t line = (taps.y.first + y * taps.y.step) * kernel_width;
+        const int64_t from = min(line + min(taps.x.first, taps.x.first + (taps.x.count - 1) * taps.x.step), kernel_size - 4);
         FloatVector column[4];
-        load_columns(lowest + i * c.weight_in_stride + place, c.weight_out_stride, column);
-        for (int j = 0; j < 4; ++j) taps[i][x_stride < 0 ? 8 - place - j : place + j] = column[j];
+        for (int lane = 0; lane < lanes<float>; ++lane)
+          __builtin_prefetch(weight + (i + 4) * c.weight_in_stride + from + lane * c.weight_out_stride);
+        load_columns(weight + i * c.weight_in_stride + from, c.weight_out_stride, column);
+        for (int64_t x = 0; x < taps.x.count; ++x)
+          loaded[i][Taps * y + x] = column[line + taps.x.first + x * taps.x.step - from];
       }
   } else {
-    for (int64_t i = 0; i < count; ++i)
-      for (int tap = 0; tap < 9; ++tap) {
+    each_tap([&](int64_t tap, int64_t offset) {
+      for (int64_t i = 0; i < count; ++i) {
         float element[lanes<float>];
-        copy_strided(weight + i * c.weight_in_stride + tap_offset(tap), c.weight_out_stride, element, 1, lanes<float>);
-        taps[i][tap] = load_vector(element);
+        copy_strided(weight + i * c.weight_in_stride + offset, c.weight_out_stride, element, 1, lanes<float>);
+        loaded[i][tap] = load_vector(element);
       }
+    });
   }
 }
 
 // The same where only the first `outs` output channels exist; the others are 0. Not inlined, as transform_part_of_patch().
-template <class S>
-[[gnu::noinline]] void load_part_of_weights(const Correlation<S>& c, const S* weight, int64_t count, int64_t outs,
-                                            FloatVector (&taps)[4][9]) {
+template <class S, int Taps>
+[[gnu::noinline]] void load_part_of_weights(const Correlation<S>& c, const S* weight, PhaseTaps taps, int64_t count,
+                                            int64_t outs, FloatVector (&loaded)[4][Taps * Taps]) {
   for (int64_t i = 0; i < count; ++i)
-    for (int tap = 0; tap < 9; ++tap) {
-      float element[lanes<float>] = {};
-      copy_strided(weight + i * c.weight_in_stride + tap / 3 * c.weight_y_stride + tap % 3 * c.weight_x_stride,
-                   c.weight_out_stride, element, 1, outs);
-      taps[i][tap] = load_vector(element);
-    }
+    for (int64_t y = 0; y < taps.y.count; ++y)
+      for (int64_t x = 0; x < taps.x.count; ++x) {
+        float element[lanes<float>] = {};
+        copy_strided(weight + i * c.weight_in_stride + (taps.y.first + y * taps.y.step) * c.weight_y_stride +
+                         (taps.x.first + x * taps.x.step) * c.weight_x_stride,
+                     c.weight_out_stride, element, 1, outs);
+        loaded[i][Taps * y + x] = load_vector(element);
+      }
 }
 
 // G g G^T for one input channel and as many output channels as a vector has lanes.
-inline void transform_weights(const FloatVector (&taps)[9], float* u, int64_t point_stride) {
-  FloatVector rows[3][6];
+template <int Taps>
+void transform_weights(const FloatVector (&taps)[Taps * Taps], float* u, int64_t point_stride) {
+  constexpr int points = winograd_inputs<Taps>;
+  FloatVector rows[Taps][points];
 #pragma GCC unroll 3
-  for (int y = 0; y < 3; ++y) {
-    const FloatVector line[3] = {taps[3 * y], taps[3 * y + 1], taps[3 * y + 2]};
+  for (int y = 0; y < Taps; ++y) {
+    FloatVector line[Taps];
+#pragma GCC unroll 3
+    for (int x = 0; x < Taps; ++x) line[x] = taps[Taps * y + x];
     transform_kernel(line, rows[y]);
   }
-#pragma GCC unroll 1
-  for (int x = 0; x < 6; ++x, u += point_stride) {
-    const FloatVector column[3] = {rows[0][x], rows[1][x], rows[2][x]};
-    FloatVector point[6];
+  const auto transform_column = [&](int x) {
+    FloatVector column[Taps], point[points];
+#pragma GCC unroll 3
+    for (int y = 0; y < Taps; ++y) column[y] = rows[y][x];
     transform_kernel(column, point);
 #pragma GCC unroll 6
-    for (int y = 0; y < 6; ++y) store_vector(point[y], u + 6 * y * point_stride);
+    for (int y = 0; y < points; ++y) store_vector(point[y], u + (points * y + x) * point_stride);
+  };
+  if constexpr (Taps == 2) {  // all rows fit into registers
+#pragma GCC unroll 5
+    for (int x = 0; x < points; ++x) transform_column(x);
+  } else {
+#pragma GCC unroll 1
+    for (int x = 0; x < points; ++x) transform_column(x);
   }
 }
 
-// U for one panel and one block of channels.
-template <class S>
-void transform_weights(const Winograd<S>& w, int64_t group, int64_t panel, int64_t block, float* u) {
+// U for one panel and one block.
+template <class S, int Taps>
+void transform_weights(const Winograd<S, Taps>& w, int64_t group, int64_t panel, int64_t block, float* u) {
   const Correlation<S>& c = w.c;
   const int64_t first = panel * winograd_width, outs = min(c.out_channels - first, winograd_width);
-  const int64_t channels = w.source.block_channels(block);
+  const int64_t channels = w.source.block_channels(block), phase = block / w.source.channel_blocks;
+  const PhaseTaps taps = {w.taps_y[phase], w.taps_x[phase]};
   const S* weight = c.weight + group * c.weight_group_stride + first * c.weight_out_stride +
-                    block * w.source.block_width * c.weight_in_stride;
-  FloatVector taps[4][9];
+                    w.source.first_channel(block) * c.weight_in_stride;
+  FloatVector loaded[4][Taps * Taps] = {};
   for (int64_t channel = 0; channel < channels; channel += 4)
     for (int64_t out = 0; out < winograd_width; out += lanes<float>) {
       const int64_t count = min<int64_t>(channels - channel, 4);
       const S* from = weight + channel * c.weight_in_stride + out * c.weight_out_stride;
       if (out + lanes<float> <= outs)
-        load_weights(c, from, count, taps);
+        load_weights<S, Taps>(c, from, taps, count, loaded);
       else
-        load_part_of_weights(c, from, count, max<int64_t>(outs - out, 0), taps);
+        load_part_of_weights<S, Taps>(c, from, taps, count, max<int64_t>(outs - out, 0), loaded);
       for (int64_t i = 0; i < count; ++i)
-        transform_weights(taps[i], u + (channel + i) * winograd_width + out, w.u_point_stride());
+        transform_weights<Taps>(loaded[i], u + (channel + i) * winograd_width + out, w.u_point_stride());
     }
 }
 
 // Elements of the weights transformed once for all chunks.
-template <class S>
-int64_t winograd_packed_elements(const Winograd<S>& w) { return w.c.groups * w.panels * w.u_panel_stride(); }
+template <class S, int Taps>
+int64_t winograd_packed_elements(const Winograd<S, Taps>& w) { return w.c.groups * w.panels * w.u_panel_stride(); }
 
-template <class S>
-void winograd_pack(const Winograd<S>& w, float* packed, const ThreadPool& pool) {
+template <class S, int Taps>
+void winograd_pack(const Winograd<S, Taps>& w, float* packed, const ThreadPool& pool) {
   const int64_t blocks = w.source.blocks;
   parallel_for(pool, w.c.groups * w.panels * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -234,23 +315,23 @@ template <class S, Access access, int Pixels>
 }
 
 // The second half of a patch's transform: down the columns of its transformed lines. Rolled: few registers and addresses.
-template <int Pixels>
-void transform_columns(const FloatVector (&lines)[Pixels][winograd_inputs], float* v, int64_t point_stride) {
+template <int Pixels, int Points>
+void transform_columns(const FloatVector (&lines)[Pixels][Points], float* v, int64_t point_stride) {
 #pragma GCC unroll 1
-  for (int x = 0; x < winograd_inputs; ++x, v += point_stride) {
-    FloatVector column[Pixels], point[winograd_inputs];
+  for (int x = 0; x < Points; ++x, v += point_stride) {
+    FloatVector column[Pixels], point[Points];
 #pragma GCC unroll 6
     for (int y = 0; y < Pixels; ++y) column[y] = lines[y][x];
     transform_line(column, point);
 #pragma GCC unroll 6
-    for (int y = 0; y < winograd_inputs; ++y) store_vector(point[y], v + winograd_inputs * y * point_stride);
+    for (int y = 0; y < Points; ++y) store_vector(point[y], v + Points * y * point_stride);
   }
 }
 
 // Transforms the patch at `from`, all of whose pixels exist, for as many channels as a vector has lanes.
-template <class S, Access access, int Pixels>
+template <class S, Access access, int Pixels, int Points>
 void transform_whole_patch(const S* from, const int64_t* stride, float* v, int64_t point_stride) {
-  FloatVector lines[Pixels][winograd_inputs];
+  FloatVector lines[Pixels][Points];
 #pragma GCC unroll 6
   for (int y = 0; y < Pixels; ++y) {
     FloatVector d[Pixels];
@@ -263,10 +344,10 @@ void transform_whole_patch(const S* from, const int64_t* stride, float* v, int64
 // The same for any patch, whose first pixel is (y, x), and `channels` channels that exist. Neither this nor the gathering of
 // a line is inlined: the compiler would move multiplications from one branch to another, away from their additions, and then
 // no longer fuse them.
-template <class S, Access access, int Pixels>
-[[gnu::noinline]] void transform_part_of_patch(const TiledImages<S, Pixels>& images, const S* from, int64_t y, int64_t x,
+template <class S, Access access, int Pixels, int Points>
+[[gnu::noinline]] void transform_part_of_patch(const PhaseImages<S>& images, const S* from, int64_t y, int64_t x,
                                                int64_t channels, float* v, int64_t point_stride) {
-  FloatVector lines[Pixels][winograd_inputs];
+  FloatVector lines[Pixels][Points];
   const int64_t begin = max<int64_t>(0, -x), end = min<int64_t>(Pixels, images.width - x), *stride = images.stride;
   for (int i = 0; i < Pixels; ++i) {
     FloatVector d[Pixels];
@@ -278,28 +359,29 @@ template <class S, Access access, int Pixels>
 }
 
 // Transforms the patch of `tile` for the channels [channel, channel + lanes) of all groups, of which `channels` exist.
-template <class S, Access access, int Pixels>
-void transform_patch(const TiledImages<S, Pixels>& images, WinogradTile tile, int64_t channel, int64_t channels, float* v,
+template <class S, Access access, int Pixels, int Points>
+void transform_patch(const PhaseImages<S>& images, WinogradTile tile, int64_t channel, int64_t channels, float* v,
                      int64_t point_stride) {
   const int64_t *stride = images.stride, y = tile.y + images.offset_y, x = tile.x + images.offset_x;
   const S* from = images.data + tile.n * stride[0] + channel * stride[1] + y * stride[2] + x * stride[3];
   if (access != Access::any && channels >= lanes<float> && y >= 0 && y + Pixels <= images.height && x >= 0 &&
       x + Pixels <= images.width)
-    transform_whole_patch<S, access, Pixels>(from, stride, v, point_stride);
+    transform_whole_patch<S, access, Pixels, Points>(from, stride, v, point_stride);
   else
-    transform_part_of_patch<S, access>(images, from, y, x, channels, v, point_stride);
+    transform_part_of_patch<S, access, Pixels, Points>(images, from, y, x, channels, v, point_stride);
 }
 
-// Transforms the patches of tiles [tile, tile + count) of a chunk that begins with tile `first`, for one block of channels;
-// `v` is the block's.
-template <class S, Access access, int Pixels>
-void transform_block(const TiledImages<S, Pixels>& images, int64_t first, int64_t tile, int64_t count, int64_t group,
+// Transforms the patches of tiles [tile, tile + count) of a chunk that begins with tile `first`, for one block; `v` is the
+// block's.
+template <class S, Access access, int Pixels, int Points>
+void transform_block(const TiledImages<S, Pixels, Points>& images, int64_t first, int64_t tile, int64_t count, int64_t group,
                      int64_t block, float* v, int64_t point_stride) {
+  const PhaseImages<S>& phase = images.phase[block / images.channel_blocks];
   const int64_t channels = images.block_channels(block);
-  const int64_t first_channel = group * images.channels + block * images.block_width;
+  const int64_t first_channel = group * images.channels + images.first_channel(block);
   const auto one = [&](int64_t t, int64_t channel) {
-    transform_patch<S, access>(images, images.tile_at(first + t), first_channel + channel, channels - channel,
-                               v + t * images.block_width + channel, point_stride);
+    transform_patch<S, access, Pixels, Points>(phase, images.tile_at(first + t), first_channel + channel, channels - channel,
+                                               v + t * images.block_width + channel, point_stride);
   };
   // Along what is contiguous in memory.
   if constexpr (access == Access::channels) {
@@ -312,14 +394,15 @@ void transform_block(const TiledImages<S, Pixels>& images, int64_t first, int64_
 }
 
 // Transforms the patches of a chunk of `tiles` tiles from `first` on.
-template <class S, int Pixels>
-void transform_patches(const TiledImages<S, Pixels>& images, int64_t first, int64_t tiles, float* v, const ThreadPool& pool) {
+template <class S, int Pixels, int Points>
+void transform_patches(const TiledImages<S, Pixels, Points>& images, int64_t first, int64_t tiles, float* v,
+                       const ThreadPool& pool) {
   constexpr int64_t tile_block = 16;
   const int64_t tile_blocks = ceil_div(tiles, tile_block), blocks = images.groups * images.blocks;
-  const Access access = access_of(images.stride[1], images.stride[3]);
-  const auto transform = access == Access::channels ? transform_block<S, Access::channels, Pixels>
-                         : access == Access::line   ? transform_block<S, Access::line, Pixels>
-                                                    : transform_block<S, Access::any, Pixels>;
+  const Access access = access_of(images.phase[0].stride[1], images.phase[0].stride[3]);
+  const auto transform = access == Access::channels ? transform_block<S, Access::channels, Pixels, Points>
+                         : access == Access::line   ? transform_block<S, Access::line, Pixels, Points>
+                                                    : transform_block<S, Access::any, Pixels, Points>;
   parallel_for(pool, blocks * tile_blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i / blocks * tile_block, block = i % blocks;
@@ -343,18 +426,19 @@ inline void point_product(int64_t rows, int64_t depth, Matrix<const float> v, co
 
 // ---- Result ----
 
-// By its definition: the pixel (y, x) of image n and output channel `out` of a group.
+// By its definition: the pixel (y, x) of the phase of image n and output channel `out` of a group.
 template <class S>
-float exact_pixel(const Winograd<S>& w, int64_t group, int64_t n, int64_t y, int64_t x, int64_t out) {
-  const Correlation<S>& c = w.c;
+float exact_pixel(const Correlation<S>& c, const Phase<S>& phase, int64_t group, int64_t n, int64_t y, int64_t x,
+                  int64_t out) {
+  const Axis &y_axis = phase.patches.y, &x_axis = phase.patches.x;
   float sum = 0;
-  for (int64_t r = 0; r < 3; ++r)
-    for (int64_t s = 0; s < 3; ++s) {
-      const int64_t source_y = y + w.source.offset_y + r, source_x = x + w.source.offset_x + s;
-      const bool inside =
-          source_y >= 0 && source_y < w.source.height && source_x >= 0 && source_x < w.source.width;
-      const S* weight = c.weight + group * c.weight_group_stride + out * c.weight_out_stride + r * c.weight_y_stride +
-                        s * c.weight_x_stride;
+  for (int64_t r = 0; r < y_axis.taps; ++r)
+    for (int64_t s = 0; s < x_axis.taps; ++s) {
+      const int64_t source_y = y_axis.source(y, r), source_x = x_axis.source(x, s);
+      const bool inside = source_y >= 0 && source_y < y_axis.inputs && source_x >= 0 && source_x < x_axis.inputs;
+      const S* weight = c.weight + group * c.weight_group_stride + out * c.weight_out_stride +
+                        (y_axis.first_tap + r * y_axis.tap_step) * c.weight_y_stride +
+                        (x_axis.first_tap + s * x_axis.tap_step) * c.weight_x_stride;
       const S* source = c.source + n * c.source_stride[0] + group * c.in_channels * c.source_stride[1] +
                         source_y * c.source_stride[2] + source_x * c.source_stride[3];
       for (int64_t i = 0; i < c.in_channels; ++i)
@@ -364,12 +448,12 @@ float exact_pixel(const Winograd<S>& w, int64_t group, int64_t n, int64_t y, int
 }
 
 template <class S>
-void store_exactly(const Winograd<S>& w, int64_t group, WinogradTile tile, int64_t out) {
-  const int64_t* stride = w.c.result_stride;
-  S* to = w.c.result + tile.n * stride[0] + (group * w.c.out_channels + out) * stride[1];
-  for (int64_t y = tile.y; y < min(tile.y + winograd_outputs, w.height); ++y)
-    for (int64_t x = tile.x; x < min(tile.x + winograd_outputs, w.width); ++x)
-      from_compute(exact_pixel(w, group, tile.n, y, x, out), to + y * stride[2] + x * stride[3]);
+void store_exactly(const Correlation<S>& c, const Phase<S>& phase, int64_t group, WinogradTile tile, int64_t out) {
+  S* to = phase.result + tile.n * phase.result_batch_stride + (group * c.out_channels + out) * phase.result_channel_stride;
+  for (int64_t y = tile.y; y < min(tile.y + winograd_outputs, phase.patches.y.positions); ++y)
+    for (int64_t x = tile.x; x < min(tile.x + winograd_outputs, phase.patches.x.positions); ++x)
+      from_compute(exact_pixel(c, phase, group, tile.n, y, x, out),
+                   to + y * phase.result_y_stride + x * phase.result_x_stride);
 }
 
 // Four neighbours of a line for as many channels as a vector has lanes.
@@ -397,40 +481,44 @@ void store_part_of_line(const FloatVector (&o)[4], S* to, int64_t channel_stride
 }
 
 // A^T m A + bias for one tile and the output channels [out, out + lanes) of a group, of which `channels` exist.
-template <class S, Access access>
-void transform_result(const Winograd<S>& w, int64_t group, WinogradTile tile, int64_t out, int64_t channels, const float* m,
-                      int64_t point_stride) {
-  const int64_t* stride = w.c.result_stride;
+template <class S, int Taps, Access access>
+void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile tile, int64_t out, int64_t channels,
+                      const float* m, int64_t point_stride) {
+  constexpr int points = winograd_inputs<Taps>;
+  const Phase<S>& phase = w.phase;
+  const int64_t y_stride = phase.result_y_stride, x_stride = phase.result_x_stride;
   const int64_t first = group * w.c.out_channels + out;
-  const int64_t lines = min<int64_t>(w.height - tile.y, 4), pixels = min<int64_t>(w.width - tile.x, 4);
-  S* to = w.c.result + tile.n * stride[0] + first * stride[1] + tile.y * stride[2] + tile.x * stride[3];
+  const int64_t lines = min<int64_t>(w.height() - tile.y, 4), pixels = min<int64_t>(w.width() - tile.x, 4);
+  S* to = phase.result + tile.n * phase.result_batch_stride + first * phase.result_channel_stride + tile.y * y_stride +
+          tile.x * x_stride;
   channels = min<int64_t>(channels, lanes<float>);
   const FloatVector bias = w.c.bias ? load_first(w.c.bias + first, channels) : FloatVector{};
-  FloatVector columns[6][4];
+  FloatVector columns[points][4];
 #pragma GCC unroll 1
-  for (int x = 0; x < 6; ++x, m += point_stride) {
-    FloatVector column[6];
+  for (int x = 0; x < points; ++x, m += point_stride) {
+    FloatVector column[points];
 #pragma GCC unroll 6
-    for (int y = 0; y < 6; ++y) column[y] = load_vector(m + 6 * y * point_stride);
+    for (int y = 0; y < points; ++y) column[y] = load_vector(m + points * y * point_stride);
     transform_products(column, columns[x]);
   }
   FloatVector sum = {};
   const bool whole = access != Access::any && channels == lanes<float> && lines == 4 && pixels == 4;
 #pragma GCC unroll 4
   for (int y = 0; y < 4; ++y) {
-    const FloatVector line[6] = {columns[0][y], columns[1][y], columns[2][y], columns[3][y], columns[4][y], columns[5][y]};
-    FloatVector o[4];
+    FloatVector line[points], o[4];
+#pragma GCC unroll 6
+    for (int x = 0; x < points; ++x) line[x] = columns[x][y];
     transform_products(line, o);
 #pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) o[x] = (result_scale[y] * result_scale[x]) * o[x] + bias, sum += o[x];
+    for (int x = 0; x < 4; ++x) o[x] = (result_scale<Taps>[y] * result_scale<Taps>[x]) * o[x] + bias, sum += o[x];
     if (whole)
-      store_line<S, access>(o, to + y * stride[2], stride[1], stride[3]);
+      store_line<S, access>(o, to + y * y_stride, phase.result_channel_stride, x_stride);
     else if (y < lines)
-      store_part_of_line<S, access>(o, to + y * stride[2], stride[1], stride[3], pixels, channels);
+      store_part_of_line<S, access>(o, to + y * y_stride, phase.result_channel_stride, x_stride, pixels, channels);
   }
   const FloatVector zero = sum - sum;  // not 0 where something isn't finite
   for (int64_t i = 0; i < channels; ++i)
-    if (zero[i] != 0) store_exactly(w, group, tile, out + i);
+    if (zero[i] != 0) store_exactly(w.c, phase, group, tile, out + i);
 }
 
 // ---- Work ----
@@ -448,8 +536,8 @@ struct WinogradPlan {
 };
 
 // The cut depends on the number of threads, an element's bits don't.
-template <class S>
-WinogradPlan winograd_plan(const Winograd<S>& w, int64_t threads) {
+template <class S, int Taps>
+WinogradPlan winograd_plan(const Winograd<S, Taps>& w, int64_t threads) {
   WinogradPlan p;
   const int64_t tiles = w.source.tiles(), tile_bytes = w.source.elements(1) * static_cast<int64_t>(sizeof(float));
   const int64_t most = max(winograd_least_tiles, l2_cache_bytes() / tile_bytes);
@@ -467,26 +555,45 @@ inline ThreadPool calling_thread() {
   return {1, [](int64_t n, void (*body)(void*, int64_t, int64_t), void* state) { body(state, 0, n); }};
 }
 
-template <class S, Access access>
-void result_tiles(const Winograd<S>& w, int64_t group, int64_t first, int64_t tiles, int64_t out, const float* m,
+template <class S, int Taps, Access access>
+void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int64_t tiles, int64_t out, const float* m,
                   int64_t point_stride) {
   const int64_t outs = min(w.c.out_channels - out, winograd_width);
   for (int64_t t = 0; t < tiles; ++t)
     for (int64_t i = 0; i < outs; i += lanes<float>)
-      transform_result<S, access>(w, group, w.source.tile_at(first + t), out + i, outs - i, m + t * winograd_width + i,
-                                  point_stride);
+      transform_result<S, Taps, access>(w, group, w.source.tile_at(first + t), out + i, outs - i,
+                                        m + t * winograd_width + i, point_stride);
+}
+
+// M of one block: its products, added to those of the blocks before. Those that the phase's taps leave 0 are not computed;
+// the first block, alone in the gradient to the input, stores zeros instead.
+template <class S, int Taps>
+void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t tiles, const float* v, int64_t v_stride, const float* u,
+                    float* m, int64_t m_stride) {
+  const int64_t phase = block / w.source.channel_blocks;
+  const int64_t used_y = w.used_points(w.taps_y[phase]), used_x = w.used_points(w.taps_x[phase]);
+  for (int64_t y = 0; y < w.points; ++y)
+    for (int64_t x = 0; x < w.points; ++x) {
+      const int64_t point = y * w.points + x;
+      if (y < used_y && x < used_x)
+        point_product(tiles, w.source.block_channels(block), Matrix<const float>{v + point * v_stride, w.source.block_width, 1},
+                      u + point * w.u_point_stride(), m + point * m_stride, block > 0);
+      else if (block == 0)
+        zero_matrix(Matrix<float>{m + point * m_stride, winograd_width, 1}, tiles, winograd_width);
+    }
 }
 
 // The results of a chunk of `tiles` tiles from `first` on. `packed` is U, or nullptr: then it is made on the way.
-template <class S>
-void product_step(const Winograd<S>& w, const WinogradPlan& p, const float* packed, const float* v, int64_t first,
+template <class S, int Taps>
+void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float* packed, const float* v, int64_t first,
                   int64_t tiles, const ThreadPool& pool) {
-  const TiledImages<S, winograd_inputs>& source = w.source;
+  const auto& source = w.source;
   const int64_t ranges = ceil_div(tiles, p.range_tiles), m_stride = p.range_tiles * winograd_width + line_floats;
-  const Access access = access_of(w.c.result_stride[1], w.c.result_stride[3]);
+  const int64_t m_elements = w.points * w.points * m_stride;
+  const Access access = access_of(w.phase.result_channel_stride, w.phase.result_x_stride);
   parallel_for(pool, w.c.groups * w.panels * ranges, [&](int64_t begin, int64_t end) {
-    float* m = scratch<float>(ScratchUse::worker, winograd_points * m_stride + w.u_block_stride());
-    float* own_u = m + winograd_points * m_stride;
+    float* m = scratch<float>(ScratchUse::worker, m_elements + w.u_block_stride());
+    float* own_u = m + m_elements;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i % ranges * p.range_tiles, count = min(tiles - tile, p.range_tiles);
       const int64_t panel = i / ranges % w.panels, group = i / ranges / w.panels;
@@ -495,22 +602,19 @@ void product_step(const Winograd<S>& w, const WinogradPlan& p, const float* pack
         if (!packed) transform_weights(w, group, panel, block, own_u), u = own_u;
         const float* block_v =
             v + (group * source.blocks + block) * source.block_stride(tiles) + tile * source.block_width;
-        for (int point = 0; point < winograd_points; ++point)
-          point_product(count, source.block_channels(block),
-                        Matrix<const float>{block_v + point * source.point_stride(tiles), source.block_width, 1},
-                        u + point * w.u_point_stride(), m + point * m_stride, block > 0);
+        block_products(w, block, count, block_v, source.point_stride(tiles), u, m, m_stride);
       }
-      const auto finish = access == Access::channels ? result_tiles<S, Access::channels>
-                          : access == Access::line   ? result_tiles<S, Access::line>
-                                                     : result_tiles<S, Access::any>;
+      const auto finish = access == Access::channels ? result_tiles<S, Taps, Access::channels>
+                          : access == Access::line   ? result_tiles<S, Taps, Access::line>
+                                                     : result_tiles<S, Taps, Access::any>;
       finish(w, group, first + tile, count, panel * winograd_width, m, m_stride);
     }
   });
 }
 
 // `packed`: what winograd_pack() made, or nullptr.
-template <class S>
-void correlate_by_winograd(const Winograd<S>& w, const float* packed, const ThreadPool& pool) {
+template <class S, int Taps>
+void correlate_by_winograd(const Winograd<S, Taps>& w, const float* packed, const ThreadPool& pool) {
   const WinogradPlan p = winograd_plan(w, pool.threads);
   const int64_t v_elements = round_up(w.source.elements(p.chunk_tiles), line_floats);
   const int64_t slots = p.chunk_per_thread ? pool.threads : 1;
@@ -539,24 +643,47 @@ void correlate_by_winograd(const Winograd<S>& w, const float* packed, const Thre
 
 // Measured: with fewer channels or pixels the implicit GEMM is as fast. The batch must not matter: a sample alone has the
 // bits that it has in a batch.
-inline bool winograd_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
+inline bool winograd_pays(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
   constexpr int64_t least_channels = 16, least_pixels = 16;
-  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && min(s.in_channels, s.out_channels) >= least_channels * s.groups &&
+  return s.dilation_h == 1 && s.dilation_w == 1 && min(s.in_channels, s.out_channels) >= least_channels * s.groups &&
          height * width >= least_pixels && dtype != DType::f64 && !strict_precision();
 }
+inline bool is_3x3_stride_1(const Conv2dShape& s) {
+  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1;
+}
 inline bool winograd_applies(const Conv2dForward& p) {
-  return winograd_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
+  return is_3x3_stride_1(p.shape) && winograd_pays(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
 }
 inline bool winograd_applies(const Conv2dInputGrad& p) {
-  return winograd_applies(p.shape, p.dtype, p.shape.in_height, p.shape.in_width);
+  return is_3x3_stride_1(p.shape) && winograd_pays(p.shape, p.dtype, p.shape.in_height, p.shape.in_width);
 }
 
-template <class S, class Problem>
+// Kernels of 3 or 4 taps with stride 2: at most two taps on each axis in a phase. The image of height x width pixels is the
+// result's phase. Measured: it pays to save a third of the products, with the pixels that partial tiles compute in vain taken
+// into account, and with so many tiles that the transform of the weights doesn't matter.
+inline bool winograd_on_phases_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
+  const auto two_taps = [](int64_t taps, int64_t stride) { return stride == 2 && (taps == 3 || taps == 4); };
+  const int64_t tiles = ceil_div(height, winograd_outputs) * ceil_div(width, winograd_outputs);
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  const int64_t products = (s.kernel_height + 6) * (s.kernel_width + 6) * tiles;  // 3 points and those of its taps, per phase
+  return two_taps(s.kernel_height, s.stride_h) && two_taps(s.kernel_width, s.stride_w) &&
+         winograd_pays(s, dtype, height, width) && 3 * products <= 2 * taps * height * width && tiles >= (taps < 16 ? 16 : 4);
+}
+inline bool winograd_on_phases_applies(const Conv2dForward& p) {
+  return winograd_on_phases_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
+}
+inline bool winograd_on_phases_applies(const Conv2dInputGrad& p) {
+  return min(p.shape.out_height, p.shape.out_width) > 1 &&  // else correlation() takes another stride
+         winograd_on_phases_applies(p.shape, p.dtype, ceil_div(p.shape.in_height, 2), ceil_div(p.shape.in_width, 2));
+}
+
+template <int Taps, class S, class Problem>
 void correlate_by_winograd(const Problem& problem, const ThreadPool& pool) {
   if constexpr (sizeof(Compute<S>) == sizeof(float)) {
-    const Winograd<S> w = winograd(correlation<S>(problem));
-    if (w.c.batch > 0) correlate_by_winograd(w, nullptr, pool);
+    const Correlation<S> c = correlation<S>(problem);
+    if (c.batch == 0) return;
+    for (int64_t y = 0; y < c.phases_y(); ++y)
+      for (int64_t x = 0; x < c.phases_x(); ++x) correlate_by_winograd(winograd<S, Taps>(c, y, x), nullptr, pool);
   }
 }
 

@@ -1,11 +1,13 @@
 // Winograd's F(4x4, 3x3): 4x4 results of a 3x3 correlation from a 6x6 patch, by 36 products instead of 144 (Lavin and
-// Gray, "Fast algorithms for convolutional neural networks", 2016).
+// Gray, "Fast algorithms for convolutional neural networks", 2016). And F(4x4, 2x2): of a 2x2 correlation from a 5x5 patch,
+// by 25 products instead of 64.
 //
 // With the patch d and the kernel g, the results are A^T [(G g G^T) * (B^T d B)] A, where the product * goes element by
-// element and is summed over channels. The interpolation points are 0, +-a, +-b and infinity. a = 5/8 and b = 3/2 are exact
-// in binary and give about half the error of the usual 1 and 2.
+// element and is summed over channels. The interpolation points of F(4x4, 3x3) are 0, +-a, +-b and infinity. a = 5/8 and
+// b = 3/2 are exact in binary and give about half the error of the usual 1 and 2. Those of F(4x4, 2x2) are +-c, +-d and
+// infinity; c = 3/8 and d = 5/4 give 0.4 of the error of 0, +-1, 2 and infinity.
 //
-// The gradient to the kernel follows from the same bilinear form: with the gradient o of the 4x4 results it is
+// The gradient to the 3x3 kernel follows from the same bilinear form: with the gradient o of the 4x4 results it is
 // G^T [(A o A^T) * (B^T d B)] G, summed over tiles before the outer transform.
 //
 // Every statement below has one way only to be contracted to fused multiply-adds, so that all instruction sets with a
@@ -19,8 +21,11 @@ namespace cvfast {
 namespace {
 
 constexpr int winograd_outputs = 4;  // of a tile, on each axis
-constexpr int winograd_inputs = 6;
-constexpr int winograd_points = winograd_inputs * winograd_inputs;  // products of a tile
+// Inputs of a tile and products, on each axis, with a kernel of Taps x Taps.
+template <int Taps>
+constexpr int winograd_inputs = winograd_outputs + Taps - 1;
+
+// ---- F(4x4, 3x3) ----
 
 constexpr float point_a = 0.625f, point_b = 1.5f;
 constexpr float square_a = point_a * point_a, square_b = point_b * point_b;
@@ -54,7 +59,7 @@ inline void transform_kernel(const FloatVector (&g)[3], FloatVector (&t)[6]) {
   t[5] = g[2];
 }
 
-// A^T on six vectors; the results lack the factors result_scale.
+// A^T on six vectors; the results lack the factors result_scale<3>.
 inline void transform_products(const FloatVector (&m)[6], FloatVector (&o)[4]) {
   const FloatVector even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
   const FloatVector first = m[0] + ratio_a * even_a, last = m[5] + (scale_a * square_a * point_a) * odd_a;
@@ -63,6 +68,7 @@ inline void transform_products(const FloatVector (&m)[6], FloatVector (&o)[4]) {
   o[2] = even_a - even_b;
   o[3] = last + (scale_b * square_b * point_b) * odd_b;
 }
+template <int Taps>
 constexpr float result_scale[4] = {scale_zero, scale_a * point_a, scale_a * square_a, 1};
 
 // A on four vectors.
@@ -86,6 +92,46 @@ inline void transform_sums(const FloatVector (&m)[6], FloatVector (&g)[3]) {
   g[2] = last + (scale_b * square_b) * even_b;
 }
 constexpr float kernel_scale[3] = {scale_zero, scale_a * point_a, 1};
+
+// ---- F(4x4, 2x2) ----
+
+constexpr float point_c = 0.375f, point_d = 1.25f;
+constexpr float square_c = point_c * point_c, square_d = point_d * point_d;
+
+// B^T on five vectors.
+inline void transform_line(const FloatVector (&d)[5], FloatVector (&t)[5]) {
+  const FloatVector even_c = d[2] - square_d * d[0], odd_c = d[3] - square_d * d[1];
+  const FloatVector even_d = d[2] - square_c * d[0], odd_d = d[3] - square_c * d[1];
+  const FloatVector infinity = d[4] - (square_c + square_d) * d[2];
+  t[0] = odd_c + point_c * even_c;
+  t[1] = odd_c - point_c * even_c;
+  t[2] = odd_d + point_d * even_d;
+  t[3] = odd_d - point_d * even_d;
+  t[4] = infinity + (square_c * square_d) * d[0];
+}
+
+// G on two vectors. Without a second tap the product at infinity, the last one, is 0.
+inline void transform_kernel(const FloatVector (&g)[2], FloatVector (&t)[5]) {
+  t[0] = g[0] + point_c * g[1];
+  t[1] = g[0] - point_c * g[1];
+  t[2] = g[0] + point_d * g[1];
+  t[3] = g[0] - point_d * g[1];
+  t[4] = g[1];
+}
+
+constexpr float scale_c = 1 / (2 * point_c * (square_c - square_d));
+
+// A^T on five vectors; the results lack the factors result_scale<2>.
+inline void transform_products(const FloatVector (&m)[5], FloatVector (&o)[4]) {
+  const FloatVector even_c = m[0] + m[1], odd_c = m[0] - m[1], even_d = m[2] + m[3], odd_d = m[2] - m[3];
+  const FloatVector last = even_c - (square_d / square_c) * even_d;
+  o[0] = odd_c - (point_c / point_d) * odd_d;
+  o[1] = even_c - even_d;
+  o[2] = odd_c - (point_d / point_c) * odd_d;
+  o[3] = last + 1 / (scale_c * square_c * point_c) * m[4];
+}
+template <>
+constexpr float result_scale<2>[4] = {scale_c, scale_c * point_c, scale_c * square_c, scale_c * square_c * point_c};
 
 // ---- Four vectors seen as columns of 4x4 blocks: lane 4 q + j of vector i is element (i, j) of block q. ----
 

@@ -16,12 +16,13 @@ namespace {
 
 constexpr int64_t grad_depth = 64;   // tiles of a chain of multiply-adds
 constexpr int64_t grad_rows = 64;    // most output channels of a block
+constexpr int64_t grad_points = 36;  // of a tile
 constexpr int64_t grad_panels = 2;   // panels of input channels that share a block's rows in the L1 cache
 
 template <class S>
 struct WinogradWeightGrad {
-  TiledImages<S, winograd_inputs> input;         // V; its blocks are panels
-  TiledImages<S, winograd_outputs> grad_output;  // W
+  TiledImages<S, 6, 6> input;        // V; its blocks are panels
+  TiledImages<S, 4, 6> grad_output;  // W
   S* result;
   int64_t out_stride, in_stride, y_stride, x_stride;  // of the result
 
@@ -38,11 +39,11 @@ WinogradWeightGrad<S> winograd_weight_grad(const Conv2dWeightGrad& p) {
   const int64_t *i = p.input.stride, *g = p.grad_output.stride, *r = p.grad_weight.stride;
   const int64_t tiles_y = ceil_div(s.out_height, winograd_outputs), tiles_x = ceil_div(s.out_width, winograd_outputs);
   WinogradWeightGrad<S> w;
-  w.input = {static_cast<const S*>(p.input.data), {i[0], i[1], i[2], i[3]}, s.in_height, s.in_width, -s.padding_h,
-             -s.padding_w, s.batch, tiles_y, tiles_x, s.groups, s.in_channels / s.groups, winograd_width, 0};
-  w.input.blocks = ceil_div(w.input.channels, winograd_width);
-  w.grad_output = {static_cast<const S*>(p.grad_output.data), {g[0], g[1], g[2], g[3]}, s.out_height, s.out_width, 0,
-                   0, s.batch, tiles_y, tiles_x, s.groups, s.out_channels / s.groups, 0, 0};
+  w.input = {{{static_cast<const S*>(p.input.data), {i[0], i[1], i[2], i[3]}, s.in_height, s.in_width, -s.padding_h,
+               -s.padding_w}}, 1, s.batch, tiles_y, tiles_x, s.groups, s.in_channels / s.groups, winograd_width, 0, 0};
+  w.input.blocks = w.input.channel_blocks = ceil_div(w.input.channels, winograd_width);
+  w.grad_output = {{{static_cast<const S*>(p.grad_output.data), {g[0], g[1], g[2], g[3]}, s.out_height, s.out_width, 0, 0}},
+                   1, s.batch, tiles_y, tiles_x, s.groups, s.out_channels / s.groups, 0, 0, 0};
   w.grad_output.cut_channels(grad_rows);
   w.result = static_cast<S*>(p.grad_weight.data);
   w.out_stride = r[0], w.in_stride = r[1], w.y_stride = r[2], w.x_stride = r[3];
@@ -50,7 +51,7 @@ WinogradWeightGrad<S> winograd_weight_grad(const Conv2dWeightGrad& p) {
   // V and W of a chunk: about 1 MiB.
   constexpr int64_t chunk_elements = int64_t{1} << 18, most_slices = 16, most_sums = int64_t{1} << 20;
   const int64_t tiles = w.input.tiles(), channels = w.input.channels + w.grad_output.channels;
-  w.chunk_tiles = grad_depth * max<int64_t>(1, chunk_elements / (s.groups * winograd_points * channels * grad_depth));
+  w.chunk_tiles = grad_depth * max<int64_t>(1, chunk_elements / (s.groups * grad_points * channels * grad_depth));
   w.chunks = ceil_div(tiles, w.chunk_tiles);
   w.chunk_tiles = ceil_div(tiles, w.chunks);
   const int64_t sums = s.out_channels * 9 * w.input.channels;
@@ -123,11 +124,11 @@ template <class S>
 void sum_chunk(const WinogradWeightGrad<S>& w, int64_t group, int64_t block, int64_t panel, int64_t end, int64_t tiles,
                const float* v, const float* grads, float* sums, bool add, FloatVector& special) {
   const int64_t outs = w.grad_output.block_channels(block), width = w.grad_output.block_width;
-  const int64_t point_stride = outs * winograd_width + line_floats, panel_stride = winograd_points * point_stride;
+  const int64_t point_stride = outs * winograd_width + line_floats, panel_stride = grad_points * point_stride;
   float* m = scratch<float>(ScratchUse::worker, grad_panels * panel_stride);
   const float* block_grads = grads + (group * w.grad_output.blocks + block) * w.grad_output.block_stride(tiles);
   const float* panel_v = v + group * w.input.blocks * w.input.block_stride(tiles);
-  for (int point = 0; point < winograd_points; ++point)
+  for (int point = 0; point < grad_points; ++point)
     for (int64_t tile = 0; tile < tiles; tile += grad_depth) {
       const float* a = block_grads + point * w.grad_output.point_stride(tiles) + tile * width;
       for (int64_t p = panel; p < end; ++p)
@@ -168,8 +169,8 @@ void sum_slices(const WinogradWeightGrad<S>& w, const float* sums, int64_t group
 // True if the whole result is finite.
 template <class S>
 bool weight_grad_by_winograd(const WinogradWeightGrad<S>& w, const ThreadPool& pool) {
-  const TiledImages<S, winograd_inputs>& input = w.input;
-  const TiledImages<S, winograd_outputs>& grad_output = w.grad_output;
+  const auto& input = w.input;
+  const auto& grad_output = w.grad_output;
   // Each thread has slices of its own where they share evenly; else all threads work on one slice together.
   const bool slice_per_thread = w.slices % pool.threads == 0 || w.slices >= 4 * pool.threads;
   const int64_t slots = slice_per_thread ? pool.threads : 1;
@@ -223,7 +224,7 @@ bool weight_grad_by_winograd(const WinogradWeightGrad<S>& w, const ThreadPool& p
 }
 
 inline bool winograd_applies(const Conv2dWeightGrad& p) {
-  return winograd_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
+  return is_3x3_stride_1(p.shape) && winograd_pays(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
 }
 
 template <class S>
