@@ -20,8 +20,8 @@ test-install: $(READY)  ## pip install in fresh environments, wheel and sdist (s
 	$(BIN)/python -m pytest -s tests/install --install-tests $(INSTALL)
 
 test-torch: $(READY)  ## this build, made with TORCH, under another torch: make test-torch OTHER=torch==2.14.1
-	$(PYTHON) -m venv .venv-other
-	.venv-other/bin/pip install -q $(OTHER) expecttest matplotlib numpy onnx onnxruntime onnxscript pillow pytest \
+	$(PYTHON) -m venv .venv-other  # the interpreter of Triton 3.6, which torch 2.11 brings, needs numpy < 2.4
+	.venv-other/bin/pip install -q $(OTHER) expecttest matplotlib "numpy<2.4" onnx onnxruntime onnxscript pillow pytest \
 	  pytest-xdist rich safetensors torchmetrics triton typer
 	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-other/bin/python -m pytest -n $(JOBS) \
 	  tests/ops tests/nn tests/test_import.py tests/test_backend.py tests/engine/test_use.py

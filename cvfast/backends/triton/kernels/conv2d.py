@@ -29,8 +29,8 @@ def conv2d(
     total = tl.zeros((BLOCK_M, BLOCK_N), output.dtype.element_ty)
     for chunk in range(0, reduction, CHUNK):
         part = tl.zeros((BLOCK_M, BLOCK_N), output.dtype.element_ty)
-        for start in range(0, CHUNK, BLOCK_K):
-            k = offset(tl.arange(0, BLOCK_K), WIDE) + chunk + start
+        for start in range(chunk, min(chunk + CHUNK, reduction), BLOCK_K):
+            k = offset(tl.arange(0, BLOCK_K), WIDE) + start
             c, r, s = unflatten(k, shape.kernel_height, shape.kernel_width)
             y = y0[:, None] + r[None, :] * shape.dilation_h
             x = x0[:, None] + s[None, :] * shape.dilation_w
@@ -70,8 +70,8 @@ def conv2d_input_grad(
     total = tl.zeros((BLOCK_M, BLOCK_N), grad_input.dtype.element_ty)
     for chunk in range(0, reduction, CHUNK):
         part = tl.zeros((BLOCK_M, BLOCK_N), grad_input.dtype.element_ty)
-        for start in range(0, CHUNK, BLOCK_K):
-            k = offset(tl.arange(0, BLOCK_K), WIDE) + chunk + start
+        for start in range(chunk, min(chunk + CHUNK, reduction), BLOCK_K):
+            k = offset(tl.arange(0, BLOCK_K), WIDE) + start
             c, r, s = unflatten(k, shape.kernel_height, shape.kernel_width)
             out_channel = group * shape.out_channels + c
             reach_y = (y + shape.padding_h)[:, None] - r[None, :] * shape.dilation_h
@@ -115,8 +115,8 @@ def conv2d_weight_grad(
     total = tl.zeros((BLOCK_M, BLOCK_N), grad_weight.dtype.element_ty)
     for chunk in range(0, reduction, CHUNK):
         part = tl.zeros((BLOCK_M, BLOCK_N), grad_weight.dtype.element_ty)
-        for start in range(0, CHUNK, BLOCK_K):
-            k = offset(tl.arange(0, BLOCK_K), WIDE) + chunk + start
+        for start in range(chunk, min(chunk + CHUNK, reduction), BLOCK_K):
+            k = offset(tl.arange(0, BLOCK_K), WIDE) + start
             n, p, q = unflatten(k, shape.out_height, shape.out_width)
             y = y0[:, None] + (p * shape.stride_h)[None, :]
             x = x0[:, None] + (q * shape.stride_w)[None, :]
