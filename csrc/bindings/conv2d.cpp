@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
 #include "conv2d_common.h"
@@ -12,21 +13,23 @@ namespace {
 
 using namespace cvfast;
 
-void poison(const Tensor& result) {  // all bits set is NaN in every dtype
-  if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, result.numel() * result.element_size());
+void prepare(const Tensor& result) {
+  const int64_t bytes = result.numel() * result.element_size();
+  prefer_huge_pages(result.mutable_data_ptr(), bytes);
+  if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, bytes);  // NaN in every dtype
 }
 
 struct Kernels {
   static void forward(const Conv2dForward& args, const Tensor& result) {
-    poison(result);
+    prepare(result);
     kernels().conv2d_forward(args, thread_pool());
   }
   static void input_grad(const Conv2dInputGrad& args, const Tensor& result) {
-    poison(result);
+    prepare(result);
     kernels().conv2d_input_grad(args, thread_pool());
   }
   static void weight_grad(const Conv2dWeightGrad& args, const Tensor& result) {
-    poison(result);
+    prepare(result);
     kernels().conv2d_weight_grad(args, thread_pool());
   }
 };

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstring>
 
+#include "../cpu/huge_pages.h"
 #include "../cpu/poison.h"
 #include "tensor_common.h"
 
@@ -21,8 +22,10 @@ inline int32_t compute_code(const Tensor& tensor) {
 
 inline Ints sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
-inline Tensor poisoned(const Tensor& result) {  // all bits set is NaN in every dtype
-  if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, result.numel() * result.element_size());
+inline Tensor prepared(const Tensor& result) {
+  const int64_t bytes = result.numel() * result.element_size();
+  prefer_huge_pages(result.mutable_data_ptr(), bytes);
+  if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, bytes);  // NaN in every dtype
   return result;
 }
 
@@ -33,12 +36,12 @@ inline Tensor empty_contiguous(const Ints& sizes, int32_t dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return poisoned(Tensor(handle));
+  return prepared(Tensor(handle));
 }
 
 // As torch.empty_like: dense dimensions keep their order in memory.
 inline Tensor dense_like(const Tensor& t) {
-  return t.is_contiguous() ? empty_contiguous(sizes_of(t), dtype_code(t)) : poisoned(torch::stable::empty_like(t));
+  return t.is_contiguous() ? empty_contiguous(sizes_of(t), dtype_code(t)) : prepared(torch::stable::empty_like(t));
 }
 
 }  // namespace cvfast

@@ -1,5 +1,7 @@
 #include "scratch.h"
 
+#include "huge_pages.h"
+
 #include <cstddef>
 #include <new>
 
@@ -22,6 +24,7 @@ class Buffer {
       release();
       data_ = ::operator new(static_cast<std::size_t>(bytes), alignment);
       capacity_ = bytes;
+      prefer_huge_pages(data_, bytes);
     }
     return data_;
   }

@@ -37,8 +37,8 @@ def assert_as_accurate(
     the largest single error.
 
     stand_in: (torch's result in float32, its float64 reference) of the same case. In float64 the reference errs as much
-    as what it measures, and torch's error against it says little where both sum in the same order; there torch's error
-    in float32, scaled to float64's precision, stands for it.
+    as what it measures, and torch's error against it says too little where both sum in the same order; torch's error in
+    float32, scaled to float64's precision, then stands for it where it is the larger one.
     bound: an error that is allowed anyway: that of an algorithm which is not exact, as docs/numerics.md states it.
     """
     assert exact.dtype == torch.float64, "the oracle must be float64"
@@ -49,11 +49,11 @@ def assert_as_accurate(
         msg=lambda text: f"{what}: NaN and Inf in other places than the reference's\n{text}",
     )  # fmt: skip
     eps = torch.finfo(actual.dtype).eps
-    measured, scale = (
-        ((native, exact), 1.0) if stand_in is None else (stand_in, eps / torch.finfo(stand_in[0].dtype).eps)
-    )
     for measure in (relative_error, largest_error):
-        error, attainable = measure(*_finite(actual, exact)), measure(*_finite(*measured)) * scale
+        error, attainable = measure(*_finite(actual, exact)), measure(*_finite(native, exact))
+        if stand_in is not None:
+            scale = eps / torch.finfo(stand_in[0].dtype).eps
+            attainable = max(attainable, measure(*_finite(*stand_in)) * scale)
         assert error <= max(FACTOR * attainable + FLOOR * eps, bound), (
             f"{what}: {measure.__name__} {error:.3g} against float64; torch has {attainable:.3g} in {actual.dtype}"
         )

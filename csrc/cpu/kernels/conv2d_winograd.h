@@ -18,6 +18,7 @@
 #include "../precision.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_winograd_transform.h"
+#include "transpose.h"
 
 namespace cvfast {
 namespace {
@@ -239,6 +240,52 @@ void transform_weights(const FloatVector (&taps)[Taps * Taps], float* u, int64_t
   }
 }
 
+// The weights of as many input as output channels, a vector of output channels each: of input channel i and tap t (of the
+// kernel) at i * channel_step + t * tap_step. Whole lines of memory are read once and transposed as squares.
+template <class S, int Taps>
+struct WeightSquares {
+  static constexpr int64_t L = lanes<float>, kernel_size = Taps * Taps;
+  int64_t channel_step, tap_step;  // 0, 0: the layout isn't one of the two below
+  FloatVector vector[kernel_size * L];
+
+  explicit WeightSquares(const Correlation<S>& c) : channel_step(0), tap_step(0) {
+    if (c.shape.kernel_height != Taps || c.shape.kernel_width != Taps) return;
+    if (c.weight_in_stride == 1)
+      channel_step = 1, tap_step = L;
+    else if (c.weight_in_stride == kernel_size && c.weight_y_stride == Taps && c.weight_x_stride == 1)
+      channel_step = kernel_size, tap_step = 1;
+  }
+  bool able() const { return tap_step != 0; }
+
+  void load(const Correlation<S>& c, const S* weight) {
+    for (int64_t square = 0; square < kernel_size; ++square) {
+      const int64_t y = square / Taps, x = square % Taps;
+      load_square(weight + (tap_step == 1 ? square * L : y * c.weight_y_stride + x * c.weight_x_stride), c.weight_out_stride,
+                  vector + square * L);
+    }
+  }
+  void taps(int64_t channel, PhaseTaps phase, FloatVector (&to)[Taps * Taps]) const {
+    const FloatVector* from = vector + channel * channel_step;
+    for (int64_t y = 0; y < Taps; ++y)
+      for (int64_t x = 0; x < Taps; ++x)
+        to[Taps * y + x] =
+            from[(Taps * (phase.y.first + y * phase.y.step) + phase.x.first + x * phase.x.step) * tap_step];
+  }
+
+ private:
+  static void load_square(const S* from, int64_t stride, FloatVector* to) {
+    FloatVector square[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+
+      square[i] = load_vector(from + i * stride);
+    }
+    transpose_square<float>(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) to[i] = square[i];
+  }
+};
+
 // U for one panel and one block.
 template <class S, int Taps>
 void transform_weights(const Winograd<S, Taps>& w, int64_t group, int64_t panel, int64_t block, float* u) {
@@ -249,7 +296,17 @@ void transform_weights(const Winograd<S, Taps>& w, int64_t group, int64_t panel,
   const S* weight = c.weight + group * c.weight_group_stride + first * c.weight_out_stride +
                     w.source.first_channel(block) * c.weight_in_stride;
   FloatVector loaded[4][Taps * Taps] = {};
-  for (int64_t channel = 0; channel < channels; channel += 4)
+  const auto transform = [&](const FloatVector (&g)[Taps * Taps], int64_t channel, int64_t out) {
+    transform_weights<Taps>(g, u + channel * winograd_width + out, w.u_point_stride());
+  };
+  int64_t channel = 0;
+  if (WeightSquares<S, Taps> squares(c); squares.able() && outs == winograd_width)
+    for (; channel + lanes<float> <= channels; channel += lanes<float>)
+      for (int64_t out = 0; out < winograd_width; out += lanes<float>) {
+        squares.load(c, weight + channel * c.weight_in_stride + out * c.weight_out_stride);
+        for (int64_t i = 0; i < lanes<float>; ++i) squares.taps(i, taps, loaded[0]), transform(loaded[0], channel + i, out);
+      }
+  for (; channel < channels; channel += 4)
     for (int64_t out = 0; out < winograd_width; out += lanes<float>) {
       const int64_t count = min<int64_t>(channels - channel, 4);
       const S* from = weight + channel * c.weight_in_stride + out * c.weight_out_stride;
@@ -257,8 +314,7 @@ void transform_weights(const Winograd<S, Taps>& w, int64_t group, int64_t panel,
         load_weights<S, Taps>(c, from, taps, count, loaded);
       else
         load_part_of_weights<S, Taps>(c, from, taps, count, max<int64_t>(outs - out, 0), loaded);
-      for (int64_t i = 0; i < count; ++i)
-        transform_weights<Taps>(loaded[i], u + (channel + i) * winograd_width + out, w.u_point_stride());
+      for (int64_t i = 0; i < count; ++i) transform(loaded[i], channel + i, out);
     }
 }
 
