@@ -60,6 +60,7 @@ WIDE_CASES = (  # more vectors, tiles and blocks; not for interpreters
     case("depthwise-multiplier-wide", (1, 12, 9, 35), (36, 1, 3, 3), padding=1, groups=12),
     case("depthwise-dilated", (1, 20, 16, 18), (20, 1, 7, 7), padding=6, dilation=2, groups=20),
     case("groups-wide", (2, 64, 14, 15), (64, 4, 3, 3), padding=1, groups=16),
+    case("3x3-dilated-wide", (2, 17, 27, 26), (20, 17, 3, 3), padding=(3, 2), dilation=2),
     case("3x3-many-tiles", (2, 36, 30, 29), (40, 36, 3, 3), padding=1),
     case("3x3-padding-2", (1, 40, 13, 11), (33, 40, 3, 3), padding=2),
     case("3x3-padding-3", (1, 17, 9, 8), (20, 17, 3, 3), padding=3),
@@ -196,7 +197,7 @@ class Conv2dSpec(OpSpec):
             and not _library.C.strict_precision()
             and result != "bias"
             and weight.dtype != torch.float64
-            and dilation == (1, 1)
+            and (dilation == (1, 1) or result != "weight" and stride == (1, 1))
             and min(weight.shape[0] // groups, weight.shape[1]) >= 16
         )
         if not possible:
@@ -207,7 +208,9 @@ class Conv2dSpec(OpSpec):
                 height, width = (height + 1) // 2, (width + 1) // 2
             taken = _winograd_on_phases(*weight.shape[2:], height, width)
         else:
+            tiles = -(-height // (4 * dilation[0])) * -(-width // (4 * dilation[1]))
             taken = weight.shape[2:] == (3, 3) and stride == (1, 1) and height * width >= 16
+            taken = taken and (dilation == (1, 1) or tiles >= 16)
         return WINOGRAD_ERROR if taken else 0.0
 
     def flops(self, sample: Sample) -> int:

@@ -249,6 +249,7 @@ const Case cases[] = {
     {1, 260, 16, 9, 20, 1, 1, 1, 1, 0, 0, 1, 1, 1},    // the same over two blocks of depth, a tail of channels
     {2, 30, 9, 9, 300, 3, 3, 2, 2, 1, 1, 1, 1, 1},     // few pixels; more channels than a block of columns holds
     {1, 19, 16, 16, 35, 3, 3, 1, 1, 4, 4, 4, 4, 1},    // dilated
+    {1, 16, 26, 25, 18, 3, 3, 1, 1, 3, 1, 2, 2, 1},    // dilated, by Winograd
     {10, 70, 9, 10, 40, 3, 3, 2, 2, 1, 1, 1, 1, 1},    // edges apart, where taps meet padding
     {5, 20, 4, 4, 140, 4, 4, 1, 1, 0, 0, 1, 1, 1},     // kernel covers the image: a tap per pixel of the input's gradient
     {2, 20, 40, 1, 140, 30, 1, 1, 1, 3, 0, 1, 1, 1},   // kernel longer than the result
@@ -392,7 +393,11 @@ double half_ulp(DType dtype) { return dtype == DType::bf16 ? std::ldexp(1, -8) :
 bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
   const bool input_grad = product == Product::input_grad, phases = s.stride_h == 2;
   int64_t height = input_grad ? s.in_height : s.out_height, width = input_grad ? s.in_width : s.out_width;
-  if (dtype == DType::f64 || s.dilation_h != 1 || s.dilation_w != 1 || std::min(s.in_channels, s.out_channels) < 16 * s.groups)
+  const bool dilated = s.dilation_h != 1 || s.dilation_w != 1;
+  if (dtype == DType::f64 || std::min(s.in_channels, s.out_channels) < 16 * s.groups) return false;
+  if (dilated && (product == Product::weight_grad || phases || (input_grad && std::min(s.out_height, s.out_width) == 1)))
+    return false;
+  if (dilated && (height + 4 * s.dilation_h - 1) / (4 * s.dilation_h) * ((width + 4 * s.dilation_w - 1) / (4 * s.dilation_w)) < 16)
     return false;
   if (!phases) return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 && height * width >= 16;
   if (input_grad) height = (height + 1) / 2, width = (width + 1) / 2;

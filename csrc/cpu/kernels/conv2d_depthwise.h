@@ -82,6 +82,7 @@ struct DepthwiseLine {
   int64_t begin, end;
   const S* const* const* rows;
   int64_t row_count, pixels, step;
+  const S* const* const* next_rows;  // of the next line of results
   const Compute<S>* weights;  // [row, tap][weight_stride]
   int64_t weight_stride;
   const Compute<S>* bias;  // or nullptr
@@ -96,16 +97,16 @@ void depthwise_tile(const DepthwiseLine<S>& line, int64_t pixel) {
   constexpr int64_t L = lanes<Compute<S>>;
   const int64_t step = Step ? Step : line.step;
   S* to = line.to + pixel * line.to_stride;
-  // The next tile's pixels, of the lowest line, and results are fetched meanwhile.
-  const bool another = Pixels > 1 && Step == 1 && pixel + 2 * Pixels <= line.pixels;
-  const S* const* next = line.rows[line.row_count - 1] + pixel * step + Pixels * step + Taps - step;
+  // The pixels that the next line of results is the first to read, and the next tile's results, are fetched meanwhile.
+  const bool another = Pixels > 1 && pixel + 2 * Pixels <= line.pixels;
   for (int64_t c = line.begin; c < line.end; c += L) {
     const int64_t channel = min(c, line.end - L);  // the last vector may overlap the one before
-    if (another)
+    if constexpr (Pixels > 1 && Step > 0)
+      for (int64_t i = max<int64_t>(0, line.row_count - Step); i < line.row_count; ++i)
 #pragma GCC unroll 32
-      for (int j = 0; j < Pixels * Step; ++j) __builtin_prefetch(next[j] + channel);
+        for (int j = 0; j < Pixels * Step; ++j) __builtin_prefetch(line.next_rows[i][pixel * Step + j] + channel);
     if (another)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int p = 0; p < Pixels; ++p) __builtin_prefetch(to + (Pixels + p) * line.to_stride + channel, 1);
     const Compute<S>* weights = line.weights + channel;
     V sum[Pixels] = {};
@@ -127,7 +128,7 @@ void depthwise_tile(const DepthwiseLine<S>& line, int64_t pixel) {
         }
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < Pixels; ++p) {
       if (line.bias) sum[p] += load_as<V>(line.bias + channel);
       store_vector(sum[p], to + p * line.to_stride + channel);
@@ -135,10 +136,16 @@ void depthwise_tile(const DepthwiseLine<S>& line, int64_t pixel) {
   }
 }
 
-// In tiles of 7 or 4 pixels, whichever computes fewer twice; the last one overlaps its neighbour.
+// In tiles of 7 or 4 pixels, whichever computes fewer twice; the last one overlaps its neighbour. Of 14 for many taps, where there are
+// registers for that.
 template <class S, int Taps, int Step>
 void depthwise_line(const DepthwiseLine<S>& line) {
   const int64_t pixels = line.pixels;
+  if constexpr (tile_rows == 12 && Taps >= 5 && Step == 1)
+    if (pixels >= 14 && round_up(pixels, 14) <= round_up(pixels, 4)) {
+      for (int64_t p = 0; p < pixels; p += 14) depthwise_tile<S, Taps, Step, 14>(line, min(p, pixels - 14));
+      return;
+    }
   if (pixels >= 7 && round_up(pixels, 7) <= round_up(pixels, 4))
     for (int64_t p = 0; p < pixels; p += 7) depthwise_tile<S, Taps, Step, 7>(line, min(p, pixels - 7));
   else if (pixels >= 4)
@@ -228,12 +235,17 @@ void depthwise_lines(const PixelTable<S>& table, const Axis& y, const Axis& x, i
   const DepthwiseLineKernel<S> kernel = depthwise_line_kernel<S>(x);
   const Columns columns(x);
   const int64_t rows_per_line = x.taps / kernel.row_taps;
-  const S* const* rows[block_depth];
-  DepthwiseLine<S> line = {begin, end, rows, y.taps * rows_per_line, x.positions, x.step, weights, weight_stride, bias,
-                           nullptr, columns.direction * result.pixel_stride};
-  for (int64_t i = position; i < position + lines; ++i) {
+  const S* const* rows[2][block_depth];
+  DepthwiseLine<S> line = {begin, end, nullptr, y.taps * rows_per_line, x.positions, x.step, nullptr, weights, weight_stride,
+                           bias, nullptr, columns.direction * result.pixel_stride};
+  const auto find_rows = [&](int64_t i) {
     for (int64_t row = 0; row < line.row_count; ++row)
-      rows[row] = table.line(y.source(i, row / rows_per_line)) + row % rows_per_line * columns.tap_step;
+      rows[i % 2][row] = table.line(y.source(i, row / rows_per_line)) + row % rows_per_line * columns.tap_step;
+  };
+  find_rows(position);
+  for (int64_t i = position; i < position + lines; ++i) {
+    find_rows(i + 1);  // beyond the table: a line of zeros
+    line.rows = rows[i % 2], line.next_rows = rows[(i + 1) % 2];
     line.to = result.at(i, columns.direction < 0 ? x.positions - 1 : 0);
     kernel.run(line);
   }

@@ -1,5 +1,5 @@
 // Forward convolution and gradient to the input by Winograd's F(4x4, 3x3), for 3x3 kernels with stride 1, and by F(4x4, 2x2),
-// for kernels whose taps are two on each axis within a phase of the stride, as 3x3 and 4x4 with stride 2. Dilation 1.
+// for kernels whose taps are two on each axis within a phase of the stride, as 3x3 and 4x4 with stride 2.
 //
 // The phases of the forward pass are the source's pixels with the same remainder modulo the stride: the result is the sum of
 // stride-1 correlations of them. Those of the gradient to the input are the result's pixels: each is a stride-1 correlation
@@ -701,17 +701,52 @@ void correlate_by_winograd(const Winograd<S, Taps>& w, const float* packed, cons
 // bits that it has in a batch.
 inline bool winograd_pays(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
   constexpr int64_t least_channels = 16, least_pixels = 16;
-  return s.dilation_h == 1 && s.dilation_w == 1 && min(s.in_channels, s.out_channels) >= least_channels * s.groups &&
-         height * width >= least_pixels && dtype != DType::f64 && !strict_precision();
+  return min(s.in_channels, s.out_channels) >= least_channels * s.groups && height * width >= least_pixels &&
+         dtype != DType::f64 && !strict_precision();
 }
-inline bool is_3x3_stride_1(const Conv2dShape& s) {
-  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1;
+inline int64_t winograd_tiles(int64_t height, int64_t width) {
+  return ceil_div(height, winograd_outputs) * ceil_div(width, winograd_outputs);
+}
+
+// A dilated convolution is one without dilation for each remainder of the result's coordinates modulo the dilation. Each
+// needs so many tiles that reading the transformed weights once more doesn't matter.
+inline bool winograd_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
+  const int64_t tiles = winograd_tiles(ceil_div(height, s.dilation_h), ceil_div(width, s.dilation_w));
+  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         winograd_pays(s, dtype, height, width) && (tiles >= 16 || s.dilation_h * s.dilation_w == 1);
 }
 inline bool winograd_applies(const Conv2dForward& p) {
-  return is_3x3_stride_1(p.shape) && winograd_pays(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
+  return winograd_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
 }
 inline bool winograd_applies(const Conv2dInputGrad& p) {
-  return is_3x3_stride_1(p.shape) && winograd_pays(p.shape, p.dtype, p.shape.in_height, p.shape.in_width);
+  const Conv2dShape& s = p.shape;
+  const bool one_stride = s.dilation_h * s.dilation_w == 1 || min(s.out_height, s.out_width) > 1;  // else correlation() has its own
+  return one_stride && winograd_applies(s, p.dtype, s.in_height, s.in_width);
+}
+
+// The part of `c`, which has stride 1, on the result's pixels (y, x) + (dilation_h, dilation_w) * (i, j): without dilation.
+template <class S>
+Correlation<S> dilation_part(Correlation<S> c, int64_t y, int64_t x) {
+  Conv2dShape& s = c.shape;
+  const auto cut_axis = [&](int64_t first, int64_t dimension, int64_t& dilation, int64_t& padding, int64_t& source_size,
+                            int64_t& result_size) {
+    const int64_t place = first + (c.input_grad ? padding : -padding);  // of tap 0 in the source, from the first result
+    const int64_t remainder = (place % dilation + dilation) % dilation, offset = (place - remainder) / dilation;
+    padding = c.input_grad ? offset : -offset;
+    source_size = ceil_div(max<int64_t>(0, source_size - remainder), dilation);
+    result_size = ceil_div(max<int64_t>(0, result_size - first), dilation);
+    c.source += remainder * c.source_stride[dimension], c.result += first * c.result_stride[dimension];
+    c.source_stride[dimension] *= dilation, c.result_stride[dimension] *= dilation;
+    dilation = 1;
+  };
+  if (c.input_grad) {
+    cut_axis(y, 2, s.dilation_h, s.padding_h, s.out_height, s.in_height);
+    cut_axis(x, 3, s.dilation_w, s.padding_w, s.out_width, s.in_width);
+  } else {
+    cut_axis(y, 2, s.dilation_h, s.padding_h, s.in_height, s.out_height);
+    cut_axis(x, 3, s.dilation_w, s.padding_w, s.in_width, s.out_width);
+  }
+  return c;
 }
 
 // Kernels of 3 or 4 taps with stride 2: at most two taps on each axis in a phase. The image of height x width pixels is the
@@ -719,11 +754,11 @@ inline bool winograd_applies(const Conv2dInputGrad& p) {
 // into account, and with so many tiles that the transform of the weights doesn't matter.
 inline bool winograd_on_phases_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
   const auto two_taps = [](int64_t taps, int64_t stride) { return stride == 2 && (taps == 3 || taps == 4); };
-  const int64_t tiles = ceil_div(height, winograd_outputs) * ceil_div(width, winograd_outputs);
-  const int64_t taps = s.kernel_height * s.kernel_width;
+  const int64_t taps = s.kernel_height * s.kernel_width, tiles = winograd_tiles(height, width);
   const int64_t products = (s.kernel_height + 6) * (s.kernel_width + 6) * tiles;  // 3 points and those of its taps, per phase
-  return two_taps(s.kernel_height, s.stride_h) && two_taps(s.kernel_width, s.stride_w) &&
-         winograd_pays(s, dtype, height, width) && 3 * products <= 2 * taps * height * width && tiles >= (taps < 16 ? 16 : 4);
+  return two_taps(s.kernel_height, s.stride_h) && two_taps(s.kernel_width, s.stride_w) && s.dilation_h == 1 &&
+         s.dilation_w == 1 && winograd_pays(s, dtype, height, width) && 3 * products <= 2 * taps * height * width &&
+         tiles >= (taps < 16 ? 16 : 4);
 }
 inline bool winograd_on_phases_applies(const Conv2dForward& p) {
   return winograd_on_phases_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
@@ -738,8 +773,13 @@ void correlate_by_winograd(const Problem& problem, const ThreadPool& pool) {
   if constexpr (sizeof(Compute<S>) == sizeof(float)) {
     const Correlation<S> c = correlation<S>(problem);
     if (c.batch == 0) return;
-    for (int64_t y = 0; y < c.phases_y(); ++y)
-      for (int64_t x = 0; x < c.phases_x(); ++x) correlate_by_winograd(winograd<S, Taps>(c, y, x), nullptr, pool);
+    const auto each_phase = [&](const Correlation<S>& part) {
+      for (int64_t y = 0; y < part.phases_y(); ++y)
+        for (int64_t x = 0; x < part.phases_x(); ++x) correlate_by_winograd(winograd<S, Taps>(part, y, x), nullptr, pool);
+    };
+    if (c.shape.dilation_h * c.shape.dilation_w == 1) return each_phase(c);
+    for (int64_t y = 0; y < c.shape.dilation_h; ++y)
+      for (int64_t x = 0; x < c.shape.dilation_w; ++x) each_phase(dilation_part(c, y, x));
   }
 }
 

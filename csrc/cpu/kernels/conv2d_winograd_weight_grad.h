@@ -224,7 +224,8 @@ bool weight_grad_by_winograd(const WinogradWeightGrad<S>& w, const ThreadPool& p
 }
 
 inline bool winograd_applies(const Conv2dWeightGrad& p) {
-  return is_3x3_stride_1(p.shape) && winograd_pays(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
+  const Conv2dShape& s = p.shape;
+  return s.dilation_h * s.dilation_w == 1 && winograd_applies(s, p.dtype, s.out_height, s.out_width);
 }
 
 template <class S>
