@@ -9,6 +9,18 @@ __version__ = "0.1.0"
 
 from cvfast import functional, nn, ops
 from cvfast._info import info
+from cvfast.accelerate import accelerate, override, restore
 from cvfast.backend import set_precision, use_backend
 
-__all__ = ["__version__", "functional", "info", "nn", "ops", "set_precision", "use_backend"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "functional",
+    "info",
+    "nn",
+    "ops",
+    "override",
+    "restore",
+    "set_precision",
+    "use_backend",
+]

@@ -79,6 +79,8 @@ MAY_IMPORT = {
     "cvfast/_functional/": ("cvfast.backend",),
     "cvfast/nn/": ("cvfast.functional", "cvfast.nn"),
     "cvfast/models/": ("cvfast.nn", "cvfast.models"),
+    "cvfast/_accelerate/": ("cvfast.nn", "cvfast.functional", "cvfast.backend", "cvfast._accelerate"),
+    "cvfast/accelerate.py": ("cvfast._accelerate",),
     "cvfast/data/": ("cvfast.data", "cvfast._env"),
     "cvfast/reference/": ("cvfast.reference",),
 }
