@@ -81,6 +81,7 @@ MAY_IMPORT = {
     "cvfast/models/": ("cvfast.nn", "cvfast.models"),
     "cvfast/_accelerate/": ("cvfast.nn", "cvfast.functional", "cvfast.backend", "cvfast._accelerate"),
     "cvfast/accelerate.py": ("cvfast._accelerate",),
+    "cvfast/integrations/": ("cvfast.functional",),
     "cvfast/data/": ("cvfast.data", "cvfast._env"),
     "cvfast/reference/": ("cvfast.reference",),
 }
