@@ -1,4 +1,4 @@
-"""One line for an existing model: accelerate(), restore(), override()."""
+"""One line for an existing model: accelerate(), restore(), override(); explain() and tune() tell what it gains."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch.nn import Module
 
 from cvfast._accelerate import fuse as _fuse
 from cvfast._accelerate import layers as _layers
+from cvfast._accelerate.explain import Explanation, explain
+from cvfast._accelerate.measure import load_choices, tune
 from cvfast._accelerate.override import override
 
-__all__ = ["accelerate", "override", "restore"]
+__all__ = ["Explanation", "accelerate", "explain", "load_choices", "override", "restore", "tune"]
 
 
 def accelerate(model: Module, *, copy: bool = False, fuse: bool | None = None) -> Module:

@@ -1,9 +1,12 @@
-"""accelerate(), restore() and override(): the same model, its own numbers, and back again."""
+"""accelerate() and restore(): the same model, its own numbers, and back again; override(), explain() and tune()."""
 
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 import cvfast
+from cvfast import _choices, backend
+from cvfast._accelerate import chains, measure
 from cvfast.testing.accuracy import relative_error
 
 NEAR = 2e-6  # relative L2 error in float32 of a few layers, Winograd's included
@@ -682,3 +687,139 @@ def test_override_ends_with_its_block_and_leaves_other_tensors_to_torch():
             F.scaled_dot_product_attention(nested, nested, nested)
         F.conv2d(X, torch.ones(4, 3, 3, 3))
     assert not any(event.key.startswith("cvfast") for event in profile.key_averages())
+
+
+# explain() and tune()
+
+
+def test_explain_tells_what_ran():
+    model = lively(nn.Sequential(Block(shortcut=True), nn.Flatten(), nn.Linear(16 * 144, 8)))
+    rows = cvfast.explain(model, PICTURE).rows
+    assert [row.backend for row in rows] == ["torch"] * len(rows) and rows[0].reason == "not accelerated"
+    cvfast.accelerate(model, fuse=True)
+    before = types(model)
+    explanation = cvfast.explain(model, PICTURE)
+    assert [(row.name, row.backend, row.fused) for row in explanation.rows] == [
+        ("0.conv1", "ext", "0.bn1 + 0.relu"),
+        ("0.downsample.0", "ext", "0.downsample.1"),
+        ("0.conv2", "ext", "0.bn2 + add + 0.relu"),
+        ("1", "torch", ""),
+        ("2", "torch", ""),
+    ]
+    first = explanation.rows[0]
+    assert first.inputs == first.output == [[2, 16, 12, 12]] and first.type == "Conv2d"
+    assert 0 < first.seconds < 1 and 0 < first.torch_seconds < 1
+    assert "0.bn2 + add + 0.relu" in str(explanation) and "µs" in str(explanation)
+    assert types(model) == before and chains.observer is None and "Watcher" not in repr(nn.Module.__call__)
+
+
+def test_explain_gives_reasons():
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.conv, self.unused = Own(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            return self.conv(self.own(x)) if x.sum() < torch.inf else x
+
+    model = nn.Sequential(Odd(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())).eval()
+    cvfast.accelerate(model, fuse=True)
+    with cvfast.use_backend("native"):
+        explanation = cvfast.explain(model, X)
+    own, conv, chain, unused = explanation.rows
+    assert own.reason == "Own is not one of torch's layers that cvfast has, but a class of its own"
+    assert (conv.backend, conv.reason) == ("native", "'native' was asked for")
+    assert (chain.fused, unused.reason) == ("1.1", "not called")
+    assert explanation.notes["0"] == "forward is not plain code: x.sum()"
+    rows = cvfast.explain(model[0].conv.to(torch.complex64), torch.ones(4, 4, 4) + 0j).rows
+    assert rows[0].reason == "no kernel for torch.complex64 on cpu"
+
+
+def test_explain_of_every_layer_and_of_hooks():
+    """Hooks see one call each, however often a layer is measured; random numbers go on as if it were not."""
+    model, seen = cvfast.accelerate(everything()), []
+    model.conv.register_forward_hook(lambda *args: seen.append(args))
+    torch.manual_seed(0)
+    rows = {row.name: row for row in cvfast.explain(model, X).rows}
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert len(seen) == 1 and torch.equal(torch.rand(1), drawn)
+    swapped = ["conv", "up", "lstm", "gru", "rnn", "attention", "cells.0", "cells.1", "cells.2"]
+    assert [rows[name].backend for name in swapped] == ["ext"] * 9
+    assert all(rows[name].torch_seconds > 0 for name in swapped) and rows["head"].torch_seconds is None
+
+
+@pytest.fixture
+def no_choices():
+    """Choices of the test alone."""
+    yield
+    _choices.clear()
+
+
+@pytest.mark.usefixtures("no_choices")
+def test_tune_measures_and_decides(tmp_path, monkeypatch):
+    """A call for which torch was faster goes to torch, with that reason, until gradients are wanted."""
+    model, file = cvfast.accelerate(nn.Conv2d(3, 4, 3)), tmp_path / "folder" / "choices.json"
+    monkeypatch.setattr(measure, "least_seconds", lambda *calls: [2e-3, 1e-3])
+    assert cvfast.tune(model, X, file=file) == 1
+    args = (X, model.weight, model.bias, (1, 1), (0, 0), (1, 1), 1)
+    for _ in range(2):
+        with torch.no_grad():
+            assert backend.report("conv2d", *args)["ext"] == ["measured: 2000 µs, torch 1000 µs"]
+            assert cvfast.explain(model, X).rows[0].backend == "native"
+            assert backend.select("conv2d", "ext", *args) is backend.BACKENDS["conv2d"]["ext"]
+            for other in ((X[:1], *args[1:]), (*args[:2], None, *args[3:]), (X.transpose(2, 3), *args[1:])):
+                assert backend.name_of("conv2d", backend.select("conv2d", None, *other)) == "ext"
+        assert backend.name_of("conv2d", backend.select("conv2d", None, *args)) == "ext"
+        _choices.clear()
+        assert cvfast.load_choices(file) == 1
+    monkeypatch.setattr(measure, "least_seconds", lambda *calls: [1e-3, 2e-3])
+    assert cvfast.tune(model, X, file=file) == 0
+    assert not any(_choices.torchs.values())
+
+
+@pytest.mark.usefixtures("no_choices")
+def test_choices_under_compile_and_export(tmp_path, monkeypatch):
+    """Known sizes are looked up; open ones stay open."""
+    model = cvfast.accelerate(nn.Conv2d(3, 4, 3))
+    monkeypatch.setattr(measure, "least_seconds", lambda *calls: [2e-3, 1e-3])
+    cvfast.tune(model, X, file=tmp_path / "choices.json")
+    with torch.no_grad():
+        for x, operator in ((X, "convolution"), (X.clone(), "conv2d")):
+            seen = []
+            if operator == "conv2d":
+                torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.reset()
+            backend = lambda graph, inputs, seen=seen: seen.append(graph.code) or graph  # noqa: E731
+            torch.compile(model, fullgraph=True, backend=backend)(x)
+            assert ("torch.ops.cvfast.conv2d" in seen[0]) == (operator == "conv2d")
+        program = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        assert program.module()(X[:1].expand(5, -1, -1, -1)).shape[0] == 5
+
+
+@pytest.mark.usefixtures("no_choices")
+def test_choices_that_do_not_fit(tmp_path, monkeypatch):
+    file = tmp_path / "choices.json"
+    with pytest.raises(FileNotFoundError):
+        cvfast.load_choices(file)
+    for text in ("", "[]", '{"format": "other"}', '{"format": "cvfast-choices-1", "choices": [{}]}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="choices.json holds no choices of cvfast"):
+            cvfast.load_choices(file)
+    model = cvfast.accelerate(everything())
+    cvfast.tune(model, X, file=file)
+    with monkeypatch.context() as patch:
+        patch.setattr(_choices, "machine", lambda: "abacus")
+        with pytest.raises(ValueError, match="another machine.*this is abacus"):
+            cvfast.load_choices(file)
+    assert cvfast.load_choices(file) == 9
+    code = "from cvfast import _choices; print(_choices.origin)"
+    for content, said in ((file.read_text(), "9 calls measured, in"), ("{", "not used: "), (None, "none measured")):
+        file.write_text(content) if content else file.unlink()
+        env = {**os.environ, "CVFAST_CACHE": str(tmp_path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert result.stdout.startswith(said), result.stdout + result.stderr

@@ -8,6 +8,7 @@ into the convolution's weights, which are kept until a parameter changes; if not
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -93,15 +94,37 @@ def chain(
     residual: Tensor | None = None,
 ) -> Tensor:
     """activation(norm(conv(input)) + residual), in one step where that is the same."""
-    fused = _of_module(activation) if isinstance(activation, Module) else activation
-    modules = [m for m in (conv, norm, activation) if isinstance(m, Module)]
-    if (activation is not None and fused is None) or not (_unwatched(modules) and _foldable(conv, norm)):
-        return _separate(conv, norm, activation, input, residual)
+    return (run if observer is None else observer)(conv, norm, activation, input, residual)
+
+
+observer: Callable[..., Tensor] | None = None  # takes the place of `run` while somebody explains
+
+
+def run(
+    conv: Module,
+    norm: BatchNorm2d | None,
+    activation: Module | Activation | None,
+    input: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    if not runs_as_one(conv, norm, activation):
+        return separately(conv, norm, activation, input, residual)
     weight, bias = (conv.weight, conv.bias) if norm is None else _folded(conv, norm)
-    return _convolve(conv, input, weight, bias, fused, residual)
+    return _convolve(conv, input, weight, bias, _known(activation), residual)
 
 
-def _separate(conv: Module, norm: Module | None, activation, input: Tensor, residual: Tensor | None) -> Tensor:
+def runs_as_one(conv: Module, norm: BatchNorm2d | None, activation: Module | Activation | None) -> bool:
+    if activation is not None and _known(activation) is None:
+        return False
+    return _unwatched([m for m in (conv, norm, activation) if isinstance(m, Module)]) and _foldable(conv, norm)
+
+
+def _known(activation: Module | Activation | None) -> Activation | None:
+    return _of_module(activation) if isinstance(activation, Module) else activation
+
+
+def separately(conv: Module, norm: Module | None, activation, input: Tensor, residual: Tensor | None) -> Tensor:
+    """The same by calling one layer after the other."""
     output = conv(input) if norm is None else norm(conv(input))
     if residual is not None:
         output = output + residual
