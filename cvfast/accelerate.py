@@ -30,8 +30,9 @@ def accelerate(model: Module, *, copy: bool = False, fuse: bool | None = None) -
         fuse: fold batch-norm into the convolution before it, and run convolution, batch-norm, an added tensor and the
             activation as one, where the source of a module's forward proves that nothing else changes. It needs the
             model in eval mode; batch-norm that goes back to training is not folded while it trains, and layers with
-            hooks run one by one. None: as the model is in eval mode and gradients are off (torch.no_grad,
-            torch.inference_mode).
+            hooks run one by one. None: if the model is in eval mode and gradients are off (torch.no_grad,
+            torch.inference_mode). Folded weights are made anew when a parameter changes; a change in place that
+            autograd does not see (`parameter.data.mul_`, NumPy) is missed: accelerate the model again after it.
 
     Returns:
         The model (with `copy`, the copy).

@@ -501,12 +501,28 @@ class Asked(Shape):
         return self.bn(self.conv(x))
 
 
+class OwnNumber(Shape):
+    """A parameter of its own and a number read from a buffer, anew at each call."""
+
+    def __init__(self, forward):
+        super().__init__(forward)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("shift", torch.zeros(1))
+
+    def forward(self, x):
+        shift, scale = self.shift, self.scale
+        return torch.relu(self.bn(self.conv(x))).mul(scale).flatten(1) + shift.item()
+
+
 class Twice(Shape):
     def forward(self, x):
         return self.bn(self.conv(self.bn(self.conv(x))))
 
 
-@pytest.mark.parametrize(("cls", "expected_chains"), [(Asked, ["conv + bn + (relu)"]), (Twice, ["conv + bn"] * 2)])
+@pytest.mark.parametrize(
+    ("cls", "expected_chains"),
+    [(Asked, ["conv + bn + (relu)"]), (OwnNumber, ["conv + bn + (relu)"]), (Twice, ["conv + bn"] * 2)],
+)
 @torch.no_grad()
 def test_attributes_methods_and_shared_layers(cls, expected_chains):
     model = lively(cls(None))
@@ -515,6 +531,10 @@ def test_attributes_methods_and_shared_layers(cls, expected_chains):
     for flag in (True, False):
         model.flag = flag
         assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
+        if cls is OwnNumber:
+            model.scale.mul_(2)
+            model.shift.add_(1)
+            assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
 
 
 def test_a_sequential_that_grows():
@@ -523,6 +543,24 @@ def test_a_sequential_that_grows():
     model.append(nn.Flatten())
     with torch.no_grad():
         assert model(PICTURE).shape == (2, 400)
+
+
+def test_what_batch_norm_refuses_is_refused():
+    model = cvfast.accelerate(lively(nn.Sequential(nn.Conv2d(16, 4, 3), nn.BatchNorm2d(4))), fuse=True)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        model(PICTURE[0])
+
+
+@torch.no_grad()
+def test_torchs_encoder_layers():
+    """In eval mode torch computes them without calling their attention; in training it calls cvfast's."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.arange(5) > torch.tensor([[4], [2]])
+    expected = exact(model, x)
+    cvfast.accelerate(model)
+    for mode in (False, True):
+        assert error(model.train(mode)(x), expected) < NEAR
+    assert error(model(x, src_key_padding_mask=mask)[0], expected[0]) < NEAR
 
 
 def test_a_layer_called_by_itself_is_only_itself():
@@ -713,6 +751,7 @@ def test_explain_tells_what_ran():
     assert types(model) == before and chains.observer is None and "Watcher" not in repr(nn.Module.__call__)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
 def test_explain_gives_reasons():
     class Own(nn.Conv2d):
         def forward(self, x):

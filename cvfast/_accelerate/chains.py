@@ -36,7 +36,7 @@ class Activation(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Of a tensor that nobody else has."""
         if self.name == "leaky_relu":
-            return F.leaky_relu(x, self.slope, inplace=True)
+            return F.leaky_relu(x, self.slope, inplace=self.slope >= 0)  # others have no derivative in place
         return _FUNCTIONS[self.name](x)
 
 
@@ -44,8 +44,8 @@ _FUNCTIONS = {
     "relu": torch.relu_,
     "silu": F.silu,
     "gelu": F.gelu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
 }
 _CALLS = {  # torch's function or the name of a tensor's method -> name; of one argument and in-place or not
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
@@ -107,7 +107,7 @@ def run(
     input: Tensor,
     residual: Tensor | None = None,
 ) -> Tensor:
-    if not runs_as_one(conv, norm, activation):
+    if not runs_as_one(conv, norm, activation) or (norm is not None and input.dim() != 4):  # which batch-norm refuses
         return separately(conv, norm, activation, input, residual)
     weight, bias = (conv.weight, conv.bias) if norm is None else _folded(conv, norm)
     return _convolve(conv, input, weight, bias, _known(activation), residual)

@@ -79,6 +79,8 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # as parameters are: a number read from one would be fixed in the graph
+
     def __init__(self, module: Module) -> None:
         super().__init__()
         self._known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
@@ -195,7 +197,7 @@ class _Proof:
                     self.refuse(node)
                 for value in (*args, *(keyword.value for keyword in keywords)):
                     self.expression(value)
-                self.callee(callee)
+                self.callee(callee, bool(args or keywords))
             case ast.Tuple(elts=values) | ast.List(elts=values):
                 for value in values:
                     self.expression(value)
@@ -223,14 +225,14 @@ class _Proof:
             case _:
                 self.refuse(node)
 
-    def callee(self, node: ast.expr) -> None:
+    def callee(self, node: ast.expr, arguments: bool) -> None:
         root = self.root(node)
         if root == self.code[1]:
             self.attribute(node, called=True)
-        elif root is not None and root in self.code[0].__code__.co_varnames:
-            if isinstance(node, ast.Attribute):  # a method of a value, or a module that a loop gives
+        elif root in self.code[0].__code__.co_varnames or (root is None and isinstance(node, ast.Attribute)):
+            if isinstance(node, ast.Attribute):  # a method of a value; else a module that a loop gives
                 self.expression(node.value)
-        elif not self.is_torchs(node):
+        elif not (arguments and self.is_torchs(node)):
             self.refuse(node)
 
     def is_torchs(self, node: ast.expr) -> bool:
