@@ -792,6 +792,25 @@ def test_explain_of_every_layer_and_of_hooks():
     assert all(rows[name].torch_seconds > 0 for name in swapped) and rows["head"].torch_seconds is None
 
 
+def test_explain_under_override():
+    """Functions that no layer calls have rows, and torch's layers name cvfast's backend."""
+
+    class Functions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return F.conv2d(self.conv(x), torch.ones(4, 3, 3, 3))
+
+    with cvfast.override():
+        layer, function = cvfast.explain(Functions(), X).rows
+    assert (layer.name, layer.type, layer.backend, layer.torch_seconds) == ("conv", "Conv2d", "ext", None)
+    assert (function.name, function.type, function.backend) == ("", "conv2d", "ext")
+    assert function.inputs == [[2, 3, 8, 8], [4, 3, 3, 3]] and function.output == [[2, 4, 6, 6]]
+    assert function.torch_seconds > 0
+
+
 @pytest.fixture
 def no_choices():
     """Choices of the test alone."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import partial
+from operator import is_
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,6 @@ from cvfast import functional, nn
 from cvfast._accelerate import layers
 
 CONVOLUTIONS = (layers.Conv2d, layers.ConvTranspose2d, nn.Conv2d, nn.ConvTranspose2d)
-_TRANSPOSED = (layers.ConvTranspose2d, nn.ConvTranspose2d)
 
 
 class Activation(NamedTuple):
@@ -169,18 +169,27 @@ def _foldable(conv: Module, norm: Module | None) -> bool:
         return False
     if norm is None:
         return True
+    if type(norm) is not BatchNorm2d or norm.training:
+        return False
+    weight, _, _, _, mean, variance = _sources(conv, norm)
+    return weight is not None and mean is not None and variance is not None and mean.dtype is weight.dtype
+
+
+def _sources(conv: Module, norm: BatchNorm2d) -> tuple[Tensor | None, ...]:
+    """What is folded: weight and bias of both, mean and variance; past Module.__getattr__, which takes 0.4 µs each."""
+    own, norms, statistics = conv._parameters, norm._parameters, norm._buffers
     return (
-        type(norm) is BatchNorm2d
-        and not norm.training
-        and norm.running_mean is not None
-        and norm.running_var is not None
-        and norm.running_mean.dtype == conv.weight.dtype
-    )
+        own.get("weight"), own.get("bias"), norms.get("weight"), norms.get("bias"),
+        statistics.get("running_mean"), statistics.get("running_var"),
+    )  # fmt: skip
 
 
 class _Kept(NamedTuple):
+    """eps, and the sources with their versions and places, from which weight and bias were made."""
+
+    eps: float
     sources: tuple[Tensor | None, ...]  # held, so that no other tensor takes their place in memory
-    state: tuple
+    state: list[tuple[int, int]]
     weight: Tensor
     bias: Tensor
 
@@ -192,18 +201,18 @@ def _folded(conv: Module, norm: BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias with which the convolution computes norm(conv(x)).
 
     A parameter's change is seen by its version and its place in memory, hence not where it goes past autograd (`.data`,
-    NumPy) and in place: then call `cvfast.accelerate` again, or `train()` and `eval()`.
+    NumPy) and in place: then call `cvfast.accelerate` again.
     """
-    sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    sources = _sources(conv, norm)
     if not _may_keep(sources):
         return _fold(conv, norm.eps, *sources)
-    state = (norm.eps, *((id(t), t._version, t.data_ptr()) for t in sources if t is not None))
+    state = [(t._version, t.data_ptr()) for t in sources if t is not None]
     kept = _kept.get(conv)
-    if kept is None or kept.state != state:
+    if kept is None or kept.state != state or kept.eps != norm.eps or not all(map(is_, kept.sources, sources)):
         with torch.inference_mode(False), torch.no_grad():
             exact = (None if t is None else t.double() for t in sources)
-            weight, bias = (t.to(conv.weight.dtype) for t in _fold(conv, norm.eps, *exact))
-        _kept[conv] = kept = _Kept(sources, state, weight, bias)
+            weight, bias = (t.to(sources[0].dtype) for t in _fold(conv, norm.eps, *exact))
+        _kept[conv] = kept = _Kept(norm.eps, sources, state, weight, bias)
     return kept.weight, kept.bias
 
 
@@ -217,7 +226,7 @@ def _may_keep(sources: tuple[Tensor | None, ...]) -> bool:
         or (torch.is_grad_enabled() and torch._C._any_requires_grad(*sources))
     ):
         return False
-    return not any(t is not None and t.is_inference() for t in sources)  # those have no version
+    return not any([t is not None and t.is_inference() for t in sources])  # those have no version
 
 
 def forget(conv: Module) -> None:

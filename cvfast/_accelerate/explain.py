@@ -27,7 +27,7 @@ _CVFASTS = tuple(getattr(nn, original.__name__) for original in layers.STAND_INS
 
 @dataclass
 class Row:
-    """One call of a layer, or of a chain of layers that ran as one.
+    """One call of a layer, of a chain of layers that ran as one, or of an operator by a module that is no layer.
 
     inputs, output: shapes of the tensors. backend: "ext", "triton" or "native" (torch's operators); "torch" for layers
     that are torch's; "" for those that were not called. reason: why no cvfast kernel ran. seconds: of the call, the
@@ -69,7 +69,7 @@ class Explanation:
                 _time(row.seconds if own else None), _time(row.torch_seconds if own else row.seconds),
                 row.fused, row.reason,
             )  # fmt: skip
-        both = [row for row in self.rows if row.torch_seconds is not None]
+        both = [row for row in self.rows if None not in (row.seconds, row.torch_seconds)]
         table.add_section()
         sums = (_time(sum(getattr(row, name) for row in both)) for name in ("seconds", "torch_seconds"))
         table.add_row("all with both times", "", "", "", "", *sums)
@@ -131,6 +131,7 @@ class _Watcher:
 
     def __init__(self, model: Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
+        self.open: list[str] = []  # names of the modules that are being called
         self.rows: list[Row] = []
         self.choices: list[tuple[str, str]] = []  # backend and reason, since the layer that is being called began
         self.busy = False  # with a layer, whose parts are no rows of their own
@@ -153,12 +154,22 @@ class _Watcher:
         first = next(iter(reasons))
         reason = "" if name == first else "; ".join(reasons[first]) or f"{name!r} was asked for"
         self.choices.append((name, reason))
+        if not self.busy and self.open and get_ident() == self.thread:  # a function that no layer called
+            native = backend.BACKENDS[operator]["native"]
+            row = Row(self.open[-1], operator, _sizes(args), _sizes(module.run(*args)), name, reason)
+            row.seconds, row.torch_seconds = least_seconds(lambda: module.run(*args), lambda: native.run(*args))
+            self.rows.append(row)
 
     def call(self, call, module: Module, args: tuple, kwargs: dict):
         """In place of Module.__call__, which is `call`."""
         name = self.names.get(module)
-        if self.busy or name is None or get_ident() != self.thread or not _is_layer(module):
+        if self.busy or name is None or get_ident() != self.thread:
             return call(module, *args, **kwargs)
+        if not _is_layer(module):
+            self.open.append(name)
+            output = call(module, *args, **kwargs)
+            self.open.pop()
+            return output
         with self.layer():
             start = time.perf_counter()
             output = call(module, *args, **kwargs)
@@ -168,6 +179,8 @@ class _Watcher:
                 row.backend, row.reason = self.chosen()
                 if not (module.training and parametrize.is_parametrized(module)):  # whose state changes at each call
                     row.seconds, row.torch_seconds = _compare(*[lambda: module.forward(*args, **kwargs)] * 2)
+            elif self.choices:  # a layer of torch's, under cvfast.override()
+                row.backend, row.reason = self.chosen()
             elif isinstance(module, layers.SWAPPABLE):
                 row.reason = layers.why_kept(module) or "not accelerated"
             self.rows.append(row)
