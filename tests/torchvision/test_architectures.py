@@ -74,7 +74,7 @@ def make(name: str) -> torch.nn.Module:
 
 
 def pictures(name: str, count: int) -> torch.Tensor:
-    size = {"vit": 224, "max": 224, "inc": 160}.get(name[:3], 96)
+    size = {"vit": 224, "max": 224, "inc": 299}.get(name[:3], 96)
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
 
 
