@@ -23,7 +23,7 @@ BACKBONES = {
     "resnet18_fpn": ("resnet_fpn_backbone", {"backbone_name": "resnet18"}),
     "resnet50_fpn": ("resnet_fpn_backbone", {"backbone_name": "resnet50"}),
     "resnext50_fpn": ("resnet_fpn_backbone", {"backbone_name": "resnext50_32x4d"}),
-    "mobilenet_v2": ("mobilenet_backbone", {"backbone_name": "mobilenet_v2", "fpn": False}),
+    "mobilenet_v2_backbone": ("mobilenet_backbone", {"backbone_name": "mobilenet_v2", "fpn": False}),
     "mobilenet_v3_large_fpn": ("mobilenet_backbone", {"backbone_name": "mobilenet_v3_large", "fpn": True}),
 }
 
