@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from cvfast import _env, _library, backend
+from cvfast import _choices, _env, _library, backend
 
 
 def info() -> None:
@@ -35,6 +35,7 @@ def facts() -> list[tuple[str, str]]:
         ("GPU", _gpu()),
         ("triton", _triton()),
         ("backend", f"{backend.current()} (of {', '.join(backend.NAMES)})"),
+        ("choices", _choices.origin),
         *((variable.name, str(variable.read())) for variable in _env.RUN_VARIABLES.values()),
     ]
 

@@ -8,14 +8,14 @@ device, shape and layout, so torch.compile traces through it; nothing is read fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 from torch.autograd import forward_ad
 
-from cvfast import _env, _library
+from cvfast import _choices, _env, _library
 from cvfast.backends.ext import additive_attention as ext_additive_attention
 from cvfast.backends.ext import attention as ext_attention
 from cvfast.backends.ext import conv2d as ext_conv2d
@@ -110,6 +110,8 @@ def select(operator: str, requested: str | None, *args) -> ModuleType:
     name = _current if requested is None else requested
     backends = BACKENDS[operator]
     if name == "auto":
+        if _choices.torchs and _choices.prefers_torch(operator, args) is not None:
+            return backends["native"]
         for name, module in backends.items():
             if not _why_not(name, module, args) and not module.why_slower(*args):
                 return module
@@ -137,4 +139,32 @@ def autocasts(device: str) -> bool:
 
 def report(operator: str, *args) -> dict[str, list[str]]:
     """For each backend of `operator`, in the order of `auto`, the reasons why it is not taken (empty: able)."""
-    return {name: _why_not(name, m, args) + m.why_slower(*args) for name, m in BACKENDS[operator].items()}
+    choice = _choices.prefers_torch(operator, args) if _choices.torchs else None
+    reasons = {name: _why_not(name, m, args) + m.why_slower(*args) for name, m in BACKENDS[operator].items()}
+    if choice is not None:
+        measured = f"measured: {choice.seconds * 1e6:.0f} µs, torch {choice.torch_seconds * 1e6:.0f} µs"
+        reasons = {name: found + [measured] * (name != "native") for name, found in reasons.items()}
+    return reasons
+
+
+def name_of(operator: str, module: ModuleType) -> str:
+    """The name of the backend whose module this is."""
+    return next(name for name, m in BACKENDS[operator].items() if m is module)
+
+
+@contextmanager
+def watch(callback: Callable[[str, ModuleType, tuple], None]) -> Iterator[None]:
+    """Within the block, `callback(operator, module, args)` hears of every choice, in all threads of the process."""
+    global select
+    before = select
+
+    def watched(operator: str, requested: str | None, *args) -> ModuleType:
+        module = before(operator, requested, *args)
+        callback(operator, module, args)
+        return module
+
+    select = watched
+    try:
+        yield
+    finally:
+        select = before

@@ -13,6 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -21,13 +22,15 @@ from typer.core import TyperGroup
 import cvfast
 from cvfast import _peak, engine
 from cvfast import backend as backends
+from cvfast._choices import NAME as CHOICES
+from cvfast._choices import default_file
 from cvfast.data import DataSplits
 from cvfast.engine.checkpoint import CheckpointError, load_checkpoint, replace_file
 from cvfast.engine.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from cvfast.engine.export import FORMATS
 from cvfast.engine.run import load_data
 from cvfast.engine.train import choose_device
-from cvfast.models import list_models
+from cvfast.models import create_model, input_size, list_models
 
 DEFAULT = TrainConfig(backend=backends.current())  # CVFAST_BACKEND is the default of --backend
 
@@ -262,6 +265,49 @@ def bench(ctx: typer.Context) -> None:
     raise typer.Exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *ctx.args], check=False).returncode)
 
 
+ModelOption = Annotated[
+    str, typer.Option(help=f"A checkpoint, the folder of a run, or one of: {', '.join(list_models())}.",
+                      show_default=False)
+]  # fmt: skip
+
+
+@app.command()
+def explain(
+    model: ModelOption,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    fuse: Annotated[bool, typer.Option(help="Run chains of layers as one.")] = True,
+    backend: BackendOption = DEFAULT.backend,
+    threads: ThreadsOption = None,
+) -> None:
+    """Shows layer by layer who computes, why, and how long it takes beside torch's operators."""
+    network, images = _network(model, batch, threads)
+    with cvfast.use_backend(_usage(lambda: backends.checked_name(backend))):
+        explanation = cvfast.explain(cvfast.accelerate(network, fuse=fuse), images)
+    Console().print(explanation)
+
+
+@app.command()
+def tune(
+    model: ModelOption,
+    batch: Annotated[list[int], typer.Option(min=1, help="Images per call; may be given several times.")] = [1],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="File of the choices; default: choices.json beside the checkpoint, "
+                                                  "or in CVFAST_CACHE.")] = None,
+    threads: ThreadsOption = None,
+) -> None:  # fmt: skip
+    """Measures each layer on cvfast and on torch, and keeps which was faster for this machine.
+
+    What is kept beside a checkpoint counts when that checkpoint is loaded, what is in CVFAST_CACHE always.
+    """
+    path = Path(model)
+    if out is None and path.exists():
+        out = (path if path.is_dir() else path.parent) / CHOICES
+    for images in batch:
+        network, inputs = _network(model, images, threads)
+        slower = cvfast.tune(cvfast.accelerate(network, fuse=True), inputs, file=out)
+        typer.echo(f"{model}, {images} per call: torch's operator is faster for {slower} of the calls")
+    typer.echo(f"kept in {out or default_file()}")
+
+
 @app.command()
 def info() -> None:
     """Says what this installation can do, what it can't, and why."""
@@ -274,6 +320,20 @@ def _usage(make):
         return make()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def _network(model: str, batch: int, threads: int | None) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A model of the zoo (with fresh weights) or of a checkpoint, in eval mode, and that many images for it."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if model in list_models():
+        return create_model(model).eval(), torch.rand(batch, 3, *input_size(model))
+    path = Path(model)
+    if not path.exists():
+        raise typer.BadParameter(f"{model!r} is neither a checkpoint nor one of {', '.join(list_models())}",
+                                 param_hint="--model")  # fmt: skip
+    classifier = engine.load_classifier(path)
+    return classifier, torch.randint(256, (batch, *classifier.image_shape), dtype=torch.uint8)
 
 
 def _run_data(checkpoint: Path, data: str | None = None) -> DataSplits:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cvfast import _choices
 from cvfast.data import ImageData, Preparation, batches
 from cvfast.engine.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from cvfast.models import create_model
@@ -66,11 +68,16 @@ class Classifier(nn.Module):
 def load_classifier(path: str | Path) -> Classifier:
     """The classifier in a checkpoint file or a run's folder (its best epoch), in eval mode on the CPU.
 
+    Choices that `cvfast tune` left beside it are taken, too, if they were measured on a machine like this.
+
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is not a checkpoint of cvfast, or is damaged.
     """
-    return Classifier.from_checkpoint(load_checkpoint(path))
+    classifier = Classifier.from_checkpoint(load_checkpoint(path))
+    with suppress(FileNotFoundError, ValueError):
+        _choices.load((Path(path) if Path(path).is_dir() else Path(path).parent) / _choices.NAME)
+    return classifier
 
 
 @torch.inference_mode()

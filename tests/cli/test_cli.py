@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cvfast import data
+from cvfast import _choices, data, engine
 from cvfast.cli import app
 from cvfast.engine import checkpoint as checkpoints
 from cvfast.engine.checkpoint import load_checkpoint
@@ -65,12 +65,12 @@ def picture(tmp_path):
 
 def test_help_names_every_command_and_exit_code():
     output = " ".join(cvfast("--help").output.split())
-    for word in ("demo", "train", "eval", "predict", "export", "bench", "info"):
+    for word in ("demo", "train", "eval", "predict", "export", "bench", "explain", "tune", "info"):
         assert word in output
     for code in ("0 done", "1 failed", "2 wrong usage", "3 file not found", "4 bad data", "5 bad checkpoint",
                  "6 disk full", "130 interrupted"):  # fmt: skip
         assert code in output
-    for command in ("demo", "train", "eval", "predict", "export", "info"):
+    for command in ("demo", "train", "eval", "predict", "export", "explain", "tune", "info"):
         assert cvfast(command, "--help").exit_code == 0
 
 
@@ -93,6 +93,31 @@ def test_export(run, format, name):
     assert result.exit_code == 0, result.output
     assert "40 of 40 images" in result.stdout and "[N, 1, 28, 28]" in result.stdout
     assert (run / name).stat().st_size > 100_000
+
+
+def test_explain(run):
+    for model in ("cnn", run):
+        result = cvfast("explain", "--model", model, "--batch", 2)
+        assert result.exit_code == 0 and "conv1" in result.output and "µs" in result.output
+    fails(2, "'lenet' is neither a checkpoint nor one of cnn", "explain", "--model", "lenet")
+
+
+def test_tune_keeps_choices_beside_the_checkpoint(run, tmp_path):
+    """Another machine's are not used, a file of one's own can be named."""
+    result = cvfast("tune", "--model", run, "--batch", 1, "--batch", 2)
+    assert result.exit_code == 0 and f"kept in {run / 'choices.json'}" in " ".join(result.output.split())
+    choices, _ = _choices.read(run / "choices.json")
+    assert {call[1][2] for call in choices} == {1, 2} and len(choices) == 4
+    _choices.clear()
+    loser = next(iter(choices))
+    _choices.write(run / "choices.json", {loser: _choices.Choice("ext", 2.0, 1.0)})
+    engine.load_classifier(run)
+    assert list(_choices.torchs.values()) == [{loser: _choices.Choice("ext", 2.0, 1.0)}]
+    _choices.clear()
+    assert cvfast("tune", "--model", "cnn", "--out", tmp_path / "own.json").exit_code == 0
+    assert (tmp_path / "own.json").exists()
+    (run / "choices.json").unlink()
+    _choices.clear()
 
 
 def test_info():

@@ -1,0 +1,299 @@
+"""Which modules have a forward whose graph is the same for every input: those that can be rewritten without a doubt.
+
+torch.fx records one run with stand-ins for the inputs. That the record holds for all inputs is proved from the source:
+the code is straight, and what it asks (`if`) or loops over hangs on the module's own attributes alone, which are
+watched from then on. Code that does anything else is not plain.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import operator
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from types import FunctionType
+
+import torch
+from torch import Tensor, fx
+from torch.nn import Module, ModuleList, Sequential
+
+_CONSTANTS = (type(None), bool, int, float, str)
+_TORCH = (torch, torch.nn.functional)
+_BAKED = ("is_", "get_", "set_", "manual_", "rand", "normal", "bernoulli", "empty", "seed")
+
+
+class NotPlain(Exception):
+    """Why a module's forward is left as it is."""
+
+
+@dataclass
+class Facts:
+    """What a graph depends on besides the input: the modules that lie in a module, and the values of attributes."""
+
+    children: list[tuple[Module, tuple[Module | None, ...]]] = field(default_factory=list)
+    values: list[tuple[Module, str, object]] = field(default_factory=list)
+
+    def watch_children(self, module: Module) -> None:
+        if all(module is not watched for watched, _ in self.children):
+            self.children.append((module, tuple(module._modules.values())))
+
+    def hold(self) -> bool:
+        """Whether all is as it was."""
+        return all(tuple(module._modules.values()) == children for module, children in self.children) and all(
+            getattr(module, name, NotPlain) == value for module, name, value in self.values
+        )
+
+
+def trace(module: Module) -> tuple[fx.Graph, Facts]:
+    """The graph of `module`'s own forward, in which every submodule is one node, and what it depends on.
+
+    Raises NotPlain if the graph might differ from one input to the next.
+    """
+    facts = Facts()
+    facts.watch_children(module)
+    function = type(module).forward
+    if function is not Sequential.forward:
+        _Proof(module, facts).function(function)
+    try:
+        return _Tracer(module).trace(module), facts
+    except NotPlain:
+        raise
+    except Exception as error:  # whatever the code does to a stand-in
+        raise NotPlain(f"torch.fx cannot trace it: {error}") from error
+
+
+class _Proxy(fx.Proxy):
+    """torch.fx's stand-in, which keeps `x += y` apart from `x = x + y`."""
+
+
+def _in_place(name: str) -> Callable:
+    target = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(_name))
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # as parameters are: a number read from one would be fixed in the graph
+
+    def __init__(self, module: Module) -> None:
+        super().__init__()
+        self._known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+
+    def is_leaf_module(self, module: Module, qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, argument):
+        if isinstance(argument, Tensor) and id(argument) not in self._known:
+            raise NotPlain("it computes with tensors that are neither its input nor its own")
+        return super().create_arg(argument)
+
+
+@cache
+def _source(function: FunctionType) -> ast.FunctionDef:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError) as error:
+        raise NotPlain("its source cannot be read") from error
+    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list or hasattr(function, "__wrapped__"):
+        raise NotPlain(f"{function.__name__} is decorated or no plain function")
+    return tree
+
+
+class _Proof:
+    """Goes through the source of a method and of the methods that it calls; `facts` takes what they ask of `module`."""
+
+    def __init__(self, module: Module, facts: Facts) -> None:
+        self.module, self.facts, self.open = module, facts, []
+
+    def function(self, function: Callable) -> None:
+        if not isinstance(function, FunctionType) or function in self.open:
+            raise NotPlain("its forward is no plain function")
+        tree, args = _source(function), _source(function).args
+        if args.vararg or args.kwarg or args.kwonlyargs or args.posonlyargs or not args.args:
+            raise NotPlain(f"{function.__name__} takes * or ** arguments")
+        outer = getattr(self, "code", None)
+        self.open.append(function)
+        self.code = (function, args.args[0].arg)
+        for statement in tree.body:
+            self.statement(statement)
+        self.open.pop()
+        self.code = outer
+
+    def refuse(self, node: ast.AST) -> None:
+        line = ast.unparse(node).partition("\n")[0]
+        raise NotPlain(f"{self.code[0].__name__} is not plain code: {line}")
+
+    def statement(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Pass() | ast.Expr(value=ast.Constant()):
+                pass
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))) if name != self.code[1]:
+                self.expression(node.value)
+            case ast.Assign(targets=targets, value=value):
+                for target in targets:
+                    self.target(target)
+                self.expression(value)
+            case ast.AnnAssign(target=ast.Name(), value=value) | ast.AugAssign(target=ast.Name(), value=value):
+                self.expression(value)
+            case ast.Return(value=value):
+                self.expression(value)
+            case ast.If(test=test, body=body, orelse=orelse):
+                self.question(test)
+                for statement in (*body, *orelse):
+                    self.statement(statement)
+            case ast.For(target=target, iter=iterated, body=body, orelse=[]):
+                self.target(target)
+                if not isinstance(self.attribute(iterated), (ModuleList, Sequential)):
+                    self.refuse(node)
+                for statement in body:
+                    self.statement(statement)
+            case _:
+                self.refuse(node)
+
+    def target(self, node: ast.expr) -> None:
+        names = node.elts if isinstance(node, ast.Tuple) else [node]
+        if not all(isinstance(name, ast.Name) and name.id != self.code[1] for name in names):
+            self.refuse(node)
+
+    def question(self, node: ast.expr) -> None:
+        """An expression that must hang on the module's attributes alone."""
+        match node:
+            case ast.Constant():
+                pass
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                self.question(operand)
+            case ast.BoolOp(values=values):
+                for value in values:
+                    self.question(value)
+            case ast.Compare(left=left, comparators=others):
+                for value in (left, *others):
+                    self.question(value)
+            case _:
+                self.attribute(node)
+
+    def expression(self, node: ast.expr | None) -> None:
+        match node:
+            case None | ast.Constant():
+                pass
+            case ast.Name(id=name):
+                if name == self.code[1] or name not in self.code[0].__code__.co_varnames:
+                    self.refuse(node)
+            case ast.Attribute():
+                if self.root(node) == self.code[1]:
+                    self.attribute(node)
+                else:
+                    self.expression(node.value)
+            case ast.Call(func=callee, args=args, keywords=keywords):
+                if any(isinstance(arg, ast.Starred) for arg in args) or any(k.arg is None for k in keywords):
+                    self.refuse(node)
+                for value in (*args, *(keyword.value for keyword in keywords)):
+                    self.expression(value)
+                self.callee(callee, bool(args or keywords))
+            case ast.Tuple(elts=values) | ast.List(elts=values):
+                for value in values:
+                    self.expression(value)
+            case ast.Dict(keys=keys, values=values):
+                for value in (*keys, *values):
+                    self.expression(value)
+            case ast.Subscript(value=value, slice=index):
+                if self.root(value) == self.code[1]:
+                    self.attribute(node)
+                else:
+                    self.expression(value)
+                    self.expression(index)
+            case ast.Slice(lower=lower, upper=upper, step=step):
+                for value in (lower, upper, step):
+                    self.expression(value)
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
+                self.expression(operand)
+            case ast.BinOp(left=left, right=right):
+                self.expression(left)
+                self.expression(right)
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                self.question(test)
+                self.expression(body)
+                self.expression(orelse)
+            case _:
+                self.refuse(node)
+
+    def callee(self, node: ast.expr, arguments: bool) -> None:
+        root = self.root(node)
+        if root == self.code[1]:
+            self.attribute(node, called=True)
+        elif root in self.code[0].__code__.co_varnames or (root is None and isinstance(node, ast.Attribute)):
+            if isinstance(node, ast.Attribute):  # a method of a value; else a module that a loop gives
+                self.expression(node.value)
+        elif not (arguments and self.is_torchs(node)):
+            self.refuse(node)
+
+    def is_torchs(self, node: ast.expr) -> bool:
+        """Whether this is a function of torch or torch.nn.functional that computes with its arguments."""
+        try:
+            value = self.value(node)
+        except (AttributeError, KeyError):
+            return False
+        name = getattr(value, "__name__", "")
+        return not name.startswith(_BAKED) and any(getattr(owner, name, None) is value for owner in _TORCH)
+
+    def value(self, node: ast.expr) -> object:
+        if isinstance(node, ast.Attribute):
+            return getattr(self.value(node.value), node.attr)
+        return self.code[0].__globals__[node.id]  # KeyError: a builtin, or from an enclosing function
+
+    @staticmethod
+    def root(node: ast.expr) -> str | None:
+        while isinstance(node, (ast.Attribute, ast.Subscript)):
+            node = node.value
+        return node.id if isinstance(node, ast.Name) else None
+
+    def attribute(self, node: ast.expr, called: bool = False) -> object:
+        """The value of self.a, self.a.b or self.a[0], which is watched; with `called`, it may be a method."""
+        match node:
+            case ast.Name(id=name) if name == self.code[1]:
+                return self.module
+            case ast.Attribute(value=value, attr=name):
+                owner = self.attribute(value)
+            case ast.Subscript(value=value, slice=ast.Constant(value=index)):
+                owner = self.attribute(value)
+                if not isinstance(owner, (ModuleList, Sequential)) or type(index) is not int:
+                    self.refuse(node)
+                self.facts.watch_children(owner)
+                return owner[index]
+            case _:
+                self.refuse(node)
+        if not isinstance(owner, Module):
+            self.refuse(node)
+        return self.member(node, owner, name, called)
+
+    def member(self, node: ast.expr, owner: Module, name: str, called: bool) -> object:
+        if isinstance(getattr(type(owner), name, None), FunctionType) and name not in owner.__dict__:
+            if not called or owner is not self.module:
+                self.refuse(node)
+            self.function(getattr(type(owner), name))
+            return None
+        if isinstance(inspect.getattr_static(type(owner), name, None), property):
+            self.refuse(node)
+        value = getattr(owner, name, NotPlain)
+        if isinstance(value, Module):
+            self.facts.watch_children(owner)
+            if isinstance(value, (ModuleList, Sequential)):
+                self.facts.watch_children(value)
+        elif isinstance(value, Tensor):
+            if owner._parameters.get(name) is not value and owner._buffers.get(name) is not value:
+                self.refuse(node)
+        elif type(value) in _CONSTANTS or (type(value) is tuple and all(type(v) in _CONSTANTS for v in value)):
+            self.facts.values.append((owner, name, value))
+        elif called and any(getattr(o, getattr(value, "__name__", ""), None) is value for o in _TORCH):
+            self.facts.values.append((owner, name, value))  # such as self.act = F.relu
+        else:
+            self.refuse(node)
+        return value

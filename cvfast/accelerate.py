@@ -1,0 +1,71 @@
+"""One line for an existing model: accelerate(), restore(), override(); explain() and tune() tell what it gains."""
+
+from __future__ import annotations
+
+import copy as _copy
+
+import torch
+from torch.nn import Module
+
+from cvfast._accelerate import fuse as _fuse
+from cvfast._accelerate import layers as _layers
+from cvfast._accelerate.explain import Explanation, explain
+from cvfast._accelerate.measure import load_choices, tune
+from cvfast._accelerate.override import override
+
+__all__ = ["Explanation", "accelerate", "explain", "load_choices", "override", "restore", "tune"]
+
+
+def accelerate(model: Module, *, copy: bool = False, fuse: bool | None = None) -> Module:
+    """The model with torch's layers swapped for cvfast's, which share their parameters.
+
+    Conv2d, ConvTranspose2d, LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell and MultiheadAttention of torch.nn change their
+    class and nothing else: state_dict, hooks, names, devices, modes, parametrizations, tied weights and every reference
+    to a layer stay as they are. Subclasses with code of their own stay torch's; see `override` for those.
+    A model may be accelerated twice; layers that are cvfast's already stay so.
+
+    Args:
+        model: any torch.nn.Module; changed in place.
+        copy: leave `model` as it is and change a deep copy.
+        fuse: fold batch-norm into the convolution before it, and run convolution, batch-norm, an added tensor and the
+            activation as one, where the source of a module's forward proves that nothing else changes. It needs the
+            model in eval mode; batch-norm that goes back to training is not folded while it trains, and layers with
+            hooks run one by one. None: if the model is in eval mode and gradients are off (torch.no_grad,
+            torch.inference_mode). Folded weights are made anew when a parameter changes; a change in place that
+            autograd does not see (`parameter.data.mul_`, NumPy) is missed: accelerate the model again after it.
+
+    Returns:
+        The model (with `copy`, the copy).
+
+    Raises:
+        TypeError: `model` is no Module.
+        ValueError: `fuse=True` for a model in training mode.
+    """
+    _check(model)
+    if fuse is None:
+        fuse = not model.training and not torch.is_grad_enabled()
+    elif fuse and model.training:
+        raise ValueError("accelerate: fuse=True needs a model in eval mode; call model.eval() first")
+    if copy:
+        model = _copy.deepcopy(model)
+    for module in model.modules():
+        _layers.swap(module)
+    (_fuse.fuse if fuse else _fuse.unfuse)(model)
+    return model
+
+
+def restore(model: Module) -> Module:
+    """Undoes `accelerate`, in place and exactly: each layer gets the class back that it had. Returns the model.
+
+    Parameters keep the values that they have now. Raises TypeError if `model` is no Module.
+    """
+    _check(model)
+    _fuse.unfuse(model)
+    for module in model.modules():
+        _layers.restore(module)
+    return model
+
+
+def _check(model: Module) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")

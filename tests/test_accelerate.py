@@ -1,0 +1,883 @@
+"""accelerate() and restore(): the same model, its own numbers, and back again; override(), explain() and tune()."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+
+import cvfast
+from cvfast import _choices, backend
+from cvfast._accelerate import chains, measure
+from cvfast.testing.accuracy import relative_error
+
+NEAR = 2e-6  # relative L2 error in float32 of a few layers, Winograd's included
+
+
+class Block(nn.Module):
+    """A residual block as torchvision writes it, with what makes batch-norm more than the identity."""
+
+    def __init__(self, channels=16, activation=None, shortcut=False):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = activation or nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)) if shortcut else None
+        )
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+def lively(model, mode=False):
+    """The model with batch-norm that changes numbers, in the given mode."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+    return model.train(mode)
+
+
+def everything():
+    """One of each layer that is swapped, used one after the other."""
+
+    class Everything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+            self.lstm, self.gru, self.rnn = nn.LSTM(12, 8), nn.GRU(8, 8, bidirectional=True), nn.RNN(16, 8)
+            self.cells = nn.ModuleList([nn.LSTMCell(8, 8), nn.GRUCell(8, 8), nn.RNNCell(8, 8)])
+            self.attention = nn.MultiheadAttention(8, 2)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.up(self.conv(x)).flatten(0, 1)
+            for layer in (self.lstm, self.gru, self.rnn):
+                x, _ = layer(x)
+            x, _ = self.attention(x, x, x, need_weights=False)
+            x, _ = self.cells[0](x[-1])
+            return self.head(self.cells[2](self.cells[1](x)))
+
+    torch.manual_seed(0)
+    return Everything()
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+PICTURE = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def types(model):
+    return [type(module) for module in model.modules()]
+
+
+def exact(model, *inputs):
+    """The float64 result of a copy on torch's operators."""
+    twin = cvfast.restore(copy.deepcopy(model)).double()
+    with torch.no_grad():
+        return twin(*(x.double() for x in inputs))
+
+
+def error(actual, expected):
+    return relative_error(actual.detach(), expected)
+
+
+def fused(model):
+    """Module name -> its chains, as text."""
+    plans = {name: m.__dict__.get("_cvfast_plan") for name, m in model.named_modules()}
+    return {name: [str(c) for c in plan.chains] for name, plan in plans.items() if plan is not None}
+
+
+def test_layers_become_cvfasts_and_torchs_again():
+    model = everything()
+    expected, before = exact(model, X), types(model)
+    state, dictionary = {k: v.data_ptr() for k, v in model.state_dict().items()}, model.attention.__dict__.copy()
+    text = repr(model)
+    assert cvfast.accelerate(model) is model
+    swapped = [m for m in model.modules() if type(m).__module__ == "cvfast._accelerate.layers"]
+    assert len(swapped) == 9 and all(isinstance(m, getattr(cvfast.nn, type(m).__name__)) for m in swapped)
+    assert {k: v.data_ptr() for k, v in model.state_dict().items()} == state and repr(model) == text
+    assert error(model(X).detach(), expected) < NEAR
+    assert cvfast.restore(model) is model
+    assert types(model) == before and model.attention.__dict__ == dictionary
+
+
+def test_it_runs_cvfasts_kernels():
+    model = cvfast.accelerate(everything())
+    with torch.profiler.profile() as profile:
+        model(X)
+    ran = {event.key for event in profile.key_averages()}
+    operators = ("conv2d", "conv_transpose2d", "lstm", "gru", "rnn_tanh", "attention", "lstm_cell", "gru_cell")
+    assert {f"cvfast_kernels::{name}" for name in operators} <= ran
+
+
+def test_the_model_itself_may_be_a_layer():
+    layer = nn.Conv2d(3, 4, 3)
+    assert type(cvfast.accelerate(layer)) is not nn.Conv2d and type(cvfast.restore(layer)) is nn.Conv2d
+
+
+def test_copy_leaves_the_model_alone():
+    model = everything()
+    before = types(model)
+    twin = cvfast.accelerate(model, copy=True)
+    assert types(model) == before and types(twin) != before
+    assert twin.conv.weight is not model.conv.weight and torch.equal(twin.conv.weight, model.conv.weight)
+
+
+def test_cvfasts_own_layers_stay_when_it_restores():
+    model = nn.Sequential(cvfast.nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    cvfast.restore(cvfast.accelerate(cvfast.accelerate(model)))
+    assert types(model)[1:] == [cvfast.nn.Conv2d, nn.Conv2d]
+
+
+def test_subclasses_and_replaced_forwards_are_not_swapped():
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = nn.Sequential(Own(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].forward = lambda x: x
+    before, expected = types(model), model(X)
+    cvfast.accelerate(model)
+    assert types(model) == before and torch.equal(model(X), expected)
+
+
+def test_every_kind_of_hook_still_runs():
+    layer, seen = nn.Conv2d(3, 4, 3), []
+    layer.register_forward_pre_hook(lambda m, a: seen.append("forward_pre"))
+    layer.register_forward_hook(lambda m, a, o: seen.append("forward"))
+    layer.register_full_backward_pre_hook(lambda m, g: seen.append("backward_pre"))
+    layer.register_full_backward_hook(lambda m, i, o: seen.append("backward"))
+    layer.register_state_dict_pre_hook(lambda *a: seen.append("state_dict_pre"))
+    layer.register_load_state_dict_post_hook(lambda *a: seen.append("load_state_dict_post"))
+    for change in (cvfast.accelerate, cvfast.restore):
+        seen.clear()
+        change(layer)(X.clone().requires_grad_()).sum().backward()
+        layer.load_state_dict(layer.state_dict())
+        assert seen == ["forward_pre", "forward", "backward_pre", "backward", "state_dict_pre", "load_state_dict_post"]
+
+
+def test_tied_weights_shared_modules_and_references():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    model[1].weight = model[0].weight
+    model.append(model[0])
+    held = model[0]
+    cvfast.accelerate(model)
+    assert model[0] is held is model[2] and model[0].weight is model[1].weight
+    expected = exact(model, PICTURE[:, :4])
+    assert error(model(PICTURE[:, :4]), expected) < NEAR
+    cvfast.restore(model)
+    assert types(model)[1:] == [nn.Conv2d] * 2
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+        torch.nn.utils.spectral_norm,
+        pytest.param(torch.nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")),
+    ],
+    ids=lambda wrap: f"{wrap.__module__.split('.')[-1]}.{wrap.__name__}",
+)
+def test_parametrizations_stay(wrap):
+    torch.manual_seed(0)
+    layer = wrap(nn.Conv2d(3, 8, 3)).eval()
+    cls, expected, keys = type(layer), layer(X), list(layer.state_dict())
+    cvfast.accelerate(layer)
+    assert isinstance(layer, cvfast.nn.Conv2d) and list(layer.state_dict()) == keys
+    torch.testing.assert_close(layer(X), expected)
+    if parametrize.is_parametrized(layer):  # torch cannot copy the others
+        torch.testing.assert_close(copy.deepcopy(layer)(X), expected)
+    layer(X).sum().backward()
+    cvfast.restore(layer)
+    assert type(layer) is cls and torch.equal(layer(X), expected)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_parametrizations_that_come_and_go_meanwhile():
+    """Registered or removed while the layer is cvfast's; a copy made before keeps its own."""
+    layer = parametrize.register_parametrization(nn.Conv2d(3, 4, 3), "weight", Doubled())
+    twin, expected = copy.deepcopy(layer), layer(X)
+    cvfast.accelerate(layer)
+    parametrize.register_parametrization(layer, "bias", Doubled())
+    parametrize.remove_parametrizations(layer, "weight")
+    assert torch.equal(twin(X), expected) and type(twin).__bases__ == (nn.Conv2d,)
+    cvfast.restore(layer)
+    assert type(layer).__bases__ == (nn.Conv2d,) and parametrize.is_parametrized(layer, "bias")
+    torch.testing.assert_close(layer(X), twin(X) + layer.bias.view(-1, 1, 1) / 2)
+    parametrize.remove_parametrizations(cvfast.accelerate(layer), "bias")
+    assert type(cvfast.restore(layer)) is nn.Conv2d
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="expected a torch.nn.Module, got Tensor"):
+        cvfast.accelerate(X)
+    with pytest.raises(ValueError, match="fuse=True needs a model in eval mode"):
+        cvfast.accelerate(Block(), fuse=True)
+
+
+# Fusion
+
+
+def test_fusion_is_the_default_without_gradients_in_eval_mode():
+    assert fused(cvfast.accelerate(Block().eval())) == {}
+    with torch.no_grad():
+        assert fused(cvfast.accelerate(Block())) == {}
+        assert fused(cvfast.accelerate(Block().eval(), fuse=False)) == {}
+        model = cvfast.accelerate(Block().eval())
+    assert fused(model) == {"": ["conv1 + bn1 + relu", "conv2 + bn2 + add + relu"]}
+    assert fused(cvfast.accelerate(model)) == {}
+
+
+ACTIVATIONS = [nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.SiLU(), nn.GELU(), nn.Sigmoid(), nn.Tanh()]
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, nn.GELU("tanh"), nn.Softplus()], ids=repr)
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_residual_blocks(activation, shortcut):
+    model = lively(Block(activation=activation, shortcut=shortcut))
+    expected, before, keys = exact(model, PICTURE), types(model), list(model.state_dict())
+    cvfast.accelerate(model, fuse=True)
+    known = activation in ACTIVATIONS
+    first, second = "conv1 + bn1", "conv2 + bn2"
+    if known or not shortcut:  # what an unknown activation gives might be changed before the sum
+        second += " + add"
+    assert fused(model)[""] == [first + " + relu" * known, second + " + relu" * known]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert error(model(PICTURE), expected) < NEAR
+    assert list(model.state_dict()) == keys
+    cvfast.restore(model)
+    assert types(model) == before and "_cvfast_plan" not in model.__dict__
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("convolution", [nn.Conv2d, nn.ConvTranspose2d, "reflect"])
+def test_sequential(convolution, affine, groups):
+    options = {"padding_mode": convolution, "padding": 1} if convolution == "reflect" else {}
+    cls = nn.Conv2d if options else convolution
+    layers = [cls(16, 8, 3, groups=groups, **options), nn.BatchNorm2d(8, affine=affine), nn.LeakyReLU(0.2, True)]
+    model = lively(nn.Sequential(*layers, nn.MaxPool2d(2)))
+    expected = exact(model, PICTURE)
+    cvfast.accelerate(model, fuse=True)
+    assert fused(model) == {"": ["0 + 1 + 2"]}
+    with torch.no_grad():
+        assert error(model(PICTURE), expected) < NEAR
+        assert error(model.to(memory_format=torch.channels_last)(PICTURE), expected) < NEAR
+
+
+def test_gradients_are_those_of_the_separate_layers():
+    model, x = lively(Block()), PICTURE.double().requires_grad_()
+    model.double()
+    wanted = torch.autograd.grad(model(x).sin().sum(), (x, *model.parameters()))
+    cvfast.accelerate(model, fuse=True)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sin().sum(), (x, *model.parameters())), wanted)
+
+
+def test_training_runs_the_layers_one_by_one():
+    model, twin = lively(Block()), lively(Block())
+    twin.load_state_dict(model.state_dict())
+    cvfast.accelerate(model, fuse=True)
+    for m in (model, twin):
+        m.train()
+        m(PICTURE).square().mean().backward()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.conv1.weight.grad, twin.conv1.weight.grad, rtol=1e-3, atol=1e-5)
+
+
+def changed_weight(model):
+    model.conv1.weight.mul_(2)
+
+
+def swapped_data(model):
+    model.conv1.weight.data = model.conv1.weight.data * 2
+
+
+def new_parameter(model):
+    model.conv1.weight = nn.Parameter(model.conv1.weight * 2)
+
+
+def loaded(model):
+    model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()})
+
+
+def other_statistics(model):
+    model.bn1.running_var.mul_(3)
+
+
+def other_eps(model):
+    model.bn1.eps = 0.5
+
+
+def hook(model):
+    model.conv1.register_forward_hook(lambda m, args, output: output * 2)
+
+
+def pre_hook(model):
+    model.bn2.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+
+
+def replaced_layer(model):
+    model.conv2 = nn.Conv2d(16, 16, 1)
+
+
+def no_norm(model):
+    model.bn1 = nn.Identity()
+
+
+def a_shortcut(model):
+    model.downsample = nn.Conv2d(16, 16, 1)
+
+
+def parametrized(model):
+    parametrize.register_parametrization(model.conv1, "weight", Doubled())
+
+
+def norm_in_training(model):
+    model.bn1.train().momentum = None
+
+
+def cast(model):
+    model.half().float()
+
+
+CHANGES = [
+    changed_weight, swapped_data, new_parameter, loaded, other_statistics, other_eps, hook, pre_hook, replaced_layer,
+    no_norm, a_shortcut, parametrized, norm_in_training, cast,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_changes_after_fusion_are_seen(change):
+    model = lively(Block())
+    cvfast.accelerate(model, fuse=True)
+    before = model(PICTURE)
+    change(model)
+    expected = exact(model, PICTURE)
+    output = model(PICTURE)
+    assert error(output, expected) < NEAR
+    assert error(before, expected) > 1e-3 or change is cast
+
+
+def test_hooks_of_blocks_and_layers_see_what_they_saw():
+    """A hook on a block that holds chains, and hooks on a chain's layers: the same values as without fusion."""
+    model = lively(nn.Sequential(Block(), Block()))
+    cvfast.accelerate(model, fuse=True)
+    seen = []
+    for name in ("0", "1.conv1", "1.bn2"):
+        model.get_submodule(name).register_forward_hook(lambda m, a, output: seen.append(output.clone()))
+    with torch.no_grad():
+        model(PICTURE)
+        first, seen = seen, []
+        cvfast.restore(model)(PICTURE)
+    assert len(first) == 3
+    torch.testing.assert_close(first, seen, rtol=1e-4, atol=1e-4)
+
+
+class Shape(nn.Module):
+    """What keeps chains from being fused: `forward` is given by the test."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1)
+        self.kept, self.flag, self.table = [], True, {}
+        self.function = forward
+
+
+class UsedTwice(Shape):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + y
+
+
+class Elsewhere(Shape):
+    def forward(self, x):
+        y = self.conv(x)
+        x = F.relu(x, inplace=True)
+        return self.bn(y) + x
+
+
+class Asks(Shape):
+    def forward(self, x):
+        return self.bn(self.conv(x)) if x.shape[0] > 1 else self.conv(x)
+
+
+class AsksForNothing(Shape):
+    def forward(self, x, mask=None):
+        y = self.bn(self.conv(x))
+        return y if mask is None else y * mask
+
+
+class Keeps(Shape):
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        self.kept.append(x)
+        return x
+
+
+class Sets(Shape):
+    def forward(self, x):
+        self.last = self.conv(x)
+        return self.bn(self.last)
+
+
+class Random(Shape):
+    def forward(self, x):
+        return self.bn(self.conv(x)) + torch.rand(1)
+
+
+class Context(Shape):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.conv(x)
+        return self.bn(x)
+
+
+class Unread(Shape):
+    forward = eval("lambda self, x: self.bn(self.conv(x))")
+
+
+class Decorated(Shape):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected_chains"),
+    [
+        (UsedTwice, None), (Elsewhere, ["conv + bn"]), (Asks, None), (AsksForNothing, None), (Keeps, None),
+        (Sets, None), (Random, None), (Context, None), (Unread, None), (Decorated, None),
+    ],
+)  # fmt: skip
+def test_what_is_not_proved_is_not_fused(cls, expected_chains):
+    torch.manual_seed(0)
+    model = lively(cls(None))
+    expected = exact(model, PICTURE.clone())
+    cvfast.accelerate(model, fuse=True)
+    assert fused(model) == ({} if expected_chains is None else {"": expected_chains})
+    if cls is not Random:
+        with torch.no_grad():
+            assert error(model(PICTURE.clone()), expected) < NEAR
+
+
+class Asked(Shape):
+    def forward(self, x):
+        x = self.run(x)
+        if self.flag:
+            return torch.relu(x)
+        return x
+
+    def run(self, x):
+        return self.bn(self.conv(x))
+
+
+class OwnNumber(Shape):
+    """A parameter of its own and a number read from a buffer, anew at each call."""
+
+    def __init__(self, forward):
+        super().__init__(forward)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("shift", torch.zeros(1))
+
+    def forward(self, x):
+        shift, scale = self.shift, self.scale
+        return torch.relu(self.bn(self.conv(x))).mul(scale).flatten(1) + shift.item()
+
+
+class Twice(Shape):
+    def forward(self, x):
+        return self.bn(self.conv(self.bn(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected_chains"),
+    [(Asked, ["conv + bn + (relu)"]), (OwnNumber, ["conv + bn + (relu)"]), (Twice, ["conv + bn"] * 2)],
+)
+@torch.no_grad()
+def test_attributes_methods_and_shared_layers(cls, expected_chains):
+    model = lively(cls(None))
+    cvfast.accelerate(model, fuse=True)
+    assert fused(model) == {"": expected_chains}
+    for flag in (True, False):
+        model.flag = flag
+        assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
+        if cls is OwnNumber:
+            model.scale.mul_(2)
+            model.shift.add_(1)
+            assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
+
+
+def test_a_sequential_that_grows():
+    model = lively(nn.Sequential(nn.Conv2d(16, 4, 3), nn.BatchNorm2d(4)))
+    cvfast.accelerate(model, fuse=True)
+    model.append(nn.Flatten())
+    with torch.no_grad():
+        assert model(PICTURE).shape == (2, 400)
+
+
+def test_what_batch_norm_refuses_is_refused():
+    model = cvfast.accelerate(lively(nn.Sequential(nn.Conv2d(16, 4, 3), nn.BatchNorm2d(4))), fuse=True)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        model(PICTURE[0])
+
+
+@torch.no_grad()
+def test_torchs_encoder_layers():
+    """In eval mode torch computes them without calling their attention; in training it calls cvfast's."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.arange(5) > torch.tensor([[4], [2]])
+    expected = exact(model, x)
+    cvfast.accelerate(model)
+    for mode in (False, True):
+        assert error(model.train(mode)(x), expected) < NEAR
+    assert error(model(x, src_key_padding_mask=mask)[0], expected[0]) < NEAR
+
+
+def test_a_layer_called_by_itself_is_only_itself():
+    model = lively(Block())
+    conv, expected = model.conv1, exact(model.conv1, PICTURE)
+    cvfast.accelerate(model, fuse=True)
+    model(PICTURE)
+    assert error(conv(PICTURE), expected) < NEAR
+
+
+# What else is done with models
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("fusing", [False, True])
+def test_copies(copied, fusing):
+    model = cvfast.accelerate(lively(nn.Sequential(Block(), nn.Sequential(Block()))), fuse=fusing)
+    twin = copied(model)
+    with torch.no_grad():
+        assert torch.equal(twin(PICTURE), model(PICTURE))
+    assert types(twin) == types(model) and fused(twin) == fused(model)
+    assert types(cvfast.restore(twin))[1] is Block
+
+
+def test_saved_with_torch_save(tmp_path):
+    model = cvfast.accelerate(lively(Block()), fuse=True)
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(twin(PICTURE), model(PICTURE)) and fused(twin) == fused(model)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile(grad):
+    model = cvfast.accelerate(lively(Block(shortcut=True)), fuse=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        assert error(compiled(PICTURE), exact(model, PICTURE)) < NEAR
+        model.conv1.weight.data.mul_(2)
+        assert error(compiled(PICTURE), exact(model, PICTURE)) < NEAR
+    compiled.train()
+    compiled(PICTURE).sum().backward()
+
+
+def test_export():
+    model = cvfast.accelerate(lively(Block()), fuse=True)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (PICTURE,), dynamic_shapes={"x": {0: batch}})
+    more = torch.cat((PICTURE, PICTURE))
+    assert error(program.module()(more), exact(model, more)) < NEAR
+    assert set(program.state_dict) == set(model.state_dict())
+
+
+def test_functional_call_and_vmap_over_ensembles():
+    model = cvfast.accelerate(lively(Block()), fuse=True)
+    state = {k: torch.stack((v, 2 * v)) for k, v in model.state_dict().items() if v.is_floating_point()}
+    run = lambda state: torch.func.functional_call(model, state, (PICTURE,))  # noqa: E731
+    outputs = torch.func.vmap(run)(state)
+    for i in range(2):
+        expected = torch.func.functional_call(
+            cvfast.restore(copy.deepcopy(model)).double(),
+            {k: v[i].double() for k, v in state.items()},
+            (PICTURE.double(),),
+        )
+        assert error(outputs[i], expected) < NEAR
+
+
+def test_inference_mode():
+    """What is kept from a call in inference mode serves calls with gradients."""
+    with torch.inference_mode():
+        model = cvfast.accelerate(lively(Block()))
+        born_there = cvfast.accelerate(lively(Block()))
+        expected = model(PICTURE)
+        assert error(born_there(PICTURE), exact(born_there, PICTURE)) < NEAR
+    assert fused(model)
+    with torch.no_grad():
+        assert torch.equal(model(PICTURE), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_and_autocast(dtype):
+    model = lively(Block())
+    eps = torch.finfo(dtype).eps
+    expected = exact(model, PICTURE)
+    cvfast.accelerate(model, fuse=True)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        assert error(model(PICTURE), expected) < 4 * eps
+    with torch.no_grad():
+        assert error(model.to(dtype)(PICTURE.to(dtype)), expected) < 4 * eps
+
+
+def test_distributed_data_parallel(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, twin = lively(Block(), mode=True), lively(Block(), mode=True)
+        twin.load_state_dict(model.state_dict())
+        parallel = nn.parallel.DistributedDataParallel(cvfast.accelerate(model))
+        for m in (parallel, twin):
+            m(PICTURE).square().mean().backward()
+        torch.testing.assert_close(model.conv1.weight.grad, twin.conv1.weight.grad, rtol=1e-3, atol=1e-5)
+        with torch.no_grad():
+            cvfast.accelerate(parallel.eval())
+            assert fused(parallel) and error(parallel(PICTURE), exact(model, PICTURE)) < NEAR
+    finally:
+        dist.destroy_process_group()
+
+
+# override()
+
+
+def test_override_sends_functions_to_cvfast():
+    class Functions(nn.Module):
+        def forward(self, x):
+            x = F.conv2d(x, torch.ones(4, 3, 3, 3), padding=1)
+            x = torch.conv_transpose2d(x, torch.ones(4, 2, 2, 2), stride=2)
+            return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    model, layers = Functions(), everything()
+    expected = model(X), layers(X)
+    with cvfast.override(), torch.profiler.profile() as profile:
+        outputs = model(X), layers(X)
+    ran = {event.key for event in profile.key_averages()}
+    names = ("conv2d", "conv_transpose2d", "attention", "lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell")
+    assert {f"cvfast_kernels::{name}" for name in names} <= ran
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_override_takes_packed_sequences_and_gradients():
+    layer = nn.LSTM(3, 4, num_layers=2)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (5, 3, 2)])
+    expected = layer(packed)
+    with cvfast.override(), torch.profiler.profile() as profile:
+        output = layer(packed)
+        output[0].data.sum().backward()
+    assert "cvfast_kernels::lstm" in {event.key for event in profile.key_averages()}
+    torch.testing.assert_close(output[0].data, expected[0].data)
+    torch.testing.assert_close(output[1], expected[1])
+
+
+@pytest.mark.parametrize("backend", ["native", "auto"])
+def test_override_does_not_recurse(backend):
+    """torch's operator is called by the backend "native", and for dtypes that have no kernel."""
+    x = X.int() if backend == "auto" else X
+    weight = torch.ones(4, 3, 3, 3, dtype=x.dtype)
+    with cvfast.override(), cvfast.use_backend(backend):
+        output = F.conv2d(x, weight)
+    assert torch.equal(output, F.conv2d(x, weight))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_override_ends_with_its_block_and_leaves_other_tensors_to_torch():
+    class Wrapped(torch.Tensor):
+        pass
+
+    wrapped = X.as_subclass(Wrapped)
+    with torch.profiler.profile() as profile:
+        with cvfast.override():
+            assert type(F.conv2d(wrapped, torch.ones(4, 3, 3, 3))) is Wrapped
+            nested = torch.nested.nested_tensor([torch.randn(2, n, 4) for n in (3, 5)])
+            F.scaled_dot_product_attention(nested, nested, nested)
+        F.conv2d(X, torch.ones(4, 3, 3, 3))
+    assert not any(event.key.startswith("cvfast") for event in profile.key_averages())
+
+
+# explain() and tune()
+
+
+def test_explain_tells_what_ran():
+    model = lively(nn.Sequential(Block(shortcut=True), nn.Flatten(), nn.Linear(16 * 144, 8)))
+    rows = cvfast.explain(model, PICTURE).rows
+    assert [row.backend for row in rows] == ["torch"] * len(rows) and rows[0].reason == "not accelerated"
+    cvfast.accelerate(model, fuse=True)
+    before = types(model)
+    explanation = cvfast.explain(model, PICTURE)
+    assert [(row.name, row.backend, row.fused) for row in explanation.rows] == [
+        ("0.conv1", "ext", "0.bn1 + 0.relu"),
+        ("0.downsample.0", "ext", "0.downsample.1"),
+        ("0.conv2", "ext", "0.bn2 + add + 0.relu"),
+        ("1", "torch", ""),
+        ("2", "torch", ""),
+    ]
+    first = explanation.rows[0]
+    assert first.inputs == first.output == [[2, 16, 12, 12]] and first.type == "Conv2d"
+    assert 0 < first.seconds < 1 and 0 < first.torch_seconds < 1
+    assert "0.bn2 + add + 0.relu" in str(explanation) and "µs" in str(explanation)
+    assert types(model) == before and chains.observer is None and "Watcher" not in repr(nn.Module.__call__)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_explain_gives_reasons():
+    class Own(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.conv, self.unused = Own(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            return self.conv(self.own(x)) if x.sum() < torch.inf else x
+
+    model = nn.Sequential(Odd(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())).eval()
+    cvfast.accelerate(model, fuse=True)
+    with cvfast.use_backend("native"):
+        explanation = cvfast.explain(model, X)
+    own, conv, chain, unused = explanation.rows
+    assert own.reason == "Own is not one of torch's layers that cvfast has, but a class of its own"
+    assert (conv.backend, conv.reason) == ("native", "'native' was asked for")
+    assert (chain.fused, unused.reason) == ("1.1", "not called")
+    assert explanation.notes["0"] == "forward is not plain code: x.sum()"
+    rows = cvfast.explain(model[0].conv.to(torch.complex64), torch.ones(4, 4, 4) + 0j).rows
+    assert rows[0].reason == "no kernel for torch.complex64 on cpu"
+
+
+def test_explain_of_every_layer_and_of_hooks():
+    """Hooks see one call each, however often a layer is measured; random numbers go on as if it were not."""
+    model, seen = cvfast.accelerate(everything()), []
+    model.conv.register_forward_hook(lambda *args: seen.append(args))
+    torch.manual_seed(0)
+    rows = {row.name: row for row in cvfast.explain(model, X).rows}
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert len(seen) == 1 and torch.equal(torch.rand(1), drawn)
+    swapped = ["conv", "up", "lstm", "gru", "rnn", "attention", "cells.0", "cells.1", "cells.2"]
+    assert [rows[name].backend for name in swapped] == ["ext"] * 9
+    assert all(rows[name].torch_seconds > 0 for name in swapped) and rows["head"].torch_seconds is None
+
+
+def test_explain_under_override():
+    """Functions that no layer calls have rows, and torch's layers name cvfast's backend."""
+
+    class Functions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return F.conv2d(self.conv(x), torch.ones(4, 3, 3, 3))
+
+    with cvfast.override():
+        layer, function = cvfast.explain(Functions(), X).rows
+    assert (layer.name, layer.type, layer.backend, layer.torch_seconds) == ("conv", "Conv2d", "ext", None)
+    assert (function.name, function.type, function.backend) == ("", "conv2d", "ext")
+    assert function.inputs == [[2, 3, 8, 8], [4, 3, 3, 3]] and function.output == [[2, 4, 6, 6]]
+    assert function.torch_seconds > 0
+
+
+@pytest.fixture
+def no_choices():
+    """Choices of the test alone."""
+    yield
+    _choices.clear()
+
+
+@pytest.mark.usefixtures("no_choices")
+def test_tune_measures_and_decides(tmp_path, monkeypatch):
+    """A call for which torch was faster goes to torch, with that reason, until gradients are wanted."""
+    model, file = cvfast.accelerate(nn.Conv2d(3, 4, 3)), tmp_path / "folder" / "choices.json"
+    monkeypatch.setattr(measure, "least_seconds", lambda *calls: [2e-3, 1e-3])
+    assert cvfast.tune(model, X, file=file) == 1
+    args = (X, model.weight, model.bias, (1, 1), (0, 0), (1, 1), 1)
+    for _ in range(2):
+        with torch.no_grad():
+            assert backend.report("conv2d", *args)["ext"] == ["measured: 2000 µs, torch 1000 µs"]
+            assert cvfast.explain(model, X).rows[0].backend == "native"
+            assert backend.select("conv2d", "ext", *args) is backend.BACKENDS["conv2d"]["ext"]
+            for other in ((X[:1], *args[1:]), (*args[:2], None, *args[3:]), (X.transpose(2, 3), *args[1:])):
+                assert backend.name_of("conv2d", backend.select("conv2d", None, *other)) == "ext"
+        assert backend.name_of("conv2d", backend.select("conv2d", None, *args)) == "ext"
+        _choices.clear()
+        assert cvfast.load_choices(file) == 1
+    monkeypatch.setattr(measure, "least_seconds", lambda *calls: [1e-3, 2e-3])
+    assert cvfast.tune(model, X, file=file) == 0
+    assert not any(_choices.torchs.values())
+
+
+@pytest.mark.usefixtures("no_choices")
+def test_choices_under_compile_and_export(tmp_path, monkeypatch):
+    """Known sizes are looked up; open ones stay open."""
+    model = cvfast.accelerate(nn.Conv2d(3, 4, 3))
+    monkeypatch.setattr(measure, "least_seconds", lambda *calls: [2e-3, 1e-3])
+    cvfast.tune(model, X, file=tmp_path / "choices.json")
+    with torch.no_grad():
+        for x, operator in ((X, "convolution"), (X.clone(), "conv2d")):
+            seen = []
+            if operator == "conv2d":
+                torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.reset()
+            backend = lambda graph, inputs, seen=seen: seen.append(graph.code) or graph  # noqa: E731
+            torch.compile(model, fullgraph=True, backend=backend)(x)
+            assert ("torch.ops.cvfast.conv2d" in seen[0]) == (operator == "conv2d")
+        program = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        assert program.module()(X[:1].expand(5, -1, -1, -1)).shape[0] == 5
+
+
+@pytest.mark.usefixtures("no_choices")
+def test_choices_that_do_not_fit(tmp_path, monkeypatch):
+    file = tmp_path / "choices.json"
+    with pytest.raises(FileNotFoundError):
+        cvfast.load_choices(file)
+    for text in ("", "[]", '{"format": "other"}', '{"format": "cvfast-choices-1", "choices": [{}]}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="choices.json holds no choices of cvfast"):
+            cvfast.load_choices(file)
+    model = cvfast.accelerate(everything())
+    cvfast.tune(model, X, file=file)
+    with monkeypatch.context() as patch:
+        patch.setattr(_choices, "machine", lambda: "abacus")
+        with pytest.raises(ValueError, match="another machine.*this is abacus"):
+            cvfast.load_choices(file)
+    assert cvfast.load_choices(file) == 9
+    code = "from cvfast import _choices; print(_choices.origin)"
+    for content, said in ((file.read_text(), "9 calls measured, in"), ("{", "not used: "), (None, "none measured")):
+        file.write_text(content) if content else file.unlink()
+        env = {**os.environ, "CVFAST_CACHE": str(tmp_path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert result.stdout.startswith(said), result.stdout + result.stderr
