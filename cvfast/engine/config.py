@@ -18,7 +18,7 @@ class TrainConfig:
     Attributes:
         data: a data set's name ("fashion-mnist", "cifar10") or a folder, as :func:`cvfast.data.load` takes it.
         download: fetch the data set where it is missing and has a public address (cifar10).
-        model: one of :func:`cvfast.models.list_models`.
+        model: a classifier among :func:`cvfast.models.list_models`.
         epochs: passes over the training images.
         batch_size: images per step, over all processes together.
         lr: the largest learning rate of the schedule.
@@ -76,7 +76,7 @@ class TrainConfig:
     out: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("model", self.model, tuple(list_models()))
+        _check_choice("model", self.model, tuple(list_models(task="classification")))
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("device", self.device, ("auto", "cpu", "cuda"))
