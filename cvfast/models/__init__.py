@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from cvfast.models import cnn, resnet, vgg
+from cvfast.models import attention_pooling, cnn, mobilenet, resnet, unet, vgg, vit
 from cvfast.models.cnn import CNN
 from cvfast.models.entry import Entry
 
@@ -18,8 +18,12 @@ __all__ = ["CNN", "create_model", "input_size", "list_models"]
 
 _MODELS: dict[str, Entry] = {
     **cnn.MODELS,
+    **attention_pooling.MODELS,
+    **mobilenet.MODELS,
     **resnet.MODELS,
+    **unet.MODELS,
     **vgg.MODELS,
+    **vit.MODELS,
 }
 
 
