@@ -29,6 +29,7 @@ from cvfast.engine.run import load_data
 from cvfast.engine.train import choose_device
 from cvfast.models import list_models
 
+CLASSIFIERS = list_models(task="classification")
 DEFAULT = TrainConfig(backend=backends.current())  # CVFAST_BACKEND is the default of --backend
 
 HELP = """Trains, judges and deploys vision models with cvfast's kernels.
@@ -134,7 +135,7 @@ def train(
     data: Annotated[str, typer.Option(help="fashion-mnist, cifar10, or the path of CIFAR-10, of a folder with one "
                                            "folder of images per class, or of an .npz.")] = DEFAULT.data,
     download: Annotated[bool, typer.Option("--download", help="Download the data (cifar10) if missing.")] = False,
-    model: Annotated[str, typer.Option(help=f"One of: {', '.join(list_models())}.")] = DEFAULT.model,
+    model: Annotated[str, typer.Option(help=f"One of: {', '.join(CLASSIFIERS)}.")] = DEFAULT.model,
     out: Annotated[str | None, typer.Option(help="Folder of the run; default: the first free of runs/MODEL, "
                                                  "runs/MODEL-2, ...")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder with its own settings; "

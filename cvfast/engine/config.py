@@ -82,7 +82,7 @@ class TrainConfig(RunConfig):
     """Everything that determines the training of a classifier, besides what :class:`RunConfig` says.
 
     Attributes:
-        model: one of :func:`cvfast.models.list_models`.
+        model: a classifier among :func:`cvfast.models.list_models`.
         optimizer: "sgd" (with ``momentum``), "adam" or "adamw".
         momentum: of SGD.
         weight_decay: L2 penalty (sgd, adam) or decoupled decay (adamw).
@@ -111,7 +111,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("model", self.model, tuple(list_models()))
+        check_choice("model", self.model, tuple(list_models(task="classification")))
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         self.check_positive("clip")
         self.check_not_negative("momentum", "weight_decay")
