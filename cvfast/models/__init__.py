@@ -10,15 +10,19 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from cvfast.models import cnn, resnet, vgg
+from cvfast.models import captioning, cnn, gan, recurrent, resnet, superres, vgg
 from cvfast.models.cnn import CNN
 from cvfast.models.entry import Entry
 
 __all__ = ["CNN", "create_model", "input_size", "list_models"]
 
 _MODELS: dict[str, Entry] = {
+    **captioning.MODELS,
     **cnn.MODELS,
+    **gan.MODELS,
+    **recurrent.MODELS,
     **resnet.MODELS,
+    **superres.MODELS,
     **vgg.MODELS,
 }
 
