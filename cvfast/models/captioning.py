@@ -75,7 +75,7 @@ class ShowAttendTell(nn.Module):
         return places, self.cell.project_keys(places), self.init_h(mean).tanh(), self.init_c(mean).tanh()
 
     def step(self, words: Tensor, state: State) -> tuple[Tensor, State, Tensor]:
-        """Scores [N, V] of the word after words [N], the next state, and where it looked: weights [N, S], row by row."""
+        """Scores [N, V] of the word after words [N], the next state, where it looked: weights [N, S], row by row."""
         places, projected, h, c = state
         word = self.embed(words)
         h, c, context, weights = self.cell(word, places, (h, c), projected_keys=projected)

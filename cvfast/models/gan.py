@@ -1,4 +1,4 @@
-"""Generators and discriminators: DCGAN (Radford et al. 2016), with labels (Mirza and Osindero 2014), WGAN-GP's critic."""
+"""Generators and discriminators: DCGAN (Radford et al. 2016), with labels (Mirza and Osindero 2014), WGAN-GP's."""
 
 from __future__ import annotations
 
