@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from enum import IntEnum
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import typer
 from rich.console import Console
@@ -22,6 +23,7 @@ import cvfast
 from cvfast import _peak, engine
 from cvfast import backend as backends
 from cvfast.data import DataSplits
+from cvfast.engine import recipes
 from cvfast.engine.checkpoint import CheckpointError, load_checkpoint, replace_file
 from cvfast.engine.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from cvfast.engine.export import FORMATS
@@ -34,8 +36,9 @@ DEFAULT = TrainConfig(backend=backends.current())  # CVFAST_BACKEND is the defau
 
 HELP = """Trains, judges and deploys vision models with cvfast's kernels.
 
-Start with `cvfast demo`. Then: `cvfast train --data FOLDER`, `cvfast eval --checkpoint runs/cnn`,
-`cvfast predict --checkpoint runs/cnn IMAGE...`, `cvfast export --checkpoint runs/cnn`.
+Start with `cvfast demo`. Then: `cvfast train --data FOLDER` (or another recipe, `cvfast train RECIPE`),
+`cvfast eval --checkpoint runs/cnn`, `cvfast predict --checkpoint runs/cnn IMAGE...`,
+`cvfast export --checkpoint runs/cnn`.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 file not found; 4 bad data (a damaged image, classes that do not
 fit); 5 bad checkpoint; 6 disk full; 130 interrupted.
@@ -129,14 +132,17 @@ def demo(
         raise typer.Exit(ExitCode.FAILED)
 
 
-@app.command()
+train_app = typer.Typer()
+
+
+@train_app.callback(invoke_without_command=True)
 def train(
     ctx: typer.Context,
     data: Annotated[str, typer.Option(help="fashion-mnist, cifar10, or the path of CIFAR-10, of a folder with one "
                                            "folder of images per class, or of an .npz.")] = DEFAULT.data,
     download: Annotated[bool, typer.Option("--download", help="Download the data (cifar10) if missing.")] = False,
     model: Annotated[str, typer.Option(help=f"One of: {', '.join(CLASSIFIERS)}.")] = DEFAULT.model,
-    out: Annotated[str | None, typer.Option(help="Folder of the run; default: the first free of runs/MODEL, "
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: the first free of runs/MODEL, "
                                                  "runs/MODEL-2, ...")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder with its own settings; "
                                                      "goes with no other option.")] = None,
@@ -168,23 +174,70 @@ def train(
     device: DeviceOption = DEFAULT.device,
     threads: ThreadsOption = None,
 ) -> None:  # fmt: skip
-    """Trains a model on a folder of images or a data set, and keeps the best epoch.
+    """Trains a model on a folder of images or a data set, and keeps the best epoch; or runs another recipe.
 
     Ctrl-C leaves a checkpoint; `cvfast train --resume FOLDER` goes on from there, with the same result as without the
-    interruption. With several processes: `torchrun --nproc-per-node 2 -m cvfast train ...`
+    interruption, whatever the recipe. With several processes: `torchrun --nproc-per-node 2 -m cvfast train ...`
+
+    Other recipes have options of their own: `cvfast train RECIPE --help`.
     """
-    if resume is None:
-        config = _usage(lambda: TrainConfig(**{field.name: ctx.params[field.name] for field in fields(TrainConfig)}))
-        result = engine.train(config, console=Console())
+    if ctx.invoked_subcommand is None:
+        _train(ctx, "classification")
+    elif given := _given(ctx):
+        raise typer.BadParameter(f"options of a recipe stand behind its name: {', '.join(given)}")
+
+
+train_app.command("classification", help="What `cvfast train` does without the name of a recipe.")(train)
+
+
+def _train(ctx: typer.Context, recipe: str) -> None:
+    """Runs ``recipe`` with the command's options, or resumes the run that they name."""
+    if ctx.params["resume"] is None:
+        cls = recipes.find(recipe).Options
+        given = {field.name: ctx.params[field.name] for field in fields(cls) if field.name != "out"}
+        options = _usage(lambda: cls(**given))
+        recipes.start(recipe, options, ctx.params["out"], Console())
+    elif _given(ctx) == ["resume"]:
+        recipes.resume(ctx.params["resume"], Console())
     else:
-        given = [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]
-        if given != ["resume"]:
-            raise typer.BadParameter("a resumed run keeps its settings: give no other option", param_hint="--resume")
-        result = engine.resume(resume, console=Console())
-    if result.first_process:
-        test = engine.evaluate(engine.load_classifier(result.folder), _run_data(result.folder).test)
-        typer.echo(f"best epoch {result.best_epoch}: test accuracy {test.accuracy:.2%}; in {result.folder}")
-        typer.echo(f"next: cvfast eval --checkpoint {result.folder}")
+        raise typer.BadParameter("a resumed run keeps its settings: give no other option", param_hint="--resume")
+
+
+def _given(ctx: typer.Context) -> list[str]:
+    return [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]
+
+
+def _add_recipe(recipe: str) -> None:
+    """Makes `cvfast train RECIPE` of the fields of the recipe's Options."""
+    module = recipes.find(recipe)
+    types, words = get_type_hints(module.Options), recipes.option_help(module.Options)
+    annotations = {
+        "ctx": typer.Context,
+        **{field.name: Annotated[types[field.name], typer.Option(help=words[field.name])]
+           for field in fields(module.Options) if field.name != "out"},
+        "out": Annotated[Path | None, typer.Option(help=f"Folder of the run; default: the first free of "
+                                                        f"runs/{recipe}, runs/{recipe}-2, ...")],
+        "resume": Annotated[Path | None, typer.Option(help="Continue the run in this folder with its own settings; "
+                                                           "goes with no other option.")],
+    }  # fmt: skip
+    defaults = {field.name: field.default for field in fields(module.Options)}
+    defaults |= {"ctx": Parameter.empty, "out": None, "resume": None}
+
+    def command(ctx: typer.Context, **options) -> None:
+        _train(ctx, recipe)
+
+    command.__signature__ = Signature(
+        Parameter(name, Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+        for name, annotation in annotations.items()
+    )
+    command.__annotations__ = annotations
+    train_app.command(recipe, help=module.__doc__.splitlines()[0])(command)
+
+
+for _recipe in recipes.RECIPES:
+    if _recipe != "classification":
+        _add_recipe(_recipe)
+app.add_typer(train_app, name="train")
 
 
 @app.command("eval")

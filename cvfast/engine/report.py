@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from torch import Tensor
 
+from cvfast._info import facts
+from cvfast.data import ImageData
 from cvfast.engine.evaluate import Evaluation
 from cvfast.engine.logs import EpochLog
 
@@ -20,6 +24,7 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the choice of the ren
 
 COLORS = ("#5b6770", "#d1495b", "#2e86ab", "#66a182")
 DPI = 130
+SAMPLES = 18  # images in the picture of predictions
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -128,6 +133,36 @@ def write_report(folder: Path, title: str, sections: Sequence[Section]) -> None:
     """Writes ``report.md`` and ``report.html``, the same words, beside the pictures in ``folder``."""
     (folder / "report.md").write_text(_markdown(title, sections), encoding="utf-8")
     (folder / "report.html").write_text(_html(title, sections), encoding="utf-8")
+
+
+def judgement(folder: Path, evaluation: Evaluation, test: ImageData, logits: Tensor) -> list[Section]:
+    """Sections, with their pictures in ``folder``, on how well logits [N, K] fit the images of ``test``."""
+    confusion_matrix(folder / "confusion_matrix.png", evaluation)
+    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:SAMPLES]
+    samples = test.subset(chosen)
+    images = torch.stack([samples.images[i] for i in range(len(samples))])  # those of a folder are read here
+    sample_predictions(folder / "samples.png", images, samples.labels, logits[chosen].softmax(dim=1), test.classes)
+    scores = zip(evaluation.classes, evaluation.precision, evaluation.recall, evaluation.f1, strict=True)
+    table = [
+        ["class", "precision", "recall", "F1"],
+        *([name, *(f"{score:.3f}" for score in row)] for name, *row in scores),
+        ["macro average", *(f"{score:.3f}" for score in evaluation.macro.values())],
+    ]
+    return [
+        Section("Judgement on the test images", table=table),
+        Section("Confusion matrix", picture="confusion_matrix.png"),
+        Section("Sample predictions", "Wrong ones in red, with the true class.", picture="samples.png"),
+    ]
+
+
+def settings(options: Any) -> Section:
+    """The fields of a dataclass as a section."""
+    return Section("Settings", table=[["setting", "value"], *([k, str(v)] for k, v in asdict(options).items())])
+
+
+def machine() -> Section:
+    """What `cvfast info` says of this installation as a section."""
+    return Section("Machine", table=[["what", "here"], *(list(fact) for fact in facts())])
 
 
 def _markdown(title: str, sections: Sequence[Section]) -> str:
