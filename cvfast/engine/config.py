@@ -31,6 +31,7 @@ class RunConfig:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         threads: torch's threads on the CPU, or None to leave them.
         tensorboard: write TensorBoard events next to the CSV log.
+        twin: train twice from one seed, with torch's operators and with cvfast's, and say how far apart both end.
         out: folder of the run; None takes the first free of runs/<name>, runs/<name>-2, ….
     """
 
@@ -49,6 +50,7 @@ class RunConfig:
     device: str = "auto"
     threads: int | None = None
     tensorboard: bool = False
+    twin: bool = False
     out: str | None = None
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,13 +14,28 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A picture of some figures over the epochs.
+
+    lines: field -> what the legend calls it; the first is drawn as a line, others dashed. scale: factor for the axis.
+    """
+
+    title: str
+    unit: str
+    lines: dict[str, str]
+    scale: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpochFigures:
-    """What every epoch's figures have.
+    """What every epoch's figures have; a subclass adds its own, and says in ``PANELS`` how to draw them.
 
     ``lr`` is the learning rate of the epoch's last step. ``seconds`` is the wall time of training, without the
     epoch's judgement; an interrupted epoch counts from its resumption.
     """
+
+    PANELS: ClassVar[tuple[Panel, ...]] = ()
 
     epoch: int
     lr: float
@@ -39,6 +54,11 @@ class EpochFigures:
 @dataclass(frozen=True, kw_only=True)
 class EpochLog(EpochFigures):
     """A classifier's epoch: accuracies in [0, 1], losses are mean cross-entropy per image, in nats."""
+
+    PANELS = (
+        Panel("Loss", "cross-entropy (nats per image)", {"validation_loss": "validation", "train_loss": "train"}),
+        Panel("Accuracy", "right answers (%)", {"validation_accuracy": "validation", "train_accuracy": "train"}, 100),
+    )
 
     train_loss: float
     train_accuracy: float

@@ -38,6 +38,7 @@ class Loop:
     """
 
     Figures: ClassVar[type[EpochFigures]]
+    NOISE: ClassVar[dict[str, float]]  # figure -> how far two runs that differ in rounding only may end apart
 
     def __init__(
         self, config: RunConfig, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], totals: int

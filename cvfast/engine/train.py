@@ -40,6 +40,7 @@ class TrainResult:
         history: the figures of every epoch.
         best_epoch: the epoch, counted from 1, whose weights are in ``best.safetensors``.
         first_process: whether this is the process that writes the files, if torchrun started several.
+        noise: figure -> how far apart two runs may end that differ in rounding only.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class TrainResult:
     history: list[EpochFigures]
     best_epoch: int
     first_process: bool
+    noise: dict[str, float]
 
 
 def train(
@@ -90,11 +92,16 @@ def resume(
         CheckpointError: if the checkpoint is damaged, or was made with another number of processes.
     """
     checkpoint = load_checkpoint(checkpoint_file(run, LAST))
-    try:
-        config = replace(TrainConfig(**checkpoint.meta["config"]), out=str(run))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run} does not hold a run that can be resumed: {error}") from error
+    config = replace(saved_config(checkpoint), out=str(run))
     return run_loop(config, lambda device: Run(config, device, augmentation), checkpoint, console)
+
+
+def saved_config(checkpoint: Checkpoint) -> TrainConfig:
+    """The settings of a classifier's run; CheckpointError if it is another's, or damaged."""
+    try:
+        return TrainConfig(**checkpoint.meta["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint does not hold a run that can be resumed: {error}") from error
 
 
 def run_loop(
@@ -114,7 +121,7 @@ def run_loop(
                 loop.fit(folder, log, interrupted)
         finally:
             log.close()
-        return TrainResult(config, folder, loop.history, loop.best_epoch, first)
+        return TrainResult(config, folder, loop.history, loop.best_epoch, first, loop.NOISE)
 
 
 def run_folder(config: RunConfig, new: bool) -> Path:

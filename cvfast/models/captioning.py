@@ -30,8 +30,9 @@ def _encoder(in_chans: int, features: int) -> nn.Sequential:
 class ShowAttendTell(nn.Module):
     """Looks at a part of the image for every word (Xu et al. 2015, soft attention): additive attention and an LSTM.
 
-    Words are scored from the word before, the state and the context, the paper's deep output; its gate on the context
-    is left out.
+    Each place's features are joined by what a small network makes of its coordinates, so that the LSTM can ask for a
+    place as well as for what is there. Words are scored from the word before, the state and the context, the paper's
+    deep output; its gate on the context is left out.
 
     Args:
         num_classes: words, including PAD, START and END; default 16.
@@ -59,6 +60,7 @@ class ShowAttendTell(nn.Module):
         super().__init__()
         check_positive(num_classes=num_classes, embedding=embedding, hidden=hidden, attention=attention)
         self.encoder = _encoder(in_chans, features)
+        self.position = nn.Sequential(nn.Linear(2, features), nn.Tanh(), nn.Linear(features, features))
         self.init_h, self.init_c = nn.Linear(features, hidden), nn.Linear(features, hidden)
         self.embed = nn.Embedding(num_classes, embedding, padding_idx=PAD)
         self.cell = AttentionLSTMCell(embedding, hidden, features, attention)
@@ -70,7 +72,8 @@ class ShowAttendTell(nn.Module):
 
     def start(self, images: Tensor) -> State:
         """The state before START, of images [N, C, H, W]: places [N, S, F], those projected, h, c."""
-        places = self.encoder(images).flatten(2).transpose(1, 2).contiguous()
+        features = self.encoder(images)
+        places = features.flatten(2).transpose(1, 2) + self.position(_coordinates(features))
         mean = places.mean(1)
         return places, self.cell.project_keys(places), self.init_h(mean).tanh(), self.init_c(mean).tanh()
 
@@ -90,6 +93,12 @@ class ShowAttendTell(nn.Module):
             scores.append(logits)
             weights.append(looked)
         return torch.stack(scores, 1), torch.stack(weights, 1)
+
+
+def _coordinates(features: Tensor) -> Tensor:
+    """[S, 2]: row and column, from -1 to 1, of the places of features [N, F, H, W]."""
+    axes = [torch.linspace(-1, 1, size, dtype=features.dtype, device=features.device) for size in features.shape[2:]]
+    return torch.cartesian_prod(*axes)
 
 
 class ShowTell(nn.Module):
