@@ -168,6 +168,8 @@ def train(
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better one.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = DEFAULT.seed,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard, besides the CSV.")] = False,
+    twin: Annotated[bool, typer.Option("--twin", help="Train twice from one seed, with torch's operators and with "
+                                                      "cvfast's, and say how far apart both end.")] = False,
     amp: Annotated[bool, typer.Option("--amp", help="Compute in bfloat16 where autocast does.",
                                       rich_help_panel="Machine")] = False,
     backend: BackendOption = DEFAULT.backend,

@@ -11,24 +11,83 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "step", "constant")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that determines a training run; only JSON types, because it travels in every checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training run is told; only JSON types, because it travels in every checkpoint.
 
     Attributes:
         data: a data set's name ("fashion-mnist", "cifar10") or a folder, as :func:`cvfast.data.load` takes it.
         download: fetch the data set where it is missing and has a public address (cifar10).
-        model: a classifier among :func:`cvfast.models.list_models`.
         epochs: passes over the training images.
         batch_size: images per step, over all processes together.
         lr: the largest learning rate of the schedule.
-        optimizer: "sgd" (with ``momentum``), "adam" or "adamw".
-        momentum: of SGD.
-        weight_decay: L2 penalty (sgd, adam) or decoupled decay (adamw).
         schedule: "cosine" to zero, "step" (times ``step_gamma`` every ``step_epochs``) or "constant".
         warmup_epochs: epochs in which the learning rate rises linearly to ``lr``.
         step_epochs: epochs between two reductions of the step schedule.
         step_gamma: factor of one reduction.
+        patience: stop after so many epochs without a better one, or None to train to the end.
+        seed: of the weights, the order of the images, and all that is drawn at random.
+        backend: "auto", "ext", "triton" or "native", see :func:`cvfast.use_backend`.
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        threads: torch's threads on the CPU, or None to leave them.
+        tensorboard: write TensorBoard events next to the CSV log.
+        twin: train twice from one seed, with torch's operators and with cvfast's, and say how far apart both end.
+        out: folder of the run; None takes the first free of runs/<name>, runs/<name>-2, ….
+    """
+
+    data: str = "fashion-mnist"
+    download: bool = False
+    epochs: int = 40
+    batch_size: int = 64
+    lr: float = 2e-3
+    schedule: str = "cosine"
+    warmup_epochs: float = 1.0
+    step_epochs: int = 10
+    step_gamma: float = 0.1
+    patience: int | None = None
+    seed: int = 0
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    tensorboard: bool = False
+    twin: bool = False
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        checked_name(self.backend)
+        self.check_positive("epochs", "batch_size", "lr", "step_epochs", "step_gamma", "patience", "threads")
+        self.check_not_negative("warmup_epochs", "seed")
+
+    @property
+    def name(self) -> str:
+        """What the run's folder is called unless ``out`` says."""
+        raise NotImplementedError
+
+    def check_positive(self, *names: str) -> None:
+        """ValueError if one of these settings is neither None nor above 0."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    def check_not_negative(self, *names: str) -> None:
+        """ValueError if one of these settings is below 0."""
+        for name in names:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Everything that determines the training of a classifier, besides what :class:`RunConfig` says.
+
+    Attributes:
+        model: a classifier among :func:`cvfast.models.list_models`.
+        optimizer: "sgd" (with ``momentum``), "adam" or "adamw".
+        momentum: of SGD.
+        weight_decay: L2 penalty (sgd, adam) or decoupled decay (adamw).
         clip: largest norm of the gradient, or None for no clipping.
         amp: run the forward pass under autocast in bfloat16.
         augment: change the training images at random, each time anew, by the four amounts that follow.
@@ -37,28 +96,12 @@ class TrainConfig:
         scaling: images become smaller or larger by a factor of up to 1 + ``scaling``.
         translation: largest shift as a share of the image's size.
         validation: part of the training images held out for choosing the best epoch, in (0, 1).
-        patience: stop after so many epochs without a better validation accuracy, or None to train to the end.
-        seed: of the weights, the split, the order of the images and the augmentation.
-        backend: "auto", "ext", "triton" or "native", see :func:`cvfast.use_backend`.
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        threads: torch's threads on the CPU, or None to leave them.
-        tensorboard: write TensorBoard events next to the CSV log.
-        out: folder of the run; None takes the first free of runs/<model>, runs/<model>-2, ….
     """
 
-    data: str = "fashion-mnist"
-    download: bool = False
     model: str = "cnn"
-    epochs: int = 40
-    batch_size: int = 64
-    lr: float = 2e-3
     optimizer: str = "adamw"
     momentum: float = 0.9
     weight_decay: float = 1e-2
-    schedule: str = "cosine"
-    warmup_epochs: float = 1.0
-    step_epochs: int = 10
-    step_gamma: float = 0.1
     clip: float | None = None
     amp: bool = False
     augment: bool = True
@@ -67,31 +110,22 @@ class TrainConfig:
     scaling: float = 0.1
     translation: float = 0.1
     validation: float = 0.1
-    patience: int | None = None
-    seed: int = 0
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    tensorboard: bool = False
-    out: str | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("model", self.model, tuple(list_models(task="classification")))
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("device", self.device, ("auto", "cpu", "cuda"))
-        checked_name(self.backend)
-        for name in ("epochs", "batch_size", "lr", "step_epochs", "step_gamma", "clip", "patience", "threads"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("momentum", "weight_decay", "warmup_epochs", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        super().__post_init__()
+        check_choice("model", self.model, tuple(list_models(task="classification")))
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        self.check_positive("clip")
+        self.check_not_negative("momentum", "weight_decay")
         if not 0 < self.validation < 1:
             raise ValueError(f"validation must lie between 0 and 1, got {self.validation}")
 
+    @property
+    def name(self) -> str:
+        return self.model
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")

@@ -10,17 +10,33 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from cvfast.models import attention_pooling, cnn, mobilenet, resnet, unet, vgg, vit
+from cvfast.models import (
+    attention_pooling,
+    captioning,
+    cnn,
+    gan,
+    mobilenet,
+    recurrent,
+    resnet,
+    superres,
+    unet,
+    vgg,
+    vit,
+)
 from cvfast.models.cnn import CNN
 from cvfast.models.entry import Entry
 
 __all__ = ["CNN", "create_model", "input_size", "list_models"]
 
 _MODELS: dict[str, Entry] = {
-    **cnn.MODELS,
     **attention_pooling.MODELS,
+    **captioning.MODELS,
+    **cnn.MODELS,
+    **gan.MODELS,
     **mobilenet.MODELS,
+    **recurrent.MODELS,
     **resnet.MODELS,
+    **superres.MODELS,
     **unet.MODELS,
     **vgg.MODELS,
     **vit.MODELS,

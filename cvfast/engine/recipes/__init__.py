@@ -37,7 +37,7 @@ from cvfast.engine.train import choose_device
 if TYPE_CHECKING:
     from rich.console import Console
 
-RECIPES = ("classification",)
+RECIPES = ("classification", "gan", "sequence", "caption", "superres")
 RECIPE_FILE = "recipe.json"
 
 

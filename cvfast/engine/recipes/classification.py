@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cvfast.engine import distributed
+import torch
+
+from cvfast.engine.checkpoint import load_checkpoint
 from cvfast.engine.classifier import load_classifier, logits_of
 from cvfast.engine.config import TrainConfig
 from cvfast.engine.evaluate import judge
-from cvfast.engine.run import load_data
-from cvfast.engine.train import TrainResult, resume, train
+from cvfast.engine.recipes.running import run_recipe
+from cvfast.engine.run import Run, load_data
+from cvfast.engine.train import TrainResult, saved_config
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,15 +23,19 @@ Options = TrainConfig
 
 def run(options: TrainConfig, out: Path, console: Console | None) -> None:
     """See `cvfast.engine.recipes`; a checkpoint in ``out`` goes on with its own settings, whatever ``options`` say."""
-    if (out / "last.safetensors").exists():
-        result = resume(out, console=console)
-    else:
-        result = train(replace(options, out=str(out)), console=console)
-    if distributed.rank() == 0:
-        _report(result, console)
+    last = out / "last.safetensors"
+    if last.exists():
+        options = saved_config(load_checkpoint(last))
+    run_recipe(make, write_report, options, out, console)
 
 
-def _report(result: TrainResult, console: Console | None) -> None:
+def make(config: TrainConfig, device: torch.device) -> Run:
+    """The run of a classifier."""
+    return Run(config, device, augmentation=None)
+
+
+def write_report(result: TrainResult) -> list[str]:
+    """Judges the best epoch on the test images, in the run's folder; returns the gist for the terminal."""
     from cvfast.engine import report
 
     folder, config = result.folder, result.config
@@ -49,12 +55,8 @@ def _report(result: TrainResult, console: Console | None) -> None:
         report.settings(config),
         report.machine(),
     ]
-    report.write_report(folder, f"cvfast train classification: {config.model}", sections)
-    if console is not None:
-        summary = (
-            f"best epoch {result.best_epoch}: test accuracy {evaluation.accuracy:.2%}; in {folder}",
-            f"report: {folder / 'report.html'} (and report.md)",
-            f"next: cvfast eval --checkpoint {folder}",
-        )
-        for line in summary:
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    report.write_report(folder, f"cvfast train: {config.model}", sections)
+    return [
+        f"best epoch {result.best_epoch}: test accuracy {evaluation.accuracy:.2%}; in {folder}",
+        f"next: cvfast eval --checkpoint {folder}",
+    ]
