@@ -96,6 +96,14 @@ class TrainConfig(RunConfig):
         scaling: images become smaller or larger by a factor of up to 1 + ``scaling``.
         translation: largest shift as a share of the image's size.
         validation: part of the training images held out for choosing the best epoch, in (0, 1).
+        per_class: use only so many training images of each class, chosen by the seed (those held out included), or
+            None for all.
+        channels: of what the model takes, 1 or 3, or None for as many as the images have.
+        weights: file or run to start from, as :func:`cvfast.engine.transfer.load_weights` takes it, or None for random
+            weights. The last layer starts at random all the same.
+        freeze: name of the last of the model's modules that do not learn, such as layer2 (with all before it), or None.
+        unfreeze_every: let one more stage of the frozen ones learn every so many epochs, or None to keep them frozen.
+        layer_decay: each stage's learning rate is so many times that of the stage behind it, in (0, 1].
     """
 
     model: str = "cnn"
@@ -110,15 +118,29 @@ class TrainConfig(RunConfig):
     scaling: float = 0.1
     translation: float = 0.1
     validation: float = 0.1
+    per_class: int | None = None
+    channels: int | None = None
+    weights: str | None = None
+    freeze: str | None = None
+    unfreeze_every: int | None = None
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("model", self.model, tuple(list_models(task="classification")))
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        self.check_positive("clip")
+        self.check_positive("clip", "unfreeze_every")
         self.check_not_negative("momentum", "weight_decay")
         if not 0 < self.validation < 1:
             raise ValueError(f"validation must lie between 0 and 1, got {self.validation}")
+        if self.per_class is not None and self.per_class < 2:
+            raise ValueError(f"per_class must be 2 or more, one to train on and one to judge, got {self.per_class}")
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {self.channels}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
+        if self.unfreeze_every is not None and self.freeze is None:
+            raise ValueError("unfreeze_every needs freeze: what does not learn at first")
 
     @property
     def name(self) -> str:

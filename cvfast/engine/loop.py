@@ -68,6 +68,9 @@ class Loop:
         """The figures of the epoch at hand: ``means`` are the totals per sample, ``common`` those that all have."""
         raise NotImplementedError
 
+    def _before_epoch(self) -> None:
+        """Called before an epoch's first step, and before the first one after a resumption."""
+
     def _after_epoch(self, folder: Path) -> None:
         """Called in the first process when an epoch is over and saved: for pictures."""
 
@@ -83,6 +86,7 @@ class Loop:
     def fit(self, folder: Path, log: RunLog, interrupted: Callable[[], bool]) -> None:
         """Trains to the end, or raises KeyboardInterrupt with a checkpoint of the very step."""
         while self.epoch < self.config.epochs and not self._out_of_patience():
+            self._before_epoch()
             start = time.perf_counter()
             remaining = itertools.islice(self._batches(self.epoch), self.step, None)
             for batch in log.progress(remaining, self.epoch, self.steps_per_epoch - self.step):
@@ -103,7 +107,7 @@ class Loop:
     def _set_learning_rate(self) -> None:
         lr = learning_rate(self.config, self.global_step, self.steps_per_epoch)
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers):
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
 
     def _finish_epoch(self, seconds: float) -> None:
         *sums, samples = distributed.sum_over_processes(self.totals).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvfast.data import Augmentation, Batches, DataSplits, ImageData, Preparation, batches, epoch_generator, load, split
+from cvfast.data import (
+    Augmentation,
+    Batches,
+    DataSplits,
+    ImageData,
+    Preparation,
+    batches,
+    epoch_generator,
+    few,
+    load,
+    split,
+)
 from cvfast.engine import distributed
 from cvfast.engine.classifier import Classifier
 from cvfast.engine.config import TrainConfig
 from cvfast.engine.logs import EpochLog
 from cvfast.engine.loop import AUGMENTATION_STREAM, Loop
+from cvfast.engine.transfer import freeze, load_weights, parameter_groups, unfreeze_gradually
 from cvfast.models import input_size
 
 
@@ -36,7 +49,6 @@ class Run(Loop):
         self.train_data, self.validation_data, self.classifier = _data_and_classifier(config)
         self.classifier.to(device)
         model = self.classifier.model
-        self.parallel_model = distributed.wrap(model)
         self.augmentation = augmentation or _augmentation(config)
         super().__init__(config, model, [_optimizer(config, model)], totals=3)
 
@@ -50,6 +62,13 @@ class Run(Loop):
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
+
+    def _before_epoch(self) -> None:
+        if self.config.freeze is not None and self.config.unfreeze_every is None:
+            freeze(self.model, self.config.freeze)
+        elif self.config.freeze is not None:
+            unfreeze_gradually(self.model, self.config.freeze, self.epoch, self.config.unfreeze_every)
+        self.parallel_model = distributed.wrap(self.model)  # which keeps to the parameters that learn now
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         self.model.train()
@@ -103,6 +122,8 @@ class Run(Loop):
 
 def _data_and_classifier(config: TrainConfig) -> tuple[ImageData, ImageData, Classifier]:
     data = load_data(config.data, input_size(config.model), config.download)
+    if config.per_class is not None:
+        data = replace(data, train=few(data.train, config.per_class, config.seed))
     if data.validation is None:
         train_data, validation_data = split(data.train, config.validation, config.seed)
     else:
@@ -110,8 +131,13 @@ def _data_and_classifier(config: TrainConfig) -> tuple[ImageData, ImageData, Cla
     if len(validation_data) == 0:
         raise ValueError(f"{config.data} has too few images to hold some out for validation")
     torch.manual_seed(config.seed)
-    preparation = Preparation(input_size(config.model), data.mean, data.std)
+    mean, std = data.mean, data.std
+    if config.channels not in (None, len(mean)):
+        mean, std = ((sum(values) / len(values),) for values in (mean, std))
+    preparation = Preparation(input_size(config.model), mean, std, config.channels)
     classifier = Classifier(config.model, data.classes, data.train.image_shape, preparation)
+    if config.weights is not None:
+        load_weights(classifier.model, config.weights, head=False)
     return train_data, validation_data, classifier
 
 
@@ -128,9 +154,12 @@ def _augmentation(config: TrainConfig) -> Augmentation | None:
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    parameters = list(model.parameters())
+    if config.layer_decay != 1:
+        parameters = parameter_groups(model, config.lr, config.layer_decay)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](model.parameters(), **common)
+        return torch.optim.SGD(parameters, momentum=config.momentum, **common)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **common)
 
 
 def _totals(mean_loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def option_help(options: type) -> dict[str, str]:
     for cls in reversed(options.__mro__):
         section = cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
         for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, re.M):
-            words[name] = " ".join(text.split()).replace("``", "")
+            words[name] = re.sub(r"``|:\w+:", "", " ".join(text.split()))
     return words
 
 
