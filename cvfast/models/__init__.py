@@ -10,20 +10,36 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from cvfast.models import captioning, cnn, gan, recurrent, resnet, superres, vgg
+from cvfast.models import (
+    attention_pooling,
+    captioning,
+    cnn,
+    gan,
+    mobilenet,
+    recurrent,
+    resnet,
+    superres,
+    unet,
+    vgg,
+    vit,
+)
 from cvfast.models.cnn import CNN
 from cvfast.models.entry import Entry
 
 __all__ = ["CNN", "create_model", "input_size", "list_models"]
 
 _MODELS: dict[str, Entry] = {
+    **attention_pooling.MODELS,
     **captioning.MODELS,
     **cnn.MODELS,
     **gan.MODELS,
+    **mobilenet.MODELS,
     **recurrent.MODELS,
     **resnet.MODELS,
     **superres.MODELS,
+    **unet.MODELS,
     **vgg.MODELS,
+    **vit.MODELS,
 }
 
 
