@@ -15,6 +15,7 @@ from cvfast.engine.classifier import Classifier, load_classifier
 from cvfast.engine.config import TrainConfig
 from cvfast.engine.evaluate import Evaluation, evaluate
 from cvfast.engine.export import ExportCheck, check_export, export
+from cvfast.engine.networks import load_network
 from cvfast.engine.predict import Prediction, predict
 from cvfast.engine.train import TrainResult, resume, train
 
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_classifier",
+    "load_network",
     "predict",
     "resume",
     "train",

@@ -35,14 +35,20 @@ class Loop:
         model: all that learns; its ``state_dict`` is kept. Networks with optimisers of their own are its children.
         optimizers: each over some of the model's parameters; the schedule sets the learning rate of all.
         totals: how many sums a step adds to; the last one counts samples.
+
+    Raises:
+        RuntimeError: if torchrun started several processes and the run is not for several.
     """
 
     Figures: ClassVar[type[EpochFigures]]
+    PARALLEL: ClassVar[bool] = False  # whether several processes can share the work
     NOISE: ClassVar[dict[str, float]]  # figure -> how far two runs that differ in rounding only may end apart
 
     def __init__(
         self, config: RunConfig, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], totals: int
     ) -> None:
+        if distributed.world_size() > 1 and not self.PARALLEL:
+            raise RuntimeError(f"{config.name} trains in one process, but {distributed.world_size()} were started")
         self.config = config
         self.model = model
         self.optimizers = list(optimizers)

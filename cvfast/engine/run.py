@@ -41,6 +41,7 @@ class Run(Loop):
     """Cross-entropy on labelled images, judged on validation images."""
 
     Figures = EpochLog
+    PARALLEL = True
     NOISE = {"train_loss": 0.1, "validation_accuracy": 0.03}
 
     def __init__(

@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from cvfast import data
 from cvfast.cli import app
-from cvfast.engine import CheckpointError, load_classifier, recipes
+from cvfast.engine import CheckpointError, distributed, load_classifier, load_network, recipes
 from cvfast.engine.checkpoint import load_checkpoint
-from cvfast.engine.networks import load_network
 from cvfast.engine.recipes import caption, gan, superres
 from cvfast.engine.recipes.running import gaps
 from cvfast.engine.run import Run
@@ -223,6 +222,13 @@ def test_what_cannot_be_is_refused_in_one_line(small_data, oblong, runs, tmp_pat
     (tmp_path / "damaged" / "recipe.json").write_bytes((runs("gan") / "recipe.json").read_bytes())
     (tmp_path / "damaged" / "last.safetensors").write_bytes((runs("gan") / "last.safetensors").read_bytes()[:99])
     assert cli("train", "--resume", tmp_path / "damaged")[0] == 5
+
+
+@pytest.mark.parametrize("kind", ["gan", "caption", "superres"])
+def test_several_processes_are_refused_where_they_cannot_share(kind, small_data, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="trains in one process, but 2 were started"):
+        LOOPS[kind](options(kind, small_data), torch.device("cpu"))
 
 
 def test_the_commands_say_what_was_reached(small_data, tmp_path):
