@@ -6,6 +6,8 @@ From images to a deployed model:
     classifier = load_classifier(result.folder)
     print(evaluate(classifier, cvfast.data.load("fashion-mnist").test).accuracy)
     export(classifier, "classifier.onnx")
+
+`cvfast.engine.transfer` starts from other weights; `cvfast.engine.recipes` holds what else `cvfast train` trains.
 """
 
 from cvfast.engine.checkpoint import CheckpointError

@@ -153,6 +153,22 @@ def epoch_times(path: Path, histories: dict[str, list[EpochFigures]]) -> None:
         _save(figure, path)
 
 
+def accuracy_bars(path: Path, groups: Sequence[str], accuracies: dict[str, Sequence[float]]) -> None:
+    """Accuracies in [0, 1] as bars: a group for each of ``groups``, a colour for each of the names."""
+    places, width = np.arange(len(groups)), 0.8 / len(accuracies)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(2 + 1.5 * len(groups), 3.6), layout="constrained")
+        for number, (name, values) in enumerate(accuracies.items()):
+            offset = (number - (len(accuracies) - 1) / 2) * width
+            bars = axes.bar(places + offset, [100 * v for v in values], width, color=COLORS[number], label=name)
+            axes.bar_label(bars, fmt="%.1f", fontsize=9)
+        axes.set_xticks(places, groups)
+        axes.set(ylabel="right answers (%)")
+        axes.margins(y=0.15)
+        axes.legend()
+        _save(figure, path)
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, dpi=DPI)
     plt.close(figure)

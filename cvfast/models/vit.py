@@ -119,7 +119,7 @@ class VisionTransformer(nn.Module):
             size = f"{self.image_size}x{self.image_size}"
             raise ValueError(f"the model was made for images of {size} pixels, got {list(x.shape)}")
         patches = self.conv_proj(x).flatten(2).transpose(1, 2)  # [N, L - 1, D]
-        tokens = torch.cat((self.class_token.expand(len(x), -1, -1), patches), dim=1)
+        tokens = torch.cat((self.class_token.expand(x.shape[0], -1, -1), patches), dim=1)
         return self.heads(self.encoder(tokens)[:, 0])
 
 

@@ -37,7 +37,7 @@ from cvfast.engine.train import choose_device
 if TYPE_CHECKING:
     from rich.console import Console
 
-RECIPES = ("classification", "gan", "sequence", "caption", "superres")
+RECIPES = ("classification", "transfer", "gan", "sequence", "caption", "superres")
 RECIPE_FILE = "recipe.json"
 
 
@@ -63,7 +63,8 @@ def start(name: str, options: Any, out: str | Path | None = None, console: Conso
 
     Args:
         options: an instance of the recipe's ``Options``.
-        out: folder of the run; None takes the first free of runs/<model or recipe>, runs/<...>-2, ...
+        out: folder of the run; None takes the first free of runs/<name>, runs/<name>-2, ... where the name is that of
+            the options if they have one (a classification's is its model's), else the recipe's.
         console: where to show progress; None is silent.
 
     Returns:
@@ -77,7 +78,7 @@ def start(name: str, options: Any, out: str | Path | None = None, console: Conso
     recipe = find(name)
 
     def make_folder() -> Path:
-        folder = _new_folder(out, getattr(options, "model", name))
+        folder = _new_folder(out, getattr(options, "name", name))
         content = {"recipe": name, "options": asdict(options)}
         replace_file(folder / RECIPE_FILE, json.dumps(content, indent=2).encode())
         return folder

@@ -34,7 +34,7 @@ def run_recipe(make: Make, report: Report, options: RunConfig, out: Path, consol
             twin = replace(options, backend=backend, twin=False)
             results[name] = _run(make, report, twin, out / name, console)
         if distributed.rank() == 0:
-            for line in _compare(options, results, out):
+            for line in compare(options, results, out):
                 _say(console, line)
     else:
         _run(make, report, options, out, console)
@@ -91,7 +91,8 @@ def gaps(one: list[EpochFigures], other: list[EpochFigures], noise: dict[str, fl
     ]
 
 
-def _compare(options: RunConfig, results: dict[str, TrainResult], out: Path) -> list[str]:
+def compare(options: RunConfig, results: dict[str, TrainResult], out: Path) -> list[str]:
+    """Writes the report of two runs, by their name, into ``out``; returns the gist for the terminal."""
     from cvfast.engine import report
 
     histories = {name: result.history for name, result in results.items()}
