@@ -14,7 +14,7 @@ from cvfast.engine.checkpoint import CheckpointError
 from cvfast.engine.classifier import Classifier, load_classifier
 from cvfast.engine.config import TrainConfig
 from cvfast.engine.evaluate import Evaluation, evaluate
-from cvfast.engine.export import ExportCheck, check_export, export
+from cvfast.engine.export import ExportCheck, check_export, export, export_network
 from cvfast.engine.networks import load_network
 from cvfast.engine.predict import Prediction, predict
 from cvfast.engine.train import TrainResult, resume, train
@@ -30,6 +30,7 @@ __all__ = [
     "check_export",
     "evaluate",
     "export",
+    "export_network",
     "load_classifier",
     "load_network",
     "predict",

@@ -3,17 +3,30 @@
 The small ones always; all of them, at their own sizes, with pytest tests/models --all-models.
 """
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from cvfast.data import ImageData, Preparation
-from cvfast.engine import Classifier, check_export, export
-from cvfast.models import input_size, list_models
+from cvfast.engine import Classifier, check_export, export, export_network
+from cvfast.models import create_model, input_size, list_models
 
 # Name -> a size that is quick; what is left out is a larger model of one of these families.
 SMALL = {"cnn": 32, "resnet20_cifar": 32, "mobilenet_v2": 64, "unet_small": 32, "vit_tiny_cifar": 32,
          "cnn_attention": 32}  # fmt: skip
+IMAGES, VIDEOS = {"images": (2, 3, 32, 32)}, {"videos": (2, 4, 3, 32, 32)}
+SENTENCES = {"images": (2, 1, 56, 56), "sentences": (2, 5)}
+OTHERS = {  # models whose input is no image, or whose output no logits: options, shapes of the inputs, if it is quick
+    "dcgan_generator": ({"width": 8}, {"z": (2, 100)}, True),
+    "dcgan_discriminator": ({"width": 8, "image_size": 32}, IMAGES, True),
+    "srresnet": ({}, {"images": (2, 3, 8, 8)}, False),
+    "cnn_lstm": ({}, VIDEOS, True),
+    "cnn_gru": ({}, VIDEOS, False),
+    "crnn": ({}, {"images": (2, 1, 32, 64)}, False),
+    "show_attend_tell": ({}, SENTENCES, False),
+    "show_tell": ({}, SENTENCES, False),
+}
 ALL = [*list_models(task="classification"), *list_models(task="segmentation")]
 
 
@@ -52,6 +65,35 @@ def test_all_models(name, tmp_path, request):
     if not request.config.getoption("--all-models", default=False):
         pytest.skip("needs --all-models")
     check(name, input_size(name), tmp_path)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models(name, tmp_path, request):
+    options, shapes, quick = OTHERS[name]
+    if not quick and not request.config.getoption("--all-models", default=False):
+        pytest.skip("needs --all-models")
+    torch.manual_seed(0)
+    model = create_model(name, **options).eval()
+    inputs = {key: torch.rand(shape) for key, shape in shapes.items()}
+    if "sentences" in inputs:
+        inputs["sentences"] = torch.randint(4, 10, shapes["sentences"])
+    with torch.no_grad():
+        expected = [output for output in as_tuple(model(*inputs.values())) if output is not None]
+    session = onnxruntime.InferenceSession(str(export_network(model, inputs, tmp_path / "model.onnx")))
+    given = dict(zip([i.name for i in session.get_inputs()], [t.numpy() for t in inputs.values()], strict=True))
+    program = torch.export.load(str(export_network(model, inputs, tmp_path / "model.pt2", "torch"))).module()
+    exported = [output for output in as_tuple(program(*inputs.values())) if output is not None]
+    for values, other, eager in zip(session.run(None, given), exported, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(values), eager, rtol=0, atol=1e-4)
+        torch.testing.assert_close(other, eager, rtol=0, atol=1e-4)
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def test_no_model_is_forgotten():
+    assert sorted([*ALL, *OTHERS]) == list_models()
 
 
 def test_every_family_is_checked():
