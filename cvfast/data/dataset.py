@@ -77,6 +77,14 @@ class ImageData:
             images = self.images.select(indices.tolist())
         return replace(self, images=images, labels=self.labels.index_select(0, indices))
 
+    def first(self, count: int) -> ImageData:
+        """The first ``count`` images, or all if there are fewer."""
+        return self.subset(torch.arange(min(count, len(self))))
+
+    def pixels(self) -> Tensor:
+        """All images as floats [N, C, H, W] in [0, 1]; those on disk are read."""
+        return torch.stack([self.images[i] for i in range(len(self))]).float() / 255
+
 
 @dataclass(frozen=True)
 class DataSplits:

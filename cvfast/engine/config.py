@@ -18,6 +18,7 @@ class RunConfig:
     Attributes:
         data: a data set's name ("fashion-mnist", "cifar10") or a folder, as :func:`cvfast.data.load` takes it.
         download: fetch the data set where it is missing and has a public address (cifar10).
+        validation: part of the training images held out for choosing the best epoch, in (0, 1).
         epochs: passes over the training images.
         batch_size: images per step, over all processes together.
         lr: the largest learning rate of the schedule.
@@ -37,6 +38,7 @@ class RunConfig:
 
     data: str = "fashion-mnist"
     download: bool = False
+    validation: float = 0.1
     epochs: int = 40
     batch_size: int = 64
     lr: float = 2e-3
@@ -59,6 +61,8 @@ class RunConfig:
         checked_name(self.backend)
         self.check_positive("epochs", "batch_size", "lr", "step_epochs", "step_gamma", "patience", "threads")
         self.check_not_negative("warmup_epochs", "seed")
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation must lie between 0 and 1, got {self.validation}")
 
     @property
     def name(self) -> str:
@@ -95,7 +99,6 @@ class TrainConfig(RunConfig):
         rotation: largest angle in degrees.
         scaling: images become smaller or larger by a factor of up to 1 + ``scaling``.
         translation: largest shift as a share of the image's size.
-        validation: part of the training images held out for choosing the best epoch, in (0, 1).
         per_class: use only so many training images of each class, chosen by the seed (those held out included), or
             None for all.
         channels: of what the model takes, 1 or 3, or None for as many as the images have.
@@ -117,7 +120,6 @@ class TrainConfig(RunConfig):
     rotation: float = 5.0
     scaling: float = 0.1
     translation: float = 0.1
-    validation: float = 0.1
     per_class: int | None = None
     channels: int | None = None
     weights: str | None = None
@@ -131,8 +133,6 @@ class TrainConfig(RunConfig):
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         self.check_positive("clip", "unfreeze_every")
         self.check_not_negative("momentum", "weight_decay")
-        if not 0 < self.validation < 1:
-            raise ValueError(f"validation must lie between 0 and 1, got {self.validation}")
         if self.per_class is not None and self.per_class < 2:
             raise ValueError(f"per_class must be 2 or more, one to train on and one to judge, got {self.per_class}")
         if self.channels not in (None, 1, 3):

@@ -25,7 +25,7 @@ from cvfast.data import (
 )
 from cvfast.engine import distributed
 from cvfast.engine.classifier import Classifier
-from cvfast.engine.config import TrainConfig
+from cvfast.engine.config import RunConfig, TrainConfig
 from cvfast.engine.logs import EpochLog
 from cvfast.engine.loop import AUGMENTATION_STREAM, Loop
 from cvfast.engine.transfer import freeze, load_weights, parameter_groups, unfreeze_gradually
@@ -35,6 +35,17 @@ from cvfast.models import input_size
 def load_data(data: str, folder_size: tuple[int, int], download: bool = False) -> DataSplits:
     """:func:`cvfast.data.load`; images in folders, whose sizes may differ, are read at ``folder_size`` (H, W)."""
     return load(data, size=folder_size if Path(data).is_dir() else None, download=download)
+
+
+def hold_out(data: DataSplits, config: RunConfig) -> tuple[ImageData, ImageData]:
+    """Images for training and for choosing the best epoch: the data's own division, or one that the seed decides."""
+    if data.validation is None:
+        train_data, validation_data = split(data.train, config.validation, config.seed)
+    else:
+        train_data, validation_data = data.train, data.validation
+    if len(validation_data) == 0:
+        raise ValueError(f"{config.data} has too few images to hold some out for validation")
+    return train_data, validation_data
 
 
 class Run(Loop):
@@ -125,12 +136,7 @@ def _data_and_classifier(config: TrainConfig) -> tuple[ImageData, ImageData, Cla
     data = load_data(config.data, input_size(config.model), config.download)
     if config.per_class is not None:
         data = replace(data, train=few(data.train, config.per_class, config.seed))
-    if data.validation is None:
-        train_data, validation_data = split(data.train, config.validation, config.seed)
-    else:
-        train_data, validation_data = data.train, data.validation
-    if len(validation_data) == 0:
-        raise ValueError(f"{config.data} has too few images to hold some out for validation")
+    train_data, validation_data = hold_out(data, config)
     torch.manual_seed(config.seed)
     mean, std = data.mean, data.std
     if config.channels not in (None, len(mean)):

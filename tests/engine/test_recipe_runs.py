@@ -181,12 +181,27 @@ def test_grids_and_attention_have_the_same_places():
     assert caption.by_cell(weights.flatten()[None], (16, 24), (2, 3)).tolist() == [[0.25, 0, 0, 0, 0, 0.75]]
 
 
-def test_every_epoch_has_new_grids_of_every_picture(small_data):
-    splits = data.load(small_data)
+def test_every_epoch_has_new_grids_of_every_picture_that_fills_one(small_data):
     run = caption.CaptionRun(options("caption", small_data), torch.device("cpu"))
     epochs = [torch.cat([cells.flatten() for cells in run._batches(epoch).batches]) for epoch in (0, 1, 0)]
-    assert torch.equal(epochs[0].sort().values, torch.arange(len(splits.train)))
+    assert len(epochs[0]) == len(epochs[0].unique()) == len(run.train_data) // 4 * 4
     assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("kind", ["gan", "caption", "superres"])
+def test_images_held_out_are_not_trained_on_and_test_images_not_chosen_by(kind, small_data):
+    """Training images of a run are a part of the training data; the test data could be anything."""
+    run = LOOPS[kind](options(kind, small_data, **({"images": 200} if kind == "superres" else {})), torch.device("cpu"))
+    train = data.load(small_data).train
+    used = {image.numpy().tobytes() for image in run.train_data.images}
+    assert len(run.train_data) < len(train) and used < {image.numpy().tobytes() for image in train.images}
+    held_out = {
+        "gan": lambda: (255 * run.real).round().byte(),
+        "caption": lambda: run.validation.pictures.flatten(0, 1),
+        "superres": lambda: run.validation_data.images,
+    }[kind]()
+    kept = {image.numpy().tobytes() for image in held_out}
+    assert kept and not kept & used and kept < {image.numpy().tobytes() for image in train.images}
 
 
 def cli(*arguments):
@@ -236,7 +251,7 @@ def test_the_commands_say_what_was_reached(small_data, tmp_path):
         "train", "superres", "--data", small_data, "--epochs", 1, "--width", 4, "--blocks", 1, "--images", 32,
         "--threads", 1, "--out", tmp_path / "run",
     )  # fmt: skip
-    assert code == 0 and "best epoch 1: PSNR" in words and "against bicubic's" in words and "report.html" in words
+    assert code == 0 and "best epoch 1: test PSNR" in words and "against bicubic's" in words and "report.html" in words
 
 
 def test_settings_that_differ_are_in_the_help():

@@ -18,7 +18,7 @@ from cvfast.engine.logs import EpochFigures, Panel
 from cvfast.engine.loop import AUGMENTATION_STREAM, Loop
 from cvfast.engine.networks import Networks, load_network
 from cvfast.engine.recipes.running import run_recipe
-from cvfast.engine.run import load_data
+from cvfast.engine.run import hold_out, load_data
 from cvfast.engine.train import TrainResult
 from cvfast.models.captioning import END, PAD, START, beam_search, greedy
 
@@ -66,7 +66,7 @@ class Options(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFigures(EpochFigures):
-    """An epoch: the training loss per word in nats; on test grids, likeliest word after word: shares in [0, 1].
+    """An epoch: the training loss per word in nats; on validation grids, likeliest word after word: shares in [0, 1].
 
     ``words_right`` is 1 - the word error rate; ``names_right`` the share of pictures called by their name at their
     place in the sentence; ``attention`` the share of attention, while a name is said, that lies on its picture (nan
@@ -75,7 +75,7 @@ class CaptionFigures(EpochFigures):
 
     PANELS = (
         Panel("Loss", "cross-entropy (nats per word)", {"train_loss": "train"}),
-        Panel("Test grids", "%", {"words_right": "words", "names_right": "names", "attention": "attention"}, 100),
+        Panel("Validation grids", "%", {"words_right": "words", "names_right": "names", "attention": "attention"}, 100),
     )
 
     train_loss: float
@@ -198,11 +198,11 @@ class CaptionRun(Loop):
     def __init__(self, config: Options, device: torch.device) -> None:
         data = load_data(config.data, FOLDER_SIZE, config.download)
         cells = config.rows * config.columns
-        if min(len(data.train), len(data.test)) < cells:
+        self.train_data, validation_data = hold_out(data, config)
+        if min(len(self.train_data), len(validation_data), len(data.test)) < cells:
             raise ValueError(f"{config.data} has too few images for one grid of {cells}")
         self.vocabulary = Vocabulary(data.classes)
-        self.train_data = data.train
-        self.test = test_grids(data.test, config, self.vocabulary)
+        self.validation = fixed_grids(validation_data, config, self.vocabulary)
         self.augmentation = Augmentation(0.5, 3.0, (0.95, 1.05), 0.05) if config.augment else None
         torch.manual_seed(config.seed)
         options = {"num_classes": len(self.vocabulary.words), "in_chans": data.train.image_shape[0]}
@@ -233,7 +233,7 @@ class CaptionRun(Loop):
 
     def _figures(self, means: list[float], common: dict[str, Any]) -> CaptionFigures:
         self.model.eval()
-        judged = judge(self.captioner, self.test, self.vocabulary, self.config.columns, beams=1)
+        judged = judge(self.captioner, self.validation, self.vocabulary, self.config.columns, beams=1)
         return CaptionFigures(
             **common,
             train_loss=means[0],
@@ -246,8 +246,8 @@ class CaptionRun(Loop):
         return self.model.description() | {"vocabulary": self.vocabulary.words}
 
 
-def test_grids(data: ImageData, config: Options, vocabulary: Vocabulary) -> Grids:
-    """Every test image in one grid, the same ones for every run."""
+def fixed_grids(data: ImageData, config: Options, vocabulary: Vocabulary) -> Grids:
+    """Every image in one grid, the same ones for every run."""
     cells = config.rows * config.columns
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     return make_grids(data, order[: len(data) // cells * cells].view(-1, cells), vocabulary)
@@ -321,7 +321,7 @@ def _report(result: TrainResult) -> list[str]:
     folder, config = result.folder, result.config
     data = load_data(config.data, FOLDER_SIZE)
     vocabulary = Vocabulary(data.classes)
-    grids = test_grids(data.test, config, vocabulary)
+    grids = fixed_grids(data.test, config, vocabulary)
     captioner = load_network(folder, "captioner")
     judged = judge(captioner, grids, vocabulary, config.columns, config.beams)
     report.learning_curves(folder / "learning_curves.png", {config.model: result.history})
@@ -341,8 +341,8 @@ def _report(result: TrainResult) -> list[str]:
         report.Section(
             "What was done",
             f"{config.model} learned to name the pictures of {config.rows} x {config.columns} grids of {config.data} "
-            f"in order; epoch {result.best_epoch} of {len(result.history)} is the best on {len(grids.pictures):,} test "
-            f"grids, judged with {config.beams} beams.",
+            f"in order; epoch {result.best_epoch} of {len(result.history)} is the best on the "
+            f"pictures held out. On {len(grids.pictures):,} grids of test pictures, with {config.beams} beams:",
             table,
         ),
         *(report.Section(f"Where it looked, test grid {k + 1}", picture=name) for k, name in enumerate(pictures)),

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvfast.data import Batches, DataSplits, ImageData, batches, epoch_generator
+from cvfast.data import Batches, DataSplits, batches, epoch_generator
 from cvfast.engine.config import RunConfig, check_choice
 from cvfast.engine.logs import EpochFigures, Panel
 from cvfast.engine.loop import AUGMENTATION_STREAM, Loop
 from cvfast.engine.networks import Networks, load_network
 from cvfast.engine.recipes.running import run_recipe
-from cvfast.engine.run import load_data
+from cvfast.engine.run import hold_out, load_data
 from cvfast.engine.train import TrainResult
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LOSSES = ("dcgan", "wgan-gp")
 FOLDER_SIZE = (32, 32)  # of images from a folder
 SAMPLES = 80  # in a picture, 10 in a row
-JUDGED = 1000  # samples, and test images, in the distance
+JUDGED = 1000  # samples and real images in the distance, at most
 DIRECTIONS = 256
 
 
@@ -70,12 +70,12 @@ class GanFigures(EpochFigures):
     """An epoch of both networks.
 
     Losses are means per image (the critic's of wgan-gp is what it minimises, the penalty included). ``distance`` is the
-    sliced Wasserstein distance between 1,000 samples and test images, see :func:`sliced_distance`.
+    sliced Wasserstein distance between samples and validation images, see :func:`sliced_distance`.
     """
 
     PANELS = (
         Panel("Losses", "mean per image", {"discriminator_loss": "discriminator", "generator_loss": "generator"}),
-        Panel("Distance from test images", "sliced Wasserstein (grey levels in [0, 1])", {"distance": "samples"}),
+        Panel("Distance from validation images", "sliced Wasserstein (grey levels in [0, 1])", {"distance": "samples"}),
     )
 
     discriminator_loss: float
@@ -101,8 +101,8 @@ class GanRun(Loop):
 
     def __init__(self, config: Options, device: torch.device) -> None:
         data = load_data(config.data, FOLDER_SIZE, config.download)
-        self.train_data, self.classes = data.train, data.classes
-        self.real = pixels(data.test.subset(torch.arange(min(JUDGED, len(data.test)))))
+        self.train_data, validation_data = hold_out(data, config)
+        self.real = validation_data.first(JUDGED).pixels()
         torch.manual_seed(config.seed)
         model = _networks(config, data).to(device)
         self.generator, self.discriminator = model["generator"], model["discriminator"]
@@ -212,11 +212,6 @@ def same_class_share(samples: Tensor, labels: Tensor, images: Tensor, classes: T
     return (classes[nearest] == labels).float().mean().item()
 
 
-def pixels(data: ImageData) -> Tensor:
-    """All images of ``data`` as floats [N, C, H, W] in [0, 1]."""
-    return torch.stack([data.images[i] for i in range(len(data))]).float() / 255
-
-
 def _networks(config: Options, data: DataSplits) -> Networks:
     channels, height, width = data.train.image_shape
     if height != width:
@@ -253,8 +248,8 @@ def _report(result: TrainResult) -> list[str]:
     folder, config = result.folder, result.config
     data = load_data(config.data, FOLDER_SIZE)
     generator = load_network(folder, "generator")
-    real = pixels(data.test.subset(torch.arange(min(JUDGED, len(data.test)))))
-    train = pixels(data.train)
+    real = data.test.first(JUDGED).pixels()
+    train = data.train.pixels()
     samples = draw(generator, len(real), config.seed)
     rows = [
         ["distance from test images", f"{sliced_distance(samples, real):.4f}", f"{_real_distance(train, real):.4f}"],
@@ -276,7 +271,7 @@ def _report(result: TrainResult) -> list[str]:
         report.Section(
             "What was done",
             f"A generator ({kind}) was trained on {len(train):,} images of {config.data} for {len(result.history)} "
-            f"epochs; the samples are those of epoch {result.best_epoch}, the nearest to the test images.",
+            f"epochs; the samples are those of epoch {result.best_epoch}, the nearest to the images held out.",
             [["", "samples", "real training images" if not config.conditional else "real images"], *rows],
         ),
         report.Section("Samples", picture="samples.png"),

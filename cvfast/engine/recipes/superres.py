@@ -16,7 +16,7 @@ from cvfast.engine.logs import EpochFigures, Panel
 from cvfast.engine.loop import AUGMENTATION_STREAM, Loop
 from cvfast.engine.networks import Networks, load_network
 from cvfast.engine.recipes.running import run_recipe
-from cvfast.engine.run import load_data
+from cvfast.engine.run import hold_out, load_data
 from cvfast.engine.train import TrainResult
 from cvfast.models.superres import SCALE, bicubic
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FOLDER_SIZE = (32, 32)  # of images from a folder
-JUDGED = 1000  # test images, at most
+JUDGED = 1000  # validation images, and test images, at most
 SHOWN = 6
 
 
@@ -57,11 +57,11 @@ class Options(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SuperresFigures(EpochFigures):
-    """An epoch: the mean absolute error on training images in [0, 1], and the mean PSNR of test images in dB."""
+    """An epoch: the mean absolute error on training images in [0, 1], and the mean PSNR of validation images in dB."""
 
     PANELS = (
         Panel("Loss", "mean absolute error (grey levels of 255)", {"train_loss": "train"}, 255),
-        Panel("Test images", "PSNR (dB)", {"psnr": "network", "bicubic_psnr": "bicubic"}),
+        Panel("Validation images", "PSNR (dB)", {"psnr": "network", "bicubic_psnr": "bicubic"}),
     )
 
     train_loss: float
@@ -87,8 +87,8 @@ class SuperresRun(Loop):
         channels, height, width = data.train.image_shape
         if height % SCALE or width % SCALE:
             raise ValueError(f"{data.train.name}: sides must be multiples of {SCALE}, got {height}x{width}")
-        self.train_data = _first(data.train, config.images)
-        self.test_data = _first(data.test, JUDGED)
+        train_data, validation_data = hold_out(data, config)
+        self.train_data, self.validation_data = train_data.first(config.images), validation_data.first(JUDGED)
         torch.manual_seed(config.seed)
         options = {"in_chans": channels, "width": config.width, "blocks": config.blocks}
         model = Networks({"upscaler": ("srresnet", options)}).to(device)
@@ -116,8 +116,8 @@ class SuperresRun(Loop):
         return SuperresFigures(
             **common,
             train_loss=means[0],
-            psnr=mean_psnr(network, self.test_data, self.device),
-            bicubic_psnr=mean_psnr(bicubic, self.test_data, self.device),
+            psnr=mean_psnr(network, self.validation_data, self.device),
+            bicubic_psnr=mean_psnr(bicubic, self.validation_data, self.device),
         )
 
     def description(self) -> dict[str, Any]:
@@ -146,10 +146,6 @@ def mean_psnr(enlarge, data: ImageData, device: torch.device) -> float:
     return torch.cat(ratios).mean().item()
 
 
-def _first(data: ImageData, count: int) -> ImageData:
-    return data.subset(torch.arange(min(count, len(data))))
-
-
 def run(options: Options, out: Path, console: Console | None) -> None:
     """See `cvfast.engine.recipes`."""
     run_recipe(SuperresRun, _report, options, out, console)
@@ -160,14 +156,15 @@ def _report(result: TrainResult) -> list[str]:
     from cvfast.engine import report
 
     folder, config = result.folder, result.config
-    best = result.history[result.best_epoch - 1]
-    test = _first(load_data(config.data, FOLDER_SIZE).test, SHOWN)
-    truth = torch.stack([test.images[i] for i in range(len(test))]).float() / 255
+    test = load_data(config.data, FOLDER_SIZE).test.first(JUDGED)
+    network, device = load_network(folder, "upscaler"), torch.device("cpu")
+    ours, theirs = mean_psnr(network, test, device), mean_psnr(bicubic, test, device)
+    truth = test.first(SHOWN).pixels()
     small = smaller(truth)
     kinds = {
         "given": F.interpolate(small, scale_factor=SCALE),
         "bicubic": bicubic(small),
-        "network": load_network(folder, "upscaler")(small),
+        "network": network(small),
         "truth": truth,
     }
     report.image_grid(folder / "images.png", torch.cat(list(kinds.values())), columns=len(truth), rows=list(kinds))
@@ -176,9 +173,9 @@ def _report(result: TrainResult) -> list[str]:
         report.Section(
             "What was done",
             f"SRResNet with {config.blocks} blocks of {config.width} channels learned to enlarge images of "
-            f"{config.data} four times; epoch {result.best_epoch} of {len(result.history)} is the best on "
-            f"{JUDGED:,} test images at most.",
-            [["", "PSNR (dB)"], ["network", f"{best.psnr:.2f}"], ["bicubic", f"{best.bicubic_psnr:.2f}"]],
+            f"{config.data} four times; epoch {result.best_epoch} of {len(result.history)} is the best on the "
+            f"images held out. On {len(test):,} test images:",
+            [["", "PSNR (dB)"], ["network", f"{ours:.2f}"], ["bicubic", f"{theirs:.2f}"]],
         ),
         report.Section("Images", "Rows: " + ", ".join(kinds) + ".", picture="images.png"),
         report.Section("Learning curves", picture="learning_curves.png"),
@@ -186,5 +183,4 @@ def _report(result: TrainResult) -> list[str]:
         report.machine(),
     ]
     report.write_report(folder, "cvfast train superres", sections)
-    gain = best.psnr - best.bicubic_psnr
-    return [f"best epoch {result.best_epoch}: PSNR {best.psnr:.2f} dB, {gain:+.2f} dB against bicubic's"]
+    return [f"best epoch {result.best_epoch}: test PSNR {ours:.2f} dB, {ours - theirs:+.2f} dB against bicubic's"]
