@@ -6,12 +6,13 @@ import errno
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from enum import IntEnum
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_type_hints
 
 import torch
 import typer
@@ -25,19 +26,21 @@ from cvfast import backend as backends
 from cvfast._choices import NAME as CHOICES
 from cvfast._choices import default_file
 from cvfast.data import DataSplits
+from cvfast.engine import recipes
 from cvfast.engine.checkpoint import CheckpointError, load_checkpoint, replace_file
-from cvfast.engine.config import OPTIMIZERS, SCHEDULES, TrainConfig
 from cvfast.engine.export import FORMATS
 from cvfast.engine.run import load_data
 from cvfast.engine.train import choose_device
 from cvfast.models import create_model, input_size, list_models
 
-DEFAULT = TrainConfig(backend=backends.current())  # CVFAST_BACKEND is the default of --backend
+CLASSIFIERS = list_models(task="classification")
+BACKEND = backends.current()  # CVFAST_BACKEND is the default of --backend
 
 HELP = """Trains, judges and deploys vision models with cvfast's kernels.
 
-Start with `cvfast demo`. Then: `cvfast train --data FOLDER`, `cvfast eval --checkpoint runs/cnn`,
-`cvfast predict --checkpoint runs/cnn IMAGE...`, `cvfast export --checkpoint runs/cnn`.
+Start with `cvfast demo`. Then: `cvfast train --data FOLDER` (or another recipe, `cvfast train RECIPE`),
+`cvfast eval --checkpoint runs/cnn`, `cvfast predict --checkpoint runs/cnn IMAGE...`,
+`cvfast export --checkpoint runs/cnn`.
 
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 file not found; 4 bad data (a damaged image, classes that do not
 fit); 5 bad checkpoint; 6 disk full; 130 interrupted.
@@ -131,62 +134,76 @@ def demo(
         raise typer.Exit(ExitCode.FAILED)
 
 
-@app.command()
-def train(
-    ctx: typer.Context,
-    data: Annotated[str, typer.Option(help="fashion-mnist, cifar10, or the path of CIFAR-10, of a folder with one "
-                                           "folder of images per class, or of an .npz.")] = DEFAULT.data,
-    download: Annotated[bool, typer.Option("--download", help="Download the data (cifar10) if missing.")] = False,
-    model: Annotated[str, typer.Option(help=f"One of: {', '.join(list_models())}.")] = DEFAULT.model,
-    out: Annotated[str | None, typer.Option(help="Folder of the run; default: the first free of runs/MODEL, "
-                                                 "runs/MODEL-2, ...")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder with its own settings; "
-                                                     "goes with no other option.")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = DEFAULT.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = DEFAULT.batch_size,
-    optimizer: Annotated[str, typer.Option(help=f"One of: {', '.join(OPTIMIZERS)}.")] = DEFAULT.optimizer,
-    lr: Annotated[float, typer.Option(help="Largest learning rate.")] = DEFAULT.lr,
-    momentum: Annotated[float, typer.Option(help="Momentum of sgd.")] = DEFAULT.momentum,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = DEFAULT.weight_decay,
-    schedule: Annotated[str, typer.Option(help=f"Learning rate: {', '.join(SCHEDULES)}.")] = DEFAULT.schedule,
-    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up.")] = DEFAULT.warmup_epochs,
-    step_epochs: Annotated[int, typer.Option(help="Epochs between two steps of the step schedule.")]
-    = DEFAULT.step_epochs,
-    step_gamma: Annotated[float, typer.Option(help="Factor of a step of the step schedule.")] = DEFAULT.step_gamma,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient; default: no clipping.")] = None,
-    augment: Annotated[bool, typer.Option(help="Change the training images at random.")] = DEFAULT.augment,
-    flip: Annotated[float, typer.Option(help="Probability of a mirrored image.")] = DEFAULT.flip,
-    rotation: Annotated[float, typer.Option(help="Largest angle in degrees.")] = DEFAULT.rotation,
-    scaling: Annotated[float, typer.Option(help="0.1: up to 10 % larger or smaller.")] = DEFAULT.scaling,
-    translation: Annotated[float, typer.Option(help="Largest shift, as a share of the size.")] = DEFAULT.translation,
-    validation: Annotated[float, typer.Option(help="Share of the training images that chooses the best epoch.")]
-    = DEFAULT.validation,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better one.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = DEFAULT.seed,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log for TensorBoard, besides the CSV.")] = False,
-    amp: Annotated[bool, typer.Option("--amp", help="Compute in bfloat16 where autocast does.",
-                                      rich_help_panel="Machine")] = False,
-    backend: BackendOption = DEFAULT.backend,
-    device: DeviceOption = DEFAULT.device,
-    threads: ThreadsOption = None,
-) -> None:  # fmt: skip
-    """Trains a model on a folder of images or a data set, and keeps the best epoch.
+TRAIN_HELP = """Trains a model on a folder of images or a data set, and keeps the best epoch; or runs another recipe.
 
-    Ctrl-C leaves a checkpoint; `cvfast train --resume FOLDER` goes on from there, with the same result as without the
-    interruption. With several processes: `torchrun --nproc-per-node 2 -m cvfast train ...`
-    """
-    if resume is None:
-        config = _usage(lambda: TrainConfig(**{field.name: ctx.params[field.name] for field in fields(TrainConfig)}))
-        result = engine.train(config, console=Console())
+Ctrl-C leaves a checkpoint; `cvfast train --resume FOLDER` goes on from there, with the same result as without the
+interruption, whatever the recipe. With several processes: `torchrun --nproc-per-node 2 -m cvfast train ...`
+
+Other recipes have options of their own: `cvfast train RECIPE --help`.
+"""
+PANELS = {
+    "Machine": ("backend", "device", "threads", "amp"),
+    "Transfer learning": ("weights", "freeze", "unfreeze_every", "layer_decay", "per_class", "channels"),
+}
+
+
+def _train_command(recipe: str) -> Callable[..., None]:
+    """The function of `cvfast train RECIPE`, with an option for each field of the recipe's Options."""
+    cls = recipes.find(recipe).Options
+    own = [field for field in fields(cls) if field.name != "out"]
+    types, words = get_type_hints(cls), recipes.option_help(cls)
+    words["model"] = f"One of: {', '.join(CLASSIFIERS)}."
+    panels = {name: panel for panel, names in PANELS.items() for name in names}
+
+    def command(ctx: typer.Context, **given) -> None:
+        if ctx.invoked_subcommand is None:
+            _train(ctx, recipe, [field.name for field in own])
+        elif before := _given(ctx):
+            raise typer.BadParameter(f"options of a recipe stand behind its name: {', '.join(before)}")
+
+    def parameter(name: str, type: object, default: object, help: str) -> Parameter:
+        option = typer.Option(help=help, rich_help_panel=panels.get(name))
+        return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[type, option])
+
+    command.__signature__ = Signature([
+        Parameter("ctx", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *(parameter(f.name, types[f.name], BACKEND if f.name == "backend" else f.default, words[f.name]) for f in own),
+        parameter("out", Path | None, None, "Folder of the run; default: the first free of runs/NAME, runs/NAME-2, … "
+                                            "by the name of the model or recipe."),
+        parameter("resume", Path | None, None, "Continue the run in this folder with its own settings; goes with no "
+                                               "other option."),
+    ])  # fmt: skip
+    command.__annotations__ = {name: p.annotation for name, p in command.__signature__.parameters.items()}
+    return command
+
+
+def _train(ctx: typer.Context, recipe: str, names: list[str]) -> None:
+    """Runs ``recipe`` with the command's options of these names, or resumes the run that the command names."""
+    if ctx.params["resume"] is None:
+        given = {name: ctx.params[name] for name in names}
+        options = _usage(lambda: recipes.find(recipe).Options(**given))
+        recipes.start(recipe, options, ctx.params["out"], Console())
+    elif _given(ctx) == ["resume"]:
+        recipes.resume(ctx.params["resume"], Console())
     else:
-        given = [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]
-        if given != ["resume"]:
-            raise typer.BadParameter("a resumed run keeps its settings: give no other option", param_hint="--resume")
-        result = engine.resume(resume, console=Console())
-    if result.first_process:
-        test = engine.evaluate(engine.load_classifier(result.folder), _run_data(result.folder).test)
-        typer.echo(f"best epoch {result.best_epoch}: test accuracy {test.accuracy:.2%}; in {result.folder}")
-        typer.echo(f"next: cvfast eval --checkpoint {result.folder}")
+        raise typer.BadParameter("a resumed run keeps its settings: give no other option", param_hint="--resume")
+
+
+def _given(ctx: typer.Context) -> list[str]:
+    return [name for name in ctx.params if ctx.get_parameter_source(name).name == "COMMANDLINE"]
+
+
+def train_commands() -> typer.Typer:
+    """`cvfast train`, which is the recipe classification, and `cvfast train RECIPE`."""
+    commands = typer.Typer()
+    commands.callback(invoke_without_command=True, help=TRAIN_HELP)(_train_command("classification"))
+    for recipe in recipes.RECIPES:
+        words = recipes.find(recipe).__doc__.splitlines()[0]
+        commands.command(recipe, help=words)(_train_command(recipe))
+    return commands
+
+
+app.add_typer(train_commands(), name="train")
 
 
 @app.command("eval")
@@ -194,8 +211,8 @@ def evaluate(
     checkpoint: CheckpointOption,
     data: Annotated[str | None, typer.Option(help="Data set; its test part is judged. Default: the run's own.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
-    backend: BackendOption = DEFAULT.backend,
-    device: DeviceOption = DEFAULT.device,
+    backend: BackendOption = BACKEND,
+    device: DeviceOption = "auto",
 ) -> None:
     """Judges a checkpoint on test images: accuracy, and precision, recall and F1 of each class."""
     classifier = engine.load_classifier(checkpoint).to(choose_device(device))
@@ -212,7 +229,7 @@ def predict(
     checkpoint: CheckpointOption,
     images: Annotated[list[Path], typer.Argument(help="Image files, of any size.", show_default=False)],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show per image.")] = 3,
-    backend: BackendOption = DEFAULT.backend,
+    backend: BackendOption = BACKEND,
 ) -> None:
     """Names what image files show, with the probability of each of the likeliest classes."""
     with cvfast.use_backend(_usage(lambda: backends.checked_name(backend))):

@@ -13,7 +13,7 @@ Data sets in memory are uint8; images in folders stay on disk until their batch 
 """
 
 from cvfast.data.batching import Batches, batches, epoch_generator
-from cvfast.data.dataset import DataSplits, ImageData, split
+from cvfast.data.dataset import DataSplits, ImageData, few, split
 from cvfast.data.folders import decode_image
 from cvfast.data.loading import load
 from cvfast.data.transforms import Augmentation, Preparation
@@ -27,6 +27,7 @@ __all__ = [
     "batches",
     "decode_image",
     "epoch_generator",
+    "few",
     "load",
     "split",
 ]

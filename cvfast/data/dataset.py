@@ -77,6 +77,14 @@ class ImageData:
             images = self.images.select(indices.tolist())
         return replace(self, images=images, labels=self.labels.index_select(0, indices))
 
+    def first(self, count: int) -> ImageData:
+        """The first ``count`` images, or all if there are fewer."""
+        return self.subset(torch.arange(min(count, len(self))))
+
+    def pixels(self) -> Tensor:
+        """All images as floats [N, C, H, W] in [0, 1]; those on disk are read."""
+        return torch.stack([self.images[i] for i in range(len(self))]).float() / 255
+
 
 @dataclass(frozen=True)
 class DataSplits:
@@ -145,3 +153,20 @@ def split(data: ImageData, validation: float = 0.1, seed: int = 0) -> tuple[Imag
         if count > 0:
             held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return data.subset((~held_out).nonzero().flatten()), data.subset(held_out.nonzero().flatten())
+
+
+def few(data: ImageData, per_class: int, seed: int = 0) -> ImageData:
+    """`per_class` images of each class of `data`, chosen at random by `seed`, in the order of `data`.
+
+    ValueError where a class has fewer, or `per_class` is not positive.
+    """
+    if per_class < 1:
+        raise ValueError(f"per_class must be positive, got {per_class}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label, name in enumerate(data.classes):
+        members = (data.labels == label).nonzero().flatten()
+        if len(members) < per_class:
+            raise ValueError(f"{data.name}: {per_class} images of each class are wanted, {name} has {len(members)}")
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
+    return data.subset(torch.cat(chosen).sort().values)

@@ -6,13 +6,16 @@ From images to a deployed model:
     classifier = load_classifier(result.folder)
     print(evaluate(classifier, cvfast.data.load("fashion-mnist").test).accuracy)
     export(classifier, "classifier.onnx")
+
+`cvfast.engine.transfer` starts from other weights; `cvfast.engine.recipes` holds what else `cvfast train` trains.
 """
 
 from cvfast.engine.checkpoint import CheckpointError
 from cvfast.engine.classifier import Classifier, load_classifier
 from cvfast.engine.config import TrainConfig
 from cvfast.engine.evaluate import Evaluation, evaluate
-from cvfast.engine.export import ExportCheck, check_export, export
+from cvfast.engine.export import ExportCheck, check_export, export, export_network
+from cvfast.engine.networks import load_network
 from cvfast.engine.predict import Prediction, predict
 from cvfast.engine.train import TrainResult, resume, train
 
@@ -27,7 +30,9 @@ __all__ = [
     "check_export",
     "evaluate",
     "export",
+    "export_network",
     "load_classifier",
+    "load_network",
     "predict",
     "resume",
     "train",

@@ -75,14 +75,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: if the file is not a checkpoint of cvfast, or is damaged.
     """
     path = checkpoint_file(path, "best")
+    tensors, header = read_safetensors(path)
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of cvfast ({FORMAT})")
+    try:
+        return Checkpoint(tensors, json.loads(header["meta"]))
+    except (json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{path} is a damaged checkpoint: {error}") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its header; CheckpointError if it is none or a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of cvfast ({FORMAT})")
-            names = list(file.keys())
-            return Checkpoint({name: file.get_tensor(name) for name in names}, json.loads(header["meta"]))
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {error}") from error
 
 

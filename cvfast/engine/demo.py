@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cvfast.data import DataSplits, ImageData, load
+from cvfast.data import DataSplits, load
 from cvfast.engine.classifier import Classifier, load_classifier, logits_of
 from cvfast.engine.config import TrainConfig
 from cvfast.engine.evaluate import Evaluation, judge
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 DATA = "fashion-mnist"
 RUNS = {"native": "native", "cvfast": "auto"}  # name of a run -> backend
-SAMPLES = 18
 # Small images of centred clothes want smaller changes, and 5,000 of them more steps, than the defaults give.
 RECIPE = {"batch_size": 32, "weight_decay": 0.05, "rotation": 3.0, "scaling": 0.05, "translation": 0.05}
 
@@ -70,8 +69,7 @@ def run_demo(folder: Path, *, seed: int, threads: int | None, quick: bool, conso
     console.print("exporting to ONNX, and running it with onnxruntime …", highlight=False)
     check = check_export(export(classifiers["cvfast"], folder / "model.onnx"), classifiers["cvfast"], data.test)
     promises = _promises(plan, judged, check)
-    _draw(folder, results, judged["cvfast"], data.test, logits["cvfast"])
-    _write_report(folder, results, judged, data, classifiers["cvfast"], promises)
+    _write_report(folder, results, judged, data, classifiers["cvfast"], logits["cvfast"], promises)
 
     for promise in promises:
         mark = "[green]kept[/]  " if promise.kept else "[bold red]BROKEN[/]"
@@ -100,36 +98,22 @@ def _promises(plan: Plan, judged: dict[str, Evaluation], check: ExportCheck) -> 
     ]
 
 
-def _draw(
-    folder: Path, results: dict[str, TrainResult], judged: Evaluation, test: ImageData, logits: torch.Tensor
-) -> None:
-    from cvfast.engine import report
-
-    histories = {name: result.history for name, result in results.items()}
-    report.learning_curves(folder / "learning_curves.png", histories)
-    report.epoch_times(folder / "epoch_times.png", histories)
-    report.confusion_matrix(folder / "confusion_matrix.png", judged)
-    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:SAMPLES]
-    samples = test.subset(chosen)
-    report.sample_predictions(
-        folder / "samples.png", samples.images, samples.labels, logits[chosen].softmax(dim=1), test.classes
-    )
-
-
 def _write_report(
     folder: Path,
     results: dict[str, TrainResult],
     judged: dict[str, Evaluation],
     data: DataSplits,
     classifier: Classifier,
+    logits: torch.Tensor,
     promises: Sequence[Promise],
 ) -> None:
-    from cvfast._info import facts
-    from cvfast.engine.report import Section, write_report
+    from cvfast.engine import report
+    from cvfast.engine.report import Section
 
-    evaluation = judged["cvfast"]
+    histories = {name: result.history for name, result in results.items()}
+    report.learning_curves(folder / "learning_curves.png", histories)
+    report.epoch_times(folder / "epoch_times.png", histories)
     parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
-    scores = zip(evaluation.classes, evaluation.precision, evaluation.recall, evaluation.f1, strict=True)
     runs = [
         [name, f"{judged[name].accuracy:.1%}", str(result.best_epoch), f"{_seconds_per_epoch(result):.2f}"]
         for name, result in results.items()
@@ -148,19 +132,10 @@ def _write_report(
         ),
         Section("Learning curves", picture="learning_curves.png"),
         Section("Time per epoch", picture="epoch_times.png"),
-        Section(
-            "Judgement of the cvfast run",
-            table=[
-                ["class", "precision", "recall", "F1"],
-                *([name, *(f"{score:.3f}" for score in row)] for name, *row in scores),
-                ["macro average", *(f"{score:.3f}" for score in evaluation.macro.values())],
-            ],
-        ),
-        Section("Confusion matrix", picture="confusion_matrix.png"),
-        Section("Sample predictions", "Wrong ones in red, with the true class.", picture="samples.png"),
-        Section("Machine", table=[["what", "here"], *(list(fact) for fact in facts())]),
+        *report.judgement(folder, judged["cvfast"], data.test, logits),
+        report.machine(),
     ]
-    write_report(folder, "cvfast demo", sections)
+    report.write_report(folder, "cvfast demo", sections)
 
 
 def _seconds_per_epoch(result: TrainResult) -> float:

@@ -10,13 +10,13 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvfast.backend import use_backend
 from cvfast.data import ImageData, batches
@@ -42,26 +42,50 @@ def export(classifier: Classifier, path: str | Path, format: str = "onnx") -> Pa
         ValueError: for another format.
         OSError: if the file cannot be written.
     """
+    inputs = {INPUT: torch.zeros(2, *classifier.image_shape, dtype=torch.uint8)}
+    metadata = {"classes": json.dumps(classifier.classes)}
+    return export_network(classifier, inputs, path, format, outputs=[OUTPUT], metadata=metadata)
+
+
+def export_network(
+    network: nn.Module,
+    inputs: dict[str, Tensor],
+    path: str | Path,
+    format: str = "onnx",
+    *,
+    outputs: Sequence[str] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Writes any network to ``path``; it is moved to the CPU and into eval mode.
+
+    Args:
+        inputs: an example of each input of ``forward``, by its name, in its order; only dtype and shape count. The
+            first dimension, 2 or more in the example, becomes that of a batch of any size, the others stay.
+        format: "onnx" or "torch", as in :func:`export`.
+        outputs: names of the outputs in ONNX; default: the exporter's.
+        metadata: words that travel along, in ONNX's metadata or in files of the torch.export program.
+
+    Returns, raises: as :func:`export`.
+    """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
-    path = Path(path)
-    program = exported_program(classifier)
-    classes = json.dumps(classifier.classes)
-    buffer = io.BytesIO()
+    path, metadata = Path(path), metadata or {}
+    program = exported_program(network, inputs)
     if format == "torch":
-        torch.export.save(program, buffer, extra_files={"classes": classes})
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files=metadata)
         replace_file(path, buffer.getvalue())
     else:
-        replace_file(path, _onnx_bytes(program, classes))
+        replace_file(path, _onnx_bytes(program, list(inputs), outputs, metadata))
     return path
 
 
-def exported_program(classifier: Classifier) -> torch.export.ExportedProgram:
-    """The classifier as a graph of torch's own operators (so the backend is `native`), with a dynamic batch size."""
-    example = torch.zeros(2, *classifier.image_shape, dtype=torch.uint8)
+def exported_program(network: nn.Module, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    """The network as a graph of torch's own operators (so the backend is `native`), with a dynamic batch size."""
+    batch = torch.export.Dim("batch")
     with use_backend("native"):
         return torch.export.export(
-            classifier.cpu().eval(), (example,), dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}}
+            network.cpu().eval(), tuple(inputs.values()), dynamic_shapes={name: {0: batch} for name in inputs}
         )
 
 
@@ -111,16 +135,22 @@ def _torch_runner(path: str | Path) -> Callable[[Tensor], Tensor]:
     return torch.no_grad()(torch.export.load(str(path)).module())
 
 
-def _onnx_bytes(program: torch.export.ExportedProgram, classes: str) -> bytes:
+def _onnx_bytes(
+    program: torch.export.ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str] | None,
+    metadata: dict[str, str],
+) -> bytes:
     with _quiet_exporter():
         onnx_program = torch.onnx.export(
-            program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False, optimize=True
+            program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False, optimize=True
         )
     model = onnx_program.model_proto
     foreign = {node.domain for node in model.graph.node} - {""}
     if foreign:
         raise RuntimeError(f"the exported graph needs operators outside of the ONNX standard: {sorted(foreign)}")
-    model.metadata_props.add(key="classes", value=classes)
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
     return model.SerializeToString()
 
 

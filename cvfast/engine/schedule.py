@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from cvfast.engine.config import TrainConfig
+from cvfast.engine.config import RunConfig
 
 
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of the optimiser's step number ``step``, counted from 0 over the whole run.
 
     Linear warm-up to ``config.lr`` over ``config.warmup_epochs``, then constant, a cosine from ``lr`` to 0 (Loshchilov

@@ -22,9 +22,10 @@ from torch import Tensor
 from cvfast.backend import use_backend
 from cvfast.engine import distributed
 from cvfast.engine.checkpoint import Checkpoint, CheckpointError, checkpoint_file, load_checkpoint
-from cvfast.engine.config import TrainConfig
-from cvfast.engine.logs import EpochLog, RunLog
-from cvfast.engine.run import LAST, Run
+from cvfast.engine.config import RunConfig, TrainConfig
+from cvfast.engine.logs import EpochFigures, RunLog
+from cvfast.engine.loop import LAST, Loop
+from cvfast.engine.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,13 +40,15 @@ class TrainResult:
         history: the figures of every epoch.
         best_epoch: the epoch, counted from 1, whose weights are in ``best.safetensors``.
         first_process: whether this is the process that writes the files, if torchrun started several.
+        noise: figure -> how far apart two runs may end that differ in rounding only.
     """
 
-    config: TrainConfig
+    config: RunConfig
     folder: Path
-    history: list[EpochLog]
+    history: list[EpochFigures]
     best_epoch: int
     first_process: bool
+    noise: dict[str, float]
 
 
 def train(
@@ -71,7 +74,7 @@ def train(
         OSError: if a checkpoint cannot be written; the earlier one is still whole.
         ValueError: if the settings do not fit the data or the number of processes.
     """
-    return _train(config, None, augmentation, console)
+    return run_loop(config, lambda device: Run(config, device, augmentation), None, console)
 
 
 def resume(
@@ -89,52 +92,55 @@ def resume(
         CheckpointError: if the checkpoint is damaged, or was made with another number of processes.
     """
     checkpoint = load_checkpoint(checkpoint_file(run, LAST))
+    config = replace(saved_config(checkpoint), out=str(run))
+    return run_loop(config, lambda device: Run(config, device, augmentation), checkpoint, console)
+
+
+def saved_config(checkpoint: Checkpoint) -> TrainConfig:
+    """The settings of a classifier's run; CheckpointError if it is another's, or damaged."""
     try:
-        config = replace(TrainConfig(**checkpoint.meta["config"]), out=str(run))
+        return TrainConfig(**checkpoint.meta["config"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{run} does not hold a run that can be resumed: {error}") from error
-    return _train(config, checkpoint, augmentation, console)
+        raise CheckpointError(f"the checkpoint does not hold a run that can be resumed: {error}") from error
 
 
-def _train(
-    config: TrainConfig,
-    checkpoint: Checkpoint | None,
-    augmentation: Callable[[Tensor], Tensor] | None,
-    console: Console | None,
+def run_loop(
+    config: RunConfig, make: Callable[[torch.device], Loop], checkpoint: Checkpoint | None, console: Console | None
 ) -> TrainResult:
+    """Runs the loop that ``make`` builds, from its start or from ``checkpoint``; errors as :func:`train`'s."""
     device = choose_device(config.device)
     with distributed.process_group(device), use_backend(config.backend), _threads(config.threads):
-        run = Run(config, distributed.local_device(device), augmentation)
+        loop = make(distributed.local_device(device))
         if checkpoint is not None:
-            run.restore(checkpoint)
+            loop.restore(checkpoint)
         folder = distributed.from_first(lambda: run_folder(config, new=checkpoint is None))
         first = distributed.rank() == 0
         log = RunLog(folder, config.epochs, config.tensorboard and first, console if first else None)
         try:
             with _interruptible() as interrupted:
-                run.fit(folder, log, interrupted)
+                loop.fit(folder, log, interrupted)
         finally:
             log.close()
-        return TrainResult(config, folder, run.history, run.best_epoch, first)
+        return TrainResult(config, folder, loop.history, loop.best_epoch, first, loop.NOISE)
 
 
-def run_folder(config: TrainConfig, new: bool) -> Path:
+def run_folder(config: RunConfig, new: bool) -> Path:
     """Creates and returns the run's folder; FileExistsError if a new run would overwrite another one."""
     if config.out is not None:
         folder = Path(config.out)
         if new and (folder / f"{LAST}.safetensors").exists():
             raise FileExistsError(f"{folder} holds a run already: resume it, or choose another folder")
     else:
-        folder, number = Path("runs") / config.model, 1
+        folder, number = Path("runs") / config.name, 1
         while folder.exists():
             number += 1
-            folder = Path("runs") / f"{config.model}-{number}"
+            folder = Path("runs") / f"{config.name}-{number}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``TrainConfig.device`` names; RuntimeError where "cuda" is asked for and there is none."""
+    """The device that ``RunConfig.device`` names; RuntimeError where "cuda" is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device 'cuda' was asked for, but torch finds no CUDA GPU")
     if name == "auto":

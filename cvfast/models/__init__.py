@@ -1,19 +1,60 @@
-"""The zoo: models that train, export and run on cvfast's layers, made by name with :func:`create_model`."""
+"""The zoo: models that train, export and run on cvfast's layers, made by name with :func:`create_model`.
+
+One file per family; its table ``MODELS`` joins the zoo below.
+"""
 
 from __future__ import annotations
 
+import inspect
+from fnmatch import fnmatchcase
+
 from torch import nn
 
+from cvfast.models import (
+    attention_pooling,
+    captioning,
+    cnn,
+    gan,
+    mobilenet,
+    recurrent,
+    resnet,
+    superres,
+    unet,
+    vgg,
+    vit,
+)
 from cvfast.models.cnn import CNN
+from cvfast.models.entry import Entry
 
 __all__ = ["CNN", "create_model", "input_size", "list_models"]
 
-_MODELS: dict[str, type[nn.Module]] = {"cnn": CNN}
+_MODELS: dict[str, Entry] = {
+    **attention_pooling.MODELS,
+    **captioning.MODELS,
+    **cnn.MODELS,
+    **gan.MODELS,
+    **mobilenet.MODELS,
+    **recurrent.MODELS,
+    **resnet.MODELS,
+    **superres.MODELS,
+    **unet.MODELS,
+    **vgg.MODELS,
+    **vit.MODELS,
+}
 
 
-def list_models() -> list[str]:
-    """Names that :func:`create_model` knows, sorted."""
-    return sorted(_MODELS)
+def list_models(pattern: str | None = None, *, task: str | None = None) -> list[str]:
+    """Names that :func:`create_model` knows, sorted.
+
+    Args:
+        pattern: only names that match it, with ``*``, ``?`` and ``[...]`` as in a shell: ``"resnet*"``.
+        task: only models that do this: "classification", "segmentation".
+    """
+    return sorted(
+        name
+        for name, entry in _MODELS.items()
+        if (pattern is None or fnmatchcase(name, pattern)) and task in (None, entry.task)
+    )
 
 
 def input_size(name: str) -> tuple[int, int]:
@@ -21,21 +62,31 @@ def input_size(name: str) -> tuple[int, int]:
     return _find(name).input_size
 
 
-def create_model(name: str, *, num_classes: int = 10, in_chans: int = 3) -> nn.Module:
+def create_model(name: str, *, num_classes: int | None = None, in_chans: int | None = None, **options) -> nn.Module:
     """A freshly initialised model.
 
     Args:
         name: one of :func:`list_models`.
-        num_classes: number of logits the model returns per image.
-        in_chans: channels of the input images (1 for grey, 3 for RGB).
+        num_classes: number of logits the model returns per image (or pixel); default: the model's own, that of its
+            paper's data set.
+        in_chans: channels of the input images (1 for grey, 3 for RGB); default: the model's own, 3.
+        options: further arguments of the model's class, see there.
 
     Raises:
+        TypeError: if the model takes no such option.
         ValueError: if ``name`` is unknown, or a size is not positive.
     """
-    return _find(name)(num_classes=num_classes, in_chans=in_chans)
+    make = _find(name).make
+    given = {"num_classes": num_classes, "in_chans": in_chans}
+    options |= {key: value for key, value in given.items() if value is not None}
+    allowed = inspect.signature(make).parameters
+    for option in options:
+        if option not in allowed:
+            raise TypeError(f"{name} takes no option {option!r}; it takes {', '.join(allowed)}")
+    return make(**options)
 
 
-def _find(name: str) -> type[nn.Module]:
+def _find(name: str) -> Entry:
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(list_models())}")
     return _MODELS[name]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cvfast.models.blocks import check_positive
+from cvfast.models.entry import Entry
 from cvfast.nn import Conv2d
 
 
@@ -22,12 +24,9 @@ class CNN(nn.Module):
         ValueError: if ``num_classes`` or ``in_chans`` is not positive.
     """
 
-    input_size = (32, 32)
-
     def __init__(self, num_classes: int = 10, in_chans: int = 3) -> None:
         super().__init__()
-        if num_classes < 1 or in_chans < 1:
-            raise ValueError(f"num_classes and in_chans must be positive, got {num_classes} and {in_chans}")
+        check_positive(num_classes=num_classes, in_chans=in_chans)
         self.conv1 = Conv2d(in_chans, 6, 5)
         self.pool = nn.MaxPool2d(2, 2)
         self.conv2 = Conv2d(6, 16, 5)
@@ -43,3 +42,6 @@ class CNN(nn.Module):
         x = torch.relu(self.fc1(x))
         x = torch.relu(self.fc2(x))
         return self.fc3(x)
+
+
+MODELS = {"cnn": Entry(CNN, (32, 32))}

@@ -20,6 +20,7 @@ from cvfast.engine.run import Run
 from cvfast.engine.schedule import learning_rate
 from cvfast.engine.train import run_folder
 from cvfast.models import CNN
+from cvfast.models.entry import Entry
 
 
 def without_seconds(history):
@@ -50,7 +51,7 @@ class DropoutCNN(CNN):
 
 @pytest.fixture
 def dropout_model(monkeypatch):
-    monkeypatch.setitem(cvfast.models._MODELS, "dropout-cnn", DropoutCNN)
+    monkeypatch.setitem(cvfast.models._MODELS, "dropout-cnn", Entry(DropoutCNN, (32, 32)))
     return "dropout-cnn"
 
 
