@@ -293,7 +293,7 @@ def explain(
     model: ModelOption,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
     fuse: Annotated[bool, typer.Option(help="Run chains of layers as one.")] = True,
-    backend: BackendOption = DEFAULT.backend,
+    backend: BackendOption = BACKEND,
     threads: ThreadsOption = None,
 ) -> None:
     """Shows layer by layer who computes, why, and how long it takes beside torch's operators."""
