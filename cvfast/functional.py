@@ -7,6 +7,7 @@ mathematics is in cvfast/reference, the kernels are in csrc and cvfast/backends/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -39,9 +40,16 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """2-D convolution (cross-correlation), with torch.nn.functional.conv2d's meaning and arguments.
+    """2-D convolution (cross-correlation), with torch.nn.functional.conv2d's meaning and arguments, and an epilogue.
+
+    activation(conv2d(input, weight, bias) + residual): on the CPU, in float32 and float64, sum and activation ("gelu"
+    excepted) are computed while the results are in the cache, where no gradient is asked for; elsewhere by torch's
+    operators, differentiable as those are.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; contiguous and channels_last are both read in place.
@@ -50,6 +58,9 @@ def conv2d(
         stride, dilation: >= 1, one number or (height, width).
         padding: >= 0, one number or (height, width); "valid" (none) or "same" (output as large as the input; stride 1).
         groups: divides C and K.
+        activation: "none", "relu", "leaky_relu", "silu", "gelu", "sigmoid" or "tanh".
+        negative_slope: leaky_relu's factor of negative numbers.
+        residual: of the result's shape, dtype and device; added before the activation.
         backend: "auto", "ext", "triton" or "native"; None: what `cvfast.use_backend` or CVFAST_BACKEND says.
 
     Returns:
@@ -71,8 +82,71 @@ def conv2d(
         padding = _pair("conv2d", "padding", padding)
     _check_conv2d(batched, weight, bias, stride, padding, dilation, groups)
     args = (batched, weight, bias, stride, padding, dilation, groups)
-    output = _backend.select("conv2d", backend, *args).run(*args)
+    chosen = _backend.select("conv2d", backend, *args)
+    if residual is None and activation == "none":
+        output = chosen.run(*args)
+    else:
+        if dims == 3 and residual is not None:
+            residual = residual.unsqueeze(0)
+        output = _with_epilogue(chosen, residual, activation, negative_slope, args)
     return output if dims == 4 else output.squeeze(0)
+
+
+ACTIVATIONS = {
+    "none": lambda x, slope: x,
+    "relu": lambda x, slope: torch.relu(x),
+    "leaky_relu": torch.nn.functional.leaky_relu,
+    "silu": lambda x, slope: torch.nn.functional.silu(x),
+    "gelu": lambda x, slope: torch.nn.functional.gelu(x),
+    "sigmoid": lambda x, slope: torch.sigmoid(x),
+    "tanh": lambda x, slope: torch.tanh(x),
+}
+
+
+def _with_epilogue(
+    chosen: ModuleType, residual: Tensor | None, activation: str, negative_slope: float, args: tuple
+) -> Tensor:
+    """A backend's conv2d with its epilogue: in one pass if the backend has that, else by torch's operators."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"conv2d: unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    if residual is not None:
+        _check_residual(residual, *args)
+    if hasattr(chosen, "run_with_epilogue"):
+        output = chosen.run_with_epilogue(residual, activation, negative_slope, *args)
+        if output is not None:
+            return output
+    output = chosen.run(*args)
+    return ACTIVATIONS[activation](output if residual is None else output + residual, negative_slope)
+
+
+def _check_residual(
+    residual: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> None:
+    """Raises RuntimeError if `residual` is not such as the result will be."""
+    _check_same("conv2d", "residual", residual, input)
+    expected = conv2d_size(input, weight, stride, padding, dilation)
+    if tuple(residual.shape) != expected:
+        raise RuntimeError(
+            f"conv2d: residual has size {list(residual.shape)}, but the result has size {list(expected)}"
+        )
+
+
+def conv2d_size(
+    input: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """The size (N, K, P, Q) of conv2d's result for an input of 4 dimensions."""
+    height, width = (
+        (input.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return (input.shape[0], weight.shape[0], height, width)
 
 
 def conv_transpose2d(

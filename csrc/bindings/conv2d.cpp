@@ -2,6 +2,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+#include <string>
+#include <string_view>
+#include <utility>
 
 #include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
@@ -36,7 +39,41 @@ struct Kernels {
 
 using Operators = Conv2dOperators<Kernels>;
 
+Activation activation_of(std::string_view name) {
+  constexpr std::pair<std::string_view, Activation> known[] = {
+      {"none", Activation::none}, {"relu", Activation::relu},       {"leaky_relu", Activation::leaky_relu},
+      {"silu", Activation::silu}, {"sigmoid", Activation::sigmoid}, {"tanh", Activation::tanh}};
+  for (const auto& [known_name, activation] : known)
+    if (name == known_name) return activation;
+  STD_TORCH_CHECK(false, "cvfast conv2d: unknown activation ", std::string(name));
+}
+
+Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& residual, const std::string& activation, double negative_slope,
+                             const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups) {
+  check_operands(input, weight);
+  Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
+  Tensor keep, output = empty_result(output_sizes(shape), input, weight);
+  Epilogue epilogue = {activation_of(activation), negative_slope, nullptr};
+  if (residual.has_value()) {
+    check_operands(*residual, input);
+    for (int i = 0; i < 4; ++i)
+      STD_TORCH_CHECK(residual->size(i) == output.size(i) &&
+                          (residual->stride(i) == output.stride(i) || output.size(i) == 1 || output.numel() == 0),
+                      "cvfast conv2d: the residual must have the result's sizes and strides");
+    epilogue.residual = residual->const_data_ptr();
+  }
+  prepare(output);
+  kernels().conv2d_forward({shape, dtype_of(input), tensor4(input), tensor4(weight),
+                            bias_data(bias, input, shape.out_channels, keep), tensor4(output), epilogue},
+                           thread_pool());
+  return output;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement_conv2d<Operators>(m); }
-STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) { implement_conv2d<Operators>(m); }
+STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
+  implement_conv2d<Operators>(m);
+  m.impl("conv2d_epilogue", TORCH_BOX(&forward_with_epilogue));
+}

@@ -140,6 +140,9 @@ def _convolve(
     residual: Tensor | None,
 ) -> Tensor:
     """activation(conv's operation with this weight and bias + residual)."""
+    if _is_added_in_place(conv, input, weight, residual):
+        name, slope = ("none", 0.0) if activation is None else activation
+        return conv._conv_forward(input, weight, bias, activation=name, negative_slope=slope, residual=residual)
     if isinstance(conv, torch.nn.ConvTranspose2d):
         output = functional.conv_transpose2d(
             input, weight, bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
@@ -150,6 +153,18 @@ def _convolve(
         same = residual.shape == output.shape and residual.dtype == output.dtype
         output = output.add_(residual) if same else output + residual
     return output if activation is None else activation(output)
+
+
+def _is_added_in_place(conv: Module, input: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
+    """Whether cvfast's conv2d takes `residual` as it is: of the result's own size, not one that is broadcast."""
+    if isinstance(conv, torch.nn.ConvTranspose2d):
+        return False
+    if residual is None:
+        return True
+    if input.dim() != 4 or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    size = functional.conv2d_size(input, weight, conv.stride, conv.padding, conv.dilation)
+    return residual.shape == size and residual.dtype is input.dtype and residual.device == input.device
 
 
 def _unwatched(modules: list[Module]) -> bool:

@@ -16,12 +16,12 @@ class Conv2d(torch.nn.Conv2d):
     and errors.
     """
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, **epilogue) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, **epilogue)
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):

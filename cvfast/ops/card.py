@@ -63,6 +63,14 @@ _libraries: list[torch.library.Library] = []  # a Library takes its registration
 _kernels: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}  # operator -> its twin
 
 
+def define_kernel(namespace: str, schema: str) -> torch._ops.OpOverload:
+    """An operator of the twin of `namespace` alone, for calls that nothing but its kernel has to see."""
+    library = torch.library.Library(f"{namespace}_kernels", "FRAGMENT")
+    _libraries.append(library)
+    library.define(schema)
+    return getattr(getattr(torch.ops, library.ns), schema.partition("(")[0]).default
+
+
 def _define(card: Card, library: torch.library.Library) -> torch._ops.OpOverload:
     library.define(card.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     torch.library.register_fake(f"{library.ns}::{card.name}", card.fake, lib=library)
@@ -114,7 +122,7 @@ def _autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, *args)
         with torch.enable_grad():
             return run(*args)
 
-    if _derives(args):
+    if derives(args):
         if transforms() is None:
             return _differentiable[op](run, *args)
         with enable_single_level_autograd_function():
@@ -127,17 +135,22 @@ def call(op: torch._ops.OpOverload, *args):
 
     What must see the operator as the dispatcher has it does: tracers, modes, torch.func's transforms, autocast.
     """
-    if (
+    if observed(args[0]):
+        return op(*args)
+    return _differentiable[op](_kernels[op], *args) if derives(args) else _kernels[op](*args)
+
+
+def observed(tensor: Tensor) -> bool:
+    """Whether a tracer, a mode, a transform of torch.func or autocast is to see an operator on `tensor`."""
+    return (
         torch.compiler.is_compiling()
         or transforms() is not None
-        or _modes()
-        or torch.is_autocast_enabled("cpu" if args[0].is_cpu else args[0].device.type)
-    ):
-        return op(*args)
-    return _differentiable[op](_kernels[op], *args) if _derives(args) else _kernels[op](*args)
+        or _modes() > 0
+        or torch.is_autocast_enabled("cpu" if tensor.is_cpu else tensor.device.type)
+    )
 
 
-def _derives(args: tuple) -> bool:
+def derives(args: tuple) -> bool:
     """Whether autograd is to know of the call; in forward mode, for it to say that there is no such derivative."""
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*args) or forward_ad._current_level >= 0
 

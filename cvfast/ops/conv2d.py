@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cvfast.ops.card import Card, call, register
+from cvfast.ops.card import Card, call, define_kernel, register
 
 _OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -164,6 +164,13 @@ def unfold(tensor: Tensor, dim: int, size: int) -> Tensor:
     """Splits dimension `dim` into (size, rest)."""
     return tensor.unflatten(dim, (size, -1))
 
+
+# conv2d with its epilogue, without derivatives: activation(conv2d(...) + residual), residual as the result.
+epilogue_kernel = define_kernel(
+    "cvfast",
+    "conv2d_epilogue(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
+    f"float negative_slope, {_OPTIONS}) -> Tensor",
+)
 
 register(
     [

@@ -284,6 +284,8 @@ void depthwise_in_place(const Correlation<S>& c, const DepthwisePlan& p, int64_t
       end = last - begin < p.block + L ? last : begin + p.block;
       depthwise_lines(table, phase.patches.y, phase.patches.x, position, d.lines, begin, end,
                       weights + phase.taps_before * padded, padded, bias, result);
+      finish_with_epilogue(c, Block<S>{result.at(position, 0) + begin, 1, result.line_stride, result.pixel_stride},
+                           end - begin, d.lines, phase.patches.x.positions);
     }
   }
 }
@@ -336,10 +338,10 @@ void depthwise_transposed(const Correlation<S>& c, const DepthwisePlan& p, int64
                       weights + d.phase.taps_before * padded + channel, padded, bias ? bias + channel : nullptr,
                       PixelLines<T>{first_result, position, step_y * result_width * L, step_x * L});
     }
-    copy_planes(Block<const T>{result, 1, result_width * L, L},
-                Block<S>{c.result + sample * result_stride[0] + channel * result_stride[1] + first_line * result_stride[2],
-                         result_stride[1], result_stride[2], result_stride[3]},
-                channels, result_lines, result_width);
+    const Block<S> to = {c.result + sample * result_stride[0] + channel * result_stride[1] + first_line * result_stride[2],
+                         result_stride[1], result_stride[2], result_stride[3]};
+    copy_planes(Block<const T>{result, 1, result_width * L, L}, to, channels, result_lines, result_width);
+    finish_with_epilogue(c, to, channels, result_lines, result_width);
   }
 }
 

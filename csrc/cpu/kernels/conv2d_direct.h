@@ -465,7 +465,11 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
           else if (!try_plane_product(p, product, y, x))
             direct_product(p, product, Range{0, depth});
         }
-        if (in_place) continue;
+        const auto finish = [&] { finish_with_epilogue(c, to, groups * c.out_channels, lines, pixels); };
+        if (in_place) {
+          finish();
+          continue;
+        }
         const bool together = p.packed_channels == c.out_channels;  // the groups' channels are neighbours
         for (int64_t group = 0; group < (together ? 1 : groups); ++group)
           copy_planes(Block<const T>{from.data + group * p.packed_channels * from.channel_stride, from.channel_stride,
@@ -473,6 +477,7 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
                       Block<S>{to.data + group * c.out_channels * to.channel_stride, to.channel_stride, to.line_stride,
                                to.pixel_stride},
                       (together ? groups : 1) * c.out_channels, lines, pixels);
+        finish();
       }
     }
   });

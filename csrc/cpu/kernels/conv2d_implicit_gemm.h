@@ -2,7 +2,7 @@
 // Padding takes part as zeros, as in torch: a NaN or infinite weight gives NaN where it meets padding.
 #pragma once
 #include "../scratch.h"
-#include "conv2d_problem.h"
+#include "conv2d_epilogue.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -303,7 +303,8 @@ Matrix<Compute<S>> results_in_place(const Correlation<S>& c, const CorrelationPl
   return {};
 }
 
-// Adds the bias to the results of output channels [channel, channel + channels) and stores them, if they are not in place.
+// Adds the bias to the results of output channels [channel, channel + channels), stores them, if they are not in place, and
+// applies the epilogue.
 template <class S>
 void finish_results(const Correlation<S>& c, const CorrelationPiece<S>& piece, int64_t channel, int64_t channels,
                     Matrix<Compute<S>> result, bool in_place) {
@@ -311,13 +312,14 @@ void finish_results(const Correlation<S>& c, const CorrelationPiece<S>& piece, i
   const Phase<S>& phase = piece.phase;
   const int64_t first_channel = piece.group * c.out_channels + channel;
   if (c.bias) add_bias(c.bias + first_channel, result, piece.pixels, channels);
-  if (in_place) return;
   for_each_line(phase.patches.y, phase.patches.x, piece.pixel, piece.pixels,
                 [&](int64_t n, int64_t y, int64_t x, int64_t count, int64_t index) {
     S* to = phase.result + n * phase.result_batch_stride + y * phase.result_y_stride + x * phase.result_x_stride +
             first_channel * phase.result_channel_stride;
-    copy_block(Matrix<const T>{result.data + index * result.row_stride, result.row_stride, result.col_stride},
-               Matrix<S>{to, phase.result_x_stride, phase.result_channel_stride}, count, channels);
+    if (!in_place)
+      copy_block(Matrix<const T>{result.data + index * result.row_stride, result.row_stride, result.col_stride},
+                 Matrix<S>{to, phase.result_x_stride, phase.result_channel_stride}, count, channels);
+    finish_with_epilogue(c, Block<S>{to, phase.result_channel_stride, 0, phase.result_x_stride}, channels, 1, count);
   });
 }
 

@@ -23,6 +23,8 @@ struct Correlation {
   const S* bias;  // [groups * out_channels] or nullptr
   S* result;
   int64_t result_stride[4];
+  const S* residual;  // strides as the result's; or nullptr
+  Epilogue epilogue;
 
   int64_t phases_y() const { return input_grad ? min(shape.stride_h, shape.in_height) : 1; }
   int64_t phases_x() const { return input_grad ? min(shape.stride_w, shape.in_width) : 1; }
@@ -135,7 +137,8 @@ Correlation<S> correlation(const Conv2dForward& p) {
           static_cast<const S*>(p.input.data), {i[0], i[1], i[2], i[3]},
           static_cast<const S*>(p.weight.data), w[0], w[1], w[2], w[3], out * w[0],
           static_cast<const S*>(p.bias),
-          static_cast<S*>(p.output.data), {o[0], o[1], o[2], o[3]}};
+          static_cast<S*>(p.output.data), {o[0], o[1], o[2], o[3]},
+          static_cast<const S*>(p.epilogue.residual), p.epilogue};
 }
 
 // Where the gradient of the output has one line, any stride is right. This one gives every line of the result a phase of
@@ -155,7 +158,7 @@ Correlation<S> correlation(const Conv2dInputGrad& p) {
           static_cast<const S*>(p.grad_output.data), {g[0], g[1], g[2], g[3]},
           static_cast<const S*>(p.weight.data), w[1], w[0], w[2], w[3], in * w[0],
           static_cast<const S*>(p.bias),
-          static_cast<S*>(p.grad_input.data), {o[0], o[1], o[2], o[3]}};
+          static_cast<S*>(p.grad_input.data), {o[0], o[1], o[2], o[3]}, nullptr, {}};
 }
 
 }  // namespace

@@ -615,10 +615,17 @@ template <class S, int Taps, Access access>
 void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int64_t tiles, int64_t out, const float* m,
                   int64_t point_stride) {
   const int64_t outs = min(w.c.out_channels - out, winograd_width);
-  for (int64_t t = 0; t < tiles; ++t)
+  const Phase<S>& phase = w.phase;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const WinogradTile tile = w.source.tile_at(first + t);
     for (int64_t i = 0; i < outs; i += lanes<float>)
-      transform_result<S, Taps, access>(w, group, w.source.tile_at(first + t), out + i, outs - i,
-                                        m + t * winograd_width + i, point_stride);
+      transform_result<S, Taps, access>(w, group, tile, out + i, outs - i, m + t * winograd_width + i, point_stride);
+    S* to = phase.result + tile.n * phase.result_batch_stride + (group * w.c.out_channels + out) * phase.result_channel_stride +
+            tile.y * phase.result_y_stride + tile.x * phase.result_x_stride;
+    finish_with_epilogue(w.c, Block<S>{to, phase.result_channel_stride, phase.result_y_stride, phase.result_x_stride}, outs,
+                         min<int64_t>(w.height() - tile.y, winograd_outputs),
+                         min<int64_t>(w.width() - tile.x, winograd_outputs));
+  }
 }
 
 // M of one block: its products, added to those of the blocks before. Those that the phase's taps leave 0 are not computed;
@@ -736,6 +743,7 @@ Correlation<S> dilation_part(Correlation<S> c, int64_t y, int64_t x) {
     source_size = ceil_div(max<int64_t>(0, source_size - remainder), dilation);
     result_size = ceil_div(max<int64_t>(0, result_size - first), dilation);
     c.source += remainder * c.source_stride[dimension], c.result += first * c.result_stride[dimension];
+    if (c.residual) c.residual += first * c.result_stride[dimension];
     c.source_stride[dimension] *= dilation, c.result_stride[dimension] *= dilation;
     dilation = 1;
   };

@@ -23,13 +23,23 @@ struct Conv2dShape {
 // uninitialised on entry and fully written on return; it never overlaps an operand. Results are the same bits for
 // any number of threads, for a sample alone or in a batch, and for any strides of the tensors.
 
-// output [N, K, P, Q] = conv2d(input [N, C, H, W], weight [K, C/G, R, S]) + bias [K] (contiguous, or nullptr).
+// What becomes of a result r: activation(r + residual).
+enum class Activation : int32_t { none, relu, leaky_relu, silu, sigmoid, tanh };
+struct Epilogue {
+  Activation activation;
+  double negative_slope;  // of leaky_relu
+  const void* residual;   // laid out in memory as the result is; or nullptr
+};
+
+// output [N, K, P, Q] = conv2d(input [N, C, H, W], weight [K, C/G, R, S]) + bias [K] (contiguous, or nullptr), and the
+// epilogue of that.
 struct Conv2dForward {
   Conv2dShape shape;
   DType dtype;
   ConstTensor4 input, weight;
   const void* bias;
   Tensor4 output;
+  Epilogue epilogue = {};
 };
 
 // grad_input [N, C, H, W] from grad_output [N, K, P, Q] and weight; with + bias [C] (contiguous, or nullptr) it is the

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cvfast import _library
-from cvfast.ops.card import autocast_dtype, call
+from cvfast.ops.card import autocast_dtype, call, derives, observed
+from cvfast.ops.conv2d import epilogue_kernel, result_format
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 CUDA_DTYPES = (torch.float32, torch.float64)
@@ -36,6 +37,36 @@ def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> 
     if input.is_cuda:
         return ["the CUDA kernel is a first, simple one: on an H100 cuDNN is up to 90 times as fast"]
     return []
+
+
+IN_KERNEL = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")  # activations
+
+
+def run_with_epilogue(
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *options,
+) -> Tensor | None:
+    """activation(conv2d(...) + residual) in one pass; None where derivatives or tracers have to see the parts.
+
+    bfloat16 and float16 would be rounded twice, so those are left to separate calls, too.
+    """
+    tensors = [t for t in (input, weight, bias, residual) if t is not None]
+    if (
+        activation not in IN_KERNEL
+        or not all(t.is_cpu and t.dtype is input.dtype for t in tensors)
+        or input.dtype not in (torch.float32, torch.float64)
+        or observed(input)
+        or derives(tensors)
+    ):
+        return None
+    if residual is not None:
+        residual = residual.contiguous(memory_format=result_format(input, weight))
+    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, *options)
 
 
 run = partial(call, torch.ops.cvfast.conv2d.default)  # shapes and meaning as in cvfast.functional.conv2d
