@@ -58,7 +58,7 @@ def conv2d(
         stride, dilation: >= 1, one number or (height, width).
         padding: >= 0, one number or (height, width); "valid" (none) or "same" (output as large as the input; stride 1).
         groups: divides C and K.
-        activation: "none", "relu", "leaky_relu", "silu", "gelu", "sigmoid" or "tanh".
+        activation: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "sigmoid" or "tanh".
         negative_slope: leaky_relu's factor of negative numbers.
         residual: of the result's shape, dtype and device; added before the activation.
         backend: "auto", "ext", "triton" or "native"; None: what `cvfast.use_backend` or CVFAST_BACKEND says.
@@ -95,6 +95,7 @@ def conv2d(
 ACTIVATIONS = {
     "none": lambda x, slope: x,
     "relu": lambda x, slope: torch.relu(x),
+    "relu6": lambda x, slope: torch.nn.functional.relu6(x),
     "leaky_relu": torch.nn.functional.leaky_relu,
     "silu": lambda x, slope: torch.nn.functional.silu(x),
     "gelu": lambda x, slope: torch.nn.functional.gelu(x),

@@ -41,7 +41,7 @@ using Operators = Conv2dOperators<Kernels>;
 
 Activation activation_of(std::string_view name) {
   constexpr std::pair<std::string_view, Activation> known[] = {
-      {"none", Activation::none}, {"relu", Activation::relu},       {"leaky_relu", Activation::leaky_relu},
+      {"none", Activation::none}, {"relu", Activation::relu},       {"relu6", Activation::relu6}, {"leaky_relu", Activation::leaky_relu},
       {"silu", Activation::silu}, {"sigmoid", Activation::sigmoid}, {"tanh", Activation::tanh}};
   for (const auto& [known_name, activation] : known)
     if (name == known_name) return activation;

@@ -42,6 +42,7 @@ class Activation(NamedTuple):
 
 _FUNCTIONS = {
     "relu": torch.relu_,
+    "relu6": partial(F.relu6, inplace=True),
     "silu": F.silu,
     "gelu": F.gelu,
     "sigmoid": torch.sigmoid_,
@@ -51,12 +52,14 @@ _CALLS = {  # torch's function or the name of a tensor's method -> name; of one 
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
     **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), "sigmoid"),
     **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), "tanh"),
+    F.relu6: "relu6",
     F.silu: "silu",
     F.gelu: "gelu",
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
 }
 _MODULES = {
     torch.nn.ReLU: "relu",
+    torch.nn.ReLU6: "relu6",
     torch.nn.LeakyReLU: "leaky_relu",
     torch.nn.SiLU: "silu",
     torch.nn.GELU: "gelu",

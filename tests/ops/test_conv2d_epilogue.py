@@ -60,7 +60,7 @@ def test_epilogue_follows_the_convolution(case, memory_format, dtype, backend, i
             strides = zip(result.shape, result.stride(), plain.stride(), strict=True)
             assert result.numel() == 0 or all(ours == plains for size, ours, plains in strides if size > 1)
             total = plain if added is None else plain + added
-            if activation in ("none", "relu", "leaky_relu"):
+            if activation in ("none", "relu", "relu6", "leaky_relu"):
                 assert torch.equal(result, function(total, 0.2)), f"{activation}, {added is not None}"
             else:
                 exact = function(total.double(), 0.2)
@@ -94,7 +94,7 @@ def test_gradients_of_the_epilogue():
     torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh"])
 def test_special_numbers(activation):
     """NaN and infinities come out where torch's activation puts them."""
     input = torch.tensor([float("nan"), float("inf"), -float("inf"), -1e38, 1e38, -0.0, 3.0, -200.0]).view(1, 1, 2, 4)
@@ -117,7 +117,7 @@ def test_compiles_and_exports():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"activation": "swish"}, ValueError, "unknown activation 'swish'; allowed: none, relu"),
+        ({"activation": "swish"}, ValueError, "unknown activation 'swish'; allowed: none, relu, relu6"),
         (
             {"residual": torch.zeros(2, 35, 11, 9)},
             RuntimeError,

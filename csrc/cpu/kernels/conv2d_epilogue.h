@@ -10,6 +10,7 @@ template <Activation activation, class V>
 V activate(V x, V slope) {
   using T = __typeof__(x[0] + 0);
   if constexpr (activation == Activation::relu) return x < V{} ? V{} : x;  // NaN stays NaN
+  if constexpr (activation == Activation::relu6) return x < V{} ? V{} : x > V{} + 6 ? V{} + 6 : x;
   if constexpr (activation == Activation::leaky_relu) return x > V{} ? x : x * slope;
   if constexpr (activation == Activation::silu) return x * (x < -100 ? V{} : sigmoid<T>(x));  // -inf gives NaN, as torch's
   if constexpr (activation == Activation::sigmoid) return sigmoid<T>(x);
@@ -59,6 +60,7 @@ void finish_with_epilogue(const Correlation<S>& c, Block<S> block, int64_t chann
       if (c.residual) finish_block<Activation::none>(c, block, channels, lines, pixels);
       return;
     case Activation::relu: return finish_block<Activation::relu>(c, block, channels, lines, pixels);
+    case Activation::relu6: return finish_block<Activation::relu6>(c, block, channels, lines, pixels);
     case Activation::leaky_relu: return finish_block<Activation::leaky_relu>(c, block, channels, lines, pixels);
     case Activation::silu: return finish_block<Activation::silu>(c, block, channels, lines, pixels);
     case Activation::sigmoid: return finish_block<Activation::sigmoid>(c, block, channels, lines, pixels);

@@ -24,7 +24,7 @@ struct Conv2dShape {
 // any number of threads, for a sample alone or in a batch, and for any strides of the tensors.
 
 // What becomes of a result r: activation(r + residual).
-enum class Activation : int32_t { none, relu, leaky_relu, silu, sigmoid, tanh };
+enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, sigmoid, tanh };
 struct Epilogue {
   Activation activation;
   double negative_slope;  // of leaky_relu

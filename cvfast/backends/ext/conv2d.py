@@ -39,7 +39,7 @@ def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> 
     return []
 
 
-IN_KERNEL = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")  # activations
+IN_KERNEL = ("none", "relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh")  # activations
 
 
 def run_with_epilogue(
