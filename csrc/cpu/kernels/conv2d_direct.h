@@ -118,10 +118,10 @@ DirectPlan direct_plan(const Correlation<S>& c, int64_t threads) {
     const Range inside = p.x.inside(plane, 0, length);
     p.shared = min(p.shared, min(inside.begin, length - inside.end));
   }
-  // Whichever wastes fewer lanes.
-  const int64_t padded_channels = round_up(c.out_channels, lanes<T>);
-  p.channels_are_cols =
-      c.out_channels > lanes<T> && p.x.positions * padded_channels <= (length - p.shared) * c.out_channels;
+  // Whichever wastes fewer lanes. A single vector of channels must save a fifth: each pixel is then loaded for one product.
+  const int64_t padded_channels = round_up(c.out_channels, lanes<T>), least_saving = padded_channels == lanes<T> ? 5 : 4;
+  p.channels_are_cols = c.out_channels >= lanes<T> && least_saving * p.x.positions * padded_channels <=
+                                                          4 * (length - p.shared) * c.out_channels;
   p.packed_channels = p.channels_are_cols ? padded_channels : c.out_channels;
   if (p.channels_are_cols) {
     p.y.plane_step = p.x.plane_step = 1;
@@ -190,10 +190,11 @@ void tap_offsets(const DirectPlan& p, const Patches<S>& patches, int64_t* offset
     }
 }
 
-// Channels of the product's tile that begins with channel `out`.
+// Channels of the product's tile that begins with channel `out`; as rows they are cut evenly.
 template <class T>
 int64_t direct_tile_channels(const DirectPlan& p, int64_t out) {
-  return min<int64_t>(p.channels_are_cols ? tile_cols<T> : tile_rows, p.packed_channels - out);
+  const int64_t left = p.packed_channels - out;
+  return p.channels_are_cols ? min<int64_t>(tile_cols<T>, left) : ceil_div(left, ceil_div(left, tile_rows));
 }
 
 // to[tap, in, i] = from[i][in * taps + tap] for i < channels; rows of `from` are from_stride apart.
