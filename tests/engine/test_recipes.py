@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 import types
 
@@ -88,6 +89,14 @@ def test_every_recipe_keeps_to_the_interface(name):
     assert module.Options(**content) == module.Options()
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(module.Options(), fields[0].name, None)
+
+
+def test_importing_all_recipes_stays_light():
+    """`cvfast` imports them for every command."""
+    heavy = {"matplotlib", "onnx", "onnxscript", "onnxruntime", "torchmetrics", "PIL", "tensorboard"}
+    code = f"import sys, cvfast.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
 
 
 def test_a_run_is_resumed_with_its_own_options(counting, tmp_path):

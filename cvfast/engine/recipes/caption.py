@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.functional.text import word_error_rate
 
 from cvfast.data import Augmentation, ImageData, epoch_generator
 from cvfast.engine.config import RunConfig, check_choice
@@ -271,6 +270,8 @@ class Judgement:
 @torch.no_grad()
 def judge(captioner: nn.Module, grids: Grids, vocabulary: Vocabulary, columns: int, beams: int) -> Judgement:
     """Judges a captioner in eval mode on ``grids`` of so many columns; ``beams`` above 1 for a beam search."""
+    from torchmetrics.functional.text import word_error_rate
+
     device = next(captioner.parameters()).device
     longest = grids.sentences.shape[1]  # a word more than the truth needs
     said, shares = [], []
