@@ -89,6 +89,7 @@ class SuperresRun(Loop):
             raise ValueError(f"{data.train.name}: sides must be multiples of {SCALE}, got {height}x{width}")
         train_data, validation_data = hold_out(data, config)
         self.train_data, self.validation_data = train_data.first(config.images), validation_data.first(JUDGED)
+        self.bicubic_psnr = mean_psnr(bicubic, self.validation_data, device)
         torch.manual_seed(config.seed)
         options = {"in_chans": channels, "width": config.width, "blocks": config.blocks}
         model = Networks({"upscaler": ("srresnet", options)}).to(device)
@@ -117,7 +118,7 @@ class SuperresRun(Loop):
             **common,
             train_loss=means[0],
             psnr=mean_psnr(network, self.validation_data, self.device),
-            bicubic_psnr=mean_psnr(bicubic, self.validation_data, self.device),
+            bicubic_psnr=self.bicubic_psnr,
         )
 
     def description(self) -> dict[str, Any]:
