@@ -164,8 +164,8 @@ def accuracy_bars(path: Path, groups: Sequence[str], accuracies: dict[str, Seque
             axes.bar_label(bars, fmt="%.1f", fontsize=9)
         axes.set_xticks(places, groups)
         axes.set(ylabel="right answers (%)")
-        axes.margins(y=0.15)
-        axes.legend()
+        axes.margins(y=0.25)
+        axes.legend(loc="upper center", ncols=len(accuracies))
         _save(figure, path)
 
 
