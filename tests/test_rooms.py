@@ -76,7 +76,7 @@ MAY_IMPORT = {
     "cvfast/backends/triton/": ("cvfast._env", "cvfast._library", "cvfast.ops", "cvfast.backends.triton"),
     "cvfast/backend.py": ("cvfast._env", "cvfast._library", "cvfast.backends"),
     "cvfast/functional.py": ("cvfast.backend", "cvfast._functional"),
-    "cvfast/_functional/": ("cvfast.backend",),
+    "cvfast/_functional/": ("cvfast.backend", "cvfast._functional"),
     "cvfast/nn/": ("cvfast.functional", "cvfast.nn"),
     "cvfast/models/": ("cvfast.nn", "cvfast.models"),
     "cvfast/data/": ("cvfast.data", "cvfast._env"),
