@@ -66,8 +66,8 @@ def normalised(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, key_lengths: Tensor | None, window: tuple[int | None, int | None] | None,
 ) -> tuple:  # fmt: skip
-    """What backends take, and the leading dimensions of the result: (q, k, v, bias, mask, key_lengths, dropout_p, scale,
-    left, right, leading); raises what the user got wrong."""
+    """What backends take, (q, k, v, bias, mask, key_lengths, dropout_p, scale, left, right), and then the leading
+    dimensions of the result. Raises what the user got wrong."""
     _check(query, key, value, attn_mask, dropout_p, is_causal)
     q, k, v = _four_dimensional(query, key, value, enable_gqa)
     mask = None if attn_mask is None else _four_dimensional_mask(attn_mask, query, q, k, enable_gqa)

@@ -85,7 +85,9 @@ def attention_statistics(
             rows["mean_weights"].append(weights.mean(1))
         if sums is not None:
             sums += weights.sum(2)
-    found = {name: torch.cat(tiles, 1 if name == "mean_weights" else 2) if tiles else None for name, tiles in rows.items()}
+    found = {
+        name: torch.cat(tiles, 1 if name == "mean_weights" else 2) if tiles else None for name, tiles in rows.items()
+    }
     by_head = lambda t: None if t is None else t.reshape(*leading, *t.shape[2:])  # noqa: E731
     mean = found["mean_weights"]
     samples = leading[:-1] if query.dim() > 3 or enable_gqa else leading  # [N, L, D] has no dimension of heads
