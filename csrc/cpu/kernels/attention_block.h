@@ -99,6 +99,42 @@ void write_rows(const T* from, int64_t from_stride, const Tensor4& to, DType dty
   });
 }
 
+// Rows that will be needed after the present work, asked for a few cache lines at a time: all at once would stop the
+// processor until memory has answered.
+class Ahead {
+ public:
+  // Rows [first, first + count) of a head: also those behind its last one, `rows` in all, if the next head lies there.
+  void add(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows,
+           int64_t size) {
+    const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    const bool dense = from.stride[3] == 1 && from.stride[2] == size && from.stride[1] == rows * size;
+    if (!dense) return;
+    const char* const head = static_cast<const char*>(from.data) + (b * from.stride[0] + h * from.stride[1]) * bytes;
+    range_[ranges_++] = {head + first * size * bytes, head + (first + count) * size * bytes};
+  }
+  // Shares the lines evenly among `steps` calls of step(), as far as memory can answer.
+  void start(int64_t steps) {
+    for (int i = 0; i < ranges_; ++i) {
+      const int64_t lines = ceil_div(range_[i].end - range_[i].at, line);
+      range_[i].per_step = min<int64_t>(most_per_step, ceil_div(lines, max<int64_t>(1, steps)));
+    }
+  }
+  void step() {
+    for (int i = 0; i < ranges_; ++i)
+      for (int64_t n = 0; n < range_[i].per_step && range_[i].at < range_[i].end; ++n, range_[i].at += line)
+        __builtin_prefetch(range_[i].at, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t line = 64, most_per_step = 8;
+  struct Range {
+    const char *at, *end;
+    int64_t per_step;
+  };
+  Range range_[3];
+  int ranges_ = 0;
+};
+
 // ---- queries ----
 
 struct Queries {
@@ -259,19 +295,22 @@ void pack_panel(const T* rows, int64_t row_stride, int64_t count, int64_t size, 
 }
 
 // to[k, i] (+)= rows[k] . panel[:, i] for keys k in [first, last) and the queries i of `Vectors` vectors.
-template <int Vectors, class T>
-void panel_product(Matrix<const T> rows, const T* panel, int64_t size, int64_t first, int64_t last, T* to, int64_t to_stride) {
+template <int Vectors, class T, class AfterTile>
+void panel_product(Matrix<const T> rows, const T* panel, int64_t size, int64_t first, int64_t last, T* to, int64_t to_stride,
+                   AfterTile&& after_tile) {
   const Matrix<const T> seen_rows = {rows.data + first * rows.row_stride, rows.row_stride, 1};
-  column_product<T, Vectors>(last - first, size, seen_rows, panel, panel_queries<T>, to + first * to_stride, to_stride, false);
+  column_product<T, Vectors>(last - first, size, seen_rows, panel, panel_queries<T>, to + first * to_stride, to_stride, false,
+                             after_tile);
 }
 
 // panel_product over the keys that a panel sees. The first vector's queries see nothing from position `half_last` on; what
 // stands there is hidden later.
-template <int Vectors, class T>
-void panel_products(Matrix<const T> rows, const T* panel, int64_t size, const Seen& s, T* to, int64_t to_stride) {
-  panel_product<Vectors>(rows, panel, size, s.first, s.half_last, to, to_stride);
+template <int Vectors, class T, class AfterTile = Nothing>
+void panel_products(Matrix<const T> rows, const T* panel, int64_t size, const Seen& s, T* to, int64_t to_stride,
+                    AfterTile&& after_tile = {}) {
+  panel_product<Vectors>(rows, panel, size, s.first, s.half_last, to, to_stride, after_tile);
   if (Vectors > 1 && s.half_last < s.last)
-    panel_product<1>(rows, panel + lanes<T>, size, s.half_last, s.last, to + lanes<T>, to_stride);
+    panel_product<1>(rows, panel + lanes<T>, size, s.half_last, s.last, to + lanes<T>, to_stride, after_tile);
 }
 
 // Ascending positions of rows that hold a NaN or an infinity.

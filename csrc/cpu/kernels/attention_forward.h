@@ -106,11 +106,12 @@ struct KeysAndValues {
 // One panel of `Vectors` vectors of queries with one block of keys.
 template <int Vectors, class T>
 void attend(const AttentionProblem& p, int64_t b, int64_t h, const ForwardArrays<T>& a, const KeysAndValues<T>& block,
-            Queries queries, Queries panel) {
+            Queries queries, Queries panel, Ahead& ahead) {
   const Seen s = seen<T>(p.visible, block.keys, panel);
   if (s.first == s.last) return;
   const int64_t offset = panel.first - queries.first, width = panel_queries<T>, size = p.shape.value_size;
-  panel_products<Vectors>(block.key, a.query + offset * p.shape.size, p.shape.size, s, a.scores, width);
+  panel_products<Vectors>(block.key, a.query + offset * p.shape.size, p.shape.size, s, a.scores, width,
+                          [&] { ahead.step(); });
   finish_scores(p, b, h, block.keys, s, panel, a.scores, width);
   T rescale[panel_queries<T>];
   T* const sums = a.sums + offset * a.value_stride;
@@ -164,6 +165,18 @@ void read_panel(const AttentionProblem& p, int64_t b, int64_t h, Queries panel, 
   pack_panel(buffer, buffer_stride, panel.count, p.shape.size, factor, to);
 }
 
+// What follows a block of keys and a block of queries in memory.
+inline Ahead rows_ahead(const AttentionProblem& p, int64_t b, int64_t h, int64_t key_head, const KeyBlock& keys,
+                        Queries queries) {
+  const AttentionShape& shape = p.shape;
+  const int64_t next_key = keys.index[keys.count - 1] + 1, next_query = queries.first + queries.count;
+  Ahead ahead;
+  ahead.add(p.key, p.dtype, b, key_head, next_key, keys.count, shape.keys, shape.size);
+  ahead.add(p.value, p.dtype, b, key_head, next_key, keys.count, shape.keys, shape.value_size);
+  ahead.add(p.query, p.dtype, b, h, next_query, queries.count, shape.queries, shape.size);
+  return ahead;
+}
+
 template <class T>
 void attend_block(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, Queries queries) {
   const AttentionProblem& p = args.problem;
@@ -181,8 +194,11 @@ void attend_block(const AttentionForward& args, int64_t b, int64_t h, const Forw
                               {a.nonfinite, 0}};
     if (hides_some(p, keys, queries))
       block.nonfinite.count = find_nonfinite(block.value, keys.count, shape.value_size, a.nonfinite);
+    Ahead ahead = rows_ahead(p, b, h, key_head, keys, queries);
+    ahead.start(ceil_div(queries.count, panel_queries<T>) * ceil_div(keys.count, tile_rows));
     for_panels<T>(queries, [&](Queries panel) {
-      panel.count > lanes<T> ? attend<2>(p, b, h, a, block, queries, panel) : attend<1>(p, b, h, a, block, queries, panel);
+      panel.count > lanes<T> ? attend<2>(p, b, h, a, block, queries, panel, ahead)
+                             : attend<1>(p, b, h, a, block, queries, panel, ahead);
     });
   }
   for_panels<T>(queries, [&](Queries panel) { finish_panel(args, b, h, a, queries, panel); });

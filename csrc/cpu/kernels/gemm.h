@@ -74,14 +74,19 @@ template <class T, int Vectors = 2, int Rows = tile_rows>
   tile_product<T, Rows, Vectors>(a.data, a.row_stride, a.col_stride, b, b_stride, depth, c, c_stride, add);
 }
 
-// A column of tiles. The rows are cut evenly.
-template <class T, int Vectors = 2>
+struct Nothing {
+  void operator()() const {}
+};
+
+// A column of tiles. The rows are cut evenly. after_tile() is called after each.
+template <class T, int Vectors = 2, class AfterTile = Nothing>
 void column_product(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-                    bool add) {
+                    bool add, AfterTile&& after_tile = {}) {
   for (int64_t row = 0, count; row < rows; row += count) {
     count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
     const Matrix<const T> a_rows = {a.data + row * a.row_stride, a.row_stride, a.col_stride};
     tile_product_rows<T, Vectors>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add);
+    after_tile();
   }
 }
 
