@@ -147,7 +147,7 @@ void differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const 
   zero_columns(weights, a.queries, s, keys.count);
   zero_columns(grads, a.queries, s, keys.count);
   if (s.first == s.last) return;
-  panel_products<Vectors>(block.key, a.query_panels + offset * shape.size, shape.size, s, weights, a.queries);
+  panel_scores<Vectors>(block.key, a.query_panels + offset * shape.size, shape.size, s, weights, a.queries);
   panel_products<Vectors>(block.value, a.grad_panels + offset * shape.value_size, shape.value_size, s, grads, a.queries);
   finish_scores(p, b, h, keys, s, panel, weights, a.queries);
   if (p.dropout.probability > 0) {

@@ -297,9 +297,9 @@ void pack_panel(const T* rows, int64_t row_stride, int64_t count, int64_t size, 
 // to[k, i] (+)= rows[k] . panel[:, i] for keys k in [first, last) and the queries i of `Vectors` vectors.
 template <int Vectors, class T, class AfterTile>
 void panel_product(Matrix<const T> rows, const T* panel, int64_t size, int64_t first, int64_t last, T* to, int64_t to_stride,
-                   AfterTile&& after_tile) {
+                   bool add, AfterTile&& after_tile) {
   const Matrix<const T> seen_rows = {rows.data + first * rows.row_stride, rows.row_stride, 1};
-  column_product<T, Vectors>(last - first, size, seen_rows, panel, panel_queries<T>, to + first * to_stride, to_stride, false,
+  column_product<T, Vectors>(last - first, size, seen_rows, panel, panel_queries<T>, to + first * to_stride, to_stride, add,
                              after_tile);
 }
 
@@ -307,10 +307,22 @@ void panel_product(Matrix<const T> rows, const T* panel, int64_t size, int64_t f
 // stands there is hidden later.
 template <int Vectors, class T, class AfterTile = Nothing>
 void panel_products(Matrix<const T> rows, const T* panel, int64_t size, const Seen& s, T* to, int64_t to_stride,
-                    AfterTile&& after_tile = {}) {
-  panel_product<Vectors>(rows, panel, size, s.first, s.half_last, to, to_stride, after_tile);
+                    bool add = false, AfterTile&& after_tile = {}) {
+  panel_product<Vectors>(rows, panel, size, s.first, s.half_last, to, to_stride, add, after_tile);
   if (Vectors > 1 && s.half_last < s.last)
-    panel_product<1>(rows, panel + lanes<T>, size, s.half_last, s.last, to + lanes<T>, to_stride, after_tile);
+    panel_product<1>(rows, panel + lanes<T>, size, s.half_last, s.last, to + lanes<T>, to_stride, add, after_tile);
+}
+
+// The scores of a panel, as panel_products. An error of a score is its weight's relative error, and a chain's last steps
+// err most: two chains of half the size halve the largest error of attention.
+template <int Vectors, class T, class AfterTile = Nothing>
+void panel_scores(Matrix<const T> keys, const T* panel, int64_t size, const Seen& s, T* to, int64_t to_stride,
+                  AfterTile&& after_tile = {}) {
+  const int64_t half = min(size, max<int64_t>(32, ceil_div(size, 2)));
+  panel_products<Vectors>(keys, panel, half, s, to, to_stride, false, after_tile);
+  if (half < size)
+    panel_products<Vectors>(Matrix<const T>{keys.data + half, keys.row_stride, 1}, panel + half * panel_queries<T>, size - half,
+                            s, to, to_stride, true);
 }
 
 // Ascending positions of rows that hold a NaN or an infinity.

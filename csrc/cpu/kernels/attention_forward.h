@@ -110,8 +110,8 @@ void attend(const AttentionProblem& p, int64_t b, int64_t h, const ForwardArrays
   const Seen s = seen<T>(p.visible, block.keys, panel);
   if (s.first == s.last) return;
   const int64_t offset = panel.first - queries.first, width = panel_queries<T>, size = p.shape.value_size;
-  panel_products<Vectors>(block.key, a.query + offset * p.shape.size, p.shape.size, s, a.scores, width,
-                          [&] { ahead.step(); });
+  panel_scores<Vectors>(block.key, a.query + offset * p.shape.size, p.shape.size, s, a.scores, width,
+                        [&] { ahead.step(); });
   finish_scores(p, b, h, block.keys, s, panel, a.scores, width);
   T rescale[panel_queries<T>];
   T* const sums = a.sums + offset * a.value_stride;

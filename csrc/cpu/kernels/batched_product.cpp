@@ -22,11 +22,16 @@ Sample<T> sample(const BatchedProduct& p, int64_t b) {
   return {matrix(p.left), matrix(p.right), static_cast<T*>(p.result) + b * p.rows * p.cols};
 }
 
+template <class T>
+Matrix<const T> columns_from(Matrix<const T> m, int64_t first) {
+  return {m.data + first * m.col_stride, m.row_stride, m.col_stride};
+}
+
 // Columns [first, first + count) of a result; `count` in whole vectors.
 template <class T>
 void product_of_vectors(const BatchedProduct& p, const Sample<T>& s, int64_t first, int64_t count) {
   for (int64_t k = 0; k < p.depth; k += block_depth)
-    block_product<T>(p.rows, count, min(block_depth, p.depth - k), {s.left.data + k * s.left.col_stride, s.left.row_stride, s.left.col_stride},
+    block_product<T>(p.rows, count, min(block_depth, p.depth - k), columns_from(s.left, k),
                      {s.right.data + k * s.right.row_stride + first, tile_cols<T>, s.right.row_stride}, s.result + first,
                      p.cols, k > 0);
 }
@@ -41,10 +46,10 @@ void product_of_tail(const BatchedProduct& p, const Sample<T>& s, int64_t first)
     const int64_t depth = min(block_depth, p.depth - k);
     for (int64_t i = 0; i < depth; ++i)
       store_as(right + i * lanes<T>, load_first(s.right.data + (k + i) * s.right.row_stride + first, count));
-    column_product<T, 1>(p.rows, depth, {s.left.data + k * s.left.col_stride, s.left.row_stride, s.left.col_stride}, right,
-                         lanes<T>, result, lanes<T>, k > 0);
+    column_product<T, 1>(p.rows, depth, columns_from(s.left, k), right, lanes<T>, result, lanes<T>, k > 0);
   }
-  for (int64_t i = 0; i < p.rows; ++i) store_first(load_as<Vector<T>>(result + i * lanes<T>), s.result + i * p.cols + first, count);
+  for (int64_t i = 0; i < p.rows; ++i)
+    store_first(load_as<Vector<T>>(result + i * lanes<T>), s.result + i * p.cols + first, count);
 }
 
 template <class T>
