@@ -105,12 +105,12 @@ class Ahead {
  public:
   // Rows [first, first + count) of a head: also those behind its last one, `rows` in all, if the next head lies there.
   void add(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows,
-           int64_t size) {
+           int64_t size, bool to_write = false) {
     const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
     const bool dense = from.stride[3] == 1 && from.stride[2] == size && from.stride[1] == rows * size;
     if (!dense) return;
     const char* const head = static_cast<const char*>(from.data) + (b * from.stride[0] + h * from.stride[1]) * bytes;
-    range_[ranges_++] = {head + first * size * bytes, head + (first + count) * size * bytes};
+    range_[ranges_++] = {head + first * size * bytes, head + (first + count) * size * bytes, 0, to_write};
   }
   // Shares the lines evenly among `steps` calls of step(), as far as memory can answer.
   void start(int64_t steps) {
@@ -122,16 +122,17 @@ class Ahead {
   void step() {
     for (int i = 0; i < ranges_; ++i)
       for (int64_t n = 0; n < range_[i].per_step && range_[i].at < range_[i].end; ++n, range_[i].at += line)
-        __builtin_prefetch(range_[i].at, 0, 2);
+        range_[i].to_write ? __builtin_prefetch(range_[i].at, 1, 2) : __builtin_prefetch(range_[i].at, 0, 2);
   }
 
  private:
-  static constexpr int64_t line = 64, most_per_step = 8;
+  static constexpr int64_t line = 64, most_per_step = 32;
   struct Range {
     const char *at, *end;
     int64_t per_step;
+    bool to_write;
   };
-  Range range_[3];
+  Range range_[4];
   int ranges_ = 0;
 };
 
