@@ -186,11 +186,11 @@ Seen seen(const AttentionVisibility& visible, const KeyBlock& keys, Queries quer
 // Walks over the keys that the queries of a block see, a KeyBlock at a time.
 class KeyWalk {
  public:
-  KeyWalk(const AttentionProblem& p, int64_t b, int64_t h, Queries queries) : queries_(queries) {
+  KeyWalk(const AttentionProblem& p, int64_t b, int64_t h, Queries queries) : queries_(queries), keys_(p.shape.keys) {
     const AttentionVisibility& v = p.visible;
+    length_ = v.key_lengths ? min(keys_, v.key_lengths[b]) : keys_;
     next_ = max<int64_t>(0, queries.first - v.left);
-    end_ = min(p.shape.keys, queries.first + queries.count + v.right);
-    if (v.key_lengths) end_ = min(end_, v.key_lengths[b]);
+    end_ = min(length_, queries.first + queries.count + v.right);
     if (v.mask.data) mask_ = head_of<const unsigned char>(v.mask, b, h);
   }
 
@@ -205,6 +205,9 @@ class KeyWalk {
     }
     return block.count > 0;
   }
+
+  // The key that comes next, here or for later queries; that of the next head counts on behind the last one.
+  int64_t following() const { return next_ < length_ ? next_ : keys_; }
 
  private:
   void add_all(KeyBlock& block, int64_t chunk) {
@@ -231,7 +234,7 @@ class KeyWalk {
   }
 
   Queries queries_;
-  int64_t next_, end_;
+  int64_t keys_, length_, next_, end_;
   Matrix<const unsigned char> mask_ = {nullptr, 0, 0};
 };
 

@@ -166,14 +166,14 @@ void read_panel(const AttentionProblem& p, int64_t b, int64_t h, Queries panel, 
 }
 
 // What follows a block of keys and a block of queries in memory, and the queries' output.
-inline Ahead rows_ahead(const AttentionForward& args, int64_t b, int64_t h, int64_t key_head, const KeyBlock& keys,
-                        Queries queries) {
+inline Ahead rows_ahead(const AttentionForward& args, int64_t b, int64_t h, int64_t key_head, int64_t next_key,
+                        int64_t count, Queries queries) {
   const AttentionProblem& p = args.problem;
   const AttentionShape& shape = p.shape;
-  const int64_t next_key = keys.index[keys.count - 1] + 1, next_query = queries.first + queries.count;
+  const int64_t next_query = queries.first + queries.count;
   Ahead ahead;
-  ahead.add(p.key, p.dtype, b, key_head, next_key, keys.count, shape.keys, shape.size);
-  ahead.add(p.value, p.dtype, b, key_head, next_key, keys.count, shape.keys, shape.value_size);
+  ahead.add(p.key, p.dtype, b, key_head, next_key, count, shape.keys, shape.size);
+  ahead.add(p.value, p.dtype, b, key_head, next_key, count, shape.keys, shape.value_size);
   ahead.add(p.query, p.dtype, b, h, next_query, queries.count, shape.queries, shape.size);
   const Tensor4& to = args.output;
   ahead.add({to.data, {to.stride[0], to.stride[1], to.stride[2], to.stride[3]}}, p.dtype, b, h, queries.first, queries.count,
@@ -198,7 +198,7 @@ void attend_block(const AttentionForward& args, int64_t b, int64_t h, const Forw
                               {a.nonfinite, 0}};
     if (hides_some(p, keys, queries))
       block.nonfinite.count = find_nonfinite(block.value, keys.count, shape.value_size, a.nonfinite);
-    Ahead ahead = rows_ahead(args, b, h, key_head, keys, queries);
+    Ahead ahead = rows_ahead(args, b, h, key_head, walk.following(), keys.count, queries);
     ahead.start(ceil_div(queries.count, panel_queries<T>) * ceil_div(keys.count, tile_rows));
     for_panels<T>(queries, [&](Queries panel) {
       panel.count > lanes<T> ? attend<2>(p, b, h, a, block, queries, panel, ahead)
