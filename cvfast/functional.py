@@ -15,16 +15,21 @@ from torch import Tensor
 from cvfast import backend as _backend
 from cvfast._functional.additive_attention import additive_attention
 from cvfast._functional.attention import scaled_dot_product_attention
+from cvfast._functional.attention_statistics import AttentionStatistics, attention_statistics
+from cvfast._functional.packed_attention import packed_attention
 from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
 __all__ = [
+    "AttentionStatistics",
     "additive_attention",
+    "attention_statistics",
     "conv2d",
     "conv_transpose2d",
     "gru",
     "gru_cell",
     "lstm",
     "lstm_cell",
+    "packed_attention",
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",

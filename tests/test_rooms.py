@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "cvfast/_choices.py": ("cvfast._env", "cvfast._library"),
     "cvfast/backend.py": ("cvfast._choices", "cvfast._env", "cvfast._library", "cvfast.backends"),
     "cvfast/functional.py": ("cvfast.backend", "cvfast._functional"),
-    "cvfast/_functional/": ("cvfast.backend",),
+    "cvfast/_functional/": ("cvfast.backend", "cvfast._functional"),
     "cvfast/nn/": ("cvfast.functional", "cvfast.nn"),
     "cvfast/models/": ("cvfast.nn", "cvfast.models"),
     "cvfast/_accelerate/": (

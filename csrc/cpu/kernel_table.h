@@ -2,6 +2,7 @@
 #pragma once
 #include "cvfast/additive_attention.h"
 #include "cvfast/attention.h"
+#include "cvfast/batched_product.h"
 #include "cvfast/conv2d.h"
 #include "cvfast/recurrent.h"
 
@@ -32,6 +33,11 @@ struct AdditiveAttentionKernels {
   void (*weights_backward)(const AdditiveWeightsBackward&, const ThreadPool&);
 };
 
+// Likewise kernels/batched_product.cpp.
+struct BatchedProductKernel {
+  void (*product)(const BatchedProduct&, const ThreadPool&);
+};
+
 // What kernels/peak.cpp exports: work at a core's limits, for a clock outside. Results only keep the work alive.
 struct PeakKernels {
   int64_t bytes_per_step;  // of the sums s = s * x + x that one step forms; they stay normal for 0.1 < x < 0.9
@@ -50,6 +56,7 @@ struct KernelTable {
   void (*recurrent_backward)(const RecurrentBackward&, const ThreadPool&);
   AttentionKernels attention;
   AdditiveAttentionKernels additive_attention;
+  BatchedProductKernel batched_product;
   PeakKernels peak;
 };
 

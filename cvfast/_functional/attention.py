@@ -54,6 +54,20 @@ def scaled_dot_product_attention(
         RuntimeError: as torch's, for shapes, dtypes or options that do not fit; or where the named backend cannot run.
         TypeError, ValueError: arguments of another type, an unknown backend.
     """
+    dropout_p = 0.0 if dropout_p == 0 else dropout_p  # a constant: torch.compile would trace it as an unknown float
+    *args, leading = normalised(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths, window
+    )
+    output = _backend.select("attention", backend, *args).run(*args)
+    return output if query.dim() == 4 else output.reshape(*leading, *output.shape[2:])
+
+
+def normalised(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool, key_lengths: Tensor | None, window: tuple[int | None, int | None] | None,
+) -> tuple:  # fmt: skip
+    """What backends take, (q, k, v, bias, mask, key_lengths, dropout_p, scale, left, right), and then the leading
+    dimensions of the result. Raises what the user got wrong."""
     _check(query, key, value, attn_mask, dropout_p, is_causal)
     q, k, v = _four_dimensional(query, key, value, enable_gqa)
     mask = None if attn_mask is None else _four_dimensional_mask(attn_mask, query, q, k, enable_gqa)
@@ -63,12 +77,8 @@ def scaled_dot_product_attention(
     left, right = _window(window, is_causal)
     if key_lengths is not None:
         key_lengths = _lengths(key_lengths, query, q)
-    dropout_p = 0.0 if dropout_p == 0 else dropout_p  # a constant: torch.compile would trace it as an unknown float
-    args = (q, k, v, bias, mask, key_lengths, dropout_p, scale, left, right)
-    output = _backend.select("attention", backend, *args).run(*args)
-    if query.dim() == 4:
-        return output
-    return output.reshape(*_leading(query, key, value, enable_gqa), query.shape[-2], value.shape[-1])
+    leading = q.shape[:2] if query.dim() == 4 else _leading(query, key, value, enable_gqa)
+    return q, k, v, bias, mask, key_lengths, dropout_p, scale, left, right, leading
 
 
 def _check(

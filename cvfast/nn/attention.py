@@ -12,9 +12,10 @@ from cvfast.nn.recurrent import LSTMCell
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention on cvfast's kernels: the same arguments, parameters, state_dict and repr.
 
-    Without weights (`need_weights=False`) memory grows with L + S; the weights that are returned are [N, L, S] (or
-    [N, heads, L, S]) by definition. A query whose keys are all masked gets 0 from the attention (then the output
-    projection's bias), weights 0 and gradients 0, where torch gives NaN.
+    Without weights (`need_weights=False`) memory grows with L + S. The weights that are returned are [N, L, S] or
+    [N, heads, L, S] by definition; averaged ones take no more than that where they need no gradient. A query whose keys
+    are all masked gets 0 from the attention (then the output projection's bias), weights 0 and gradients 0, where torch
+    gives NaN.
     """
 
     def forward(
@@ -43,18 +44,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = (self._heads(t) for t in (q, k, v))
         mask = self._mask(attn_mask, key_padding_mask, appended, q)
         window = (None, 0) if is_causal else None
-        if need_weights:
-            weights = _weights(q, k, mask, is_causal)
-            weights = torch.nn.functional.dropout(weights, self.dropout, self.training)
+        dropout = self.dropout if self.training else 0.0
+        derives = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        if need_weights and (derives or dropout > 0 or not average_attn_weights):
+            weights = torch.nn.functional.dropout(_weights(q, k, mask, is_causal), dropout)
             output = weights @ v
         else:
-            dropout = self.dropout if self.training else 0.0
             output = functional.scaled_dot_product_attention(q, k, v, mask, dropout, window=window)
             weights = None
         output = output.permute(0, 2, 1, 3) if self.batch_first else output.permute(2, 0, 1, 3)
         output = self.out_proj(output.flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
+        elif need_weights and weights is None:
+            weights = functional.attention_statistics(q, k, mask, window=window, mean_weights=True).mean_weights
         if not batched:
             output = output.squeeze(samples)
             weights = None if weights is None else weights.squeeze(0)
@@ -218,6 +221,8 @@ def _merged(first: Tensor, second: Tensor) -> Tensor:
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(D)) over the keys that are seen, [N, heads, L, S]; 0 where none is."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is None and not is_causal:
+        return scores.softmax(-1)
     seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
     if is_causal:
         seen = seen.tril()

@@ -155,6 +155,10 @@ class AdditiveAttentionSpec(OpSpec):
         q, k, v = (t.detach() for t in (q, k, v))  # gradgradcheck sees second gradients
         weights = torch.ops.cvfast.additive_weights(q, k, v, seen)
         yield "additive_weights_backward", (torch.randn_like(weights), weights, q, k, v, seen)
+        if q.dtype in (torch.float32, torch.float64):
+            left, right = q.clone().requires_grad_(), k.clone().requires_grad_()
+            yield "batched_product", (left, right, True)
+            yield "batched_product", (left, right.detach().mT, False)
 
     def result_strides(self, sample: Sample) -> list[tuple[int, ...]]:
         return [result.contiguous().stride() for result in sample.results(self.native)]

@@ -154,6 +154,56 @@ def test_torchs_module_inputs():
     assert count > 20
 
 
+def swap_attention(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with cvfast's attention, its parameters kept, in place of torch's."""
+    for name, child in module.named_children():
+        if type(child) is torch.nn.MultiheadAttention:
+            bias, dtype = child.in_proj_bias is not None, child.in_proj_weight.dtype
+            options = {"bias": bias, "batch_first": child.batch_first, "dtype": dtype}
+            ours = nn.MultiheadAttention(child.embed_dim, child.num_heads, child.dropout, **options)
+            ours.load_state_dict(child.state_dict())
+            setattr(module, name, ours)
+        else:
+            swap_attention(child)
+    return module
+
+
+@pytest.mark.parametrize("name", ["Transformer", "TransformerEncoderLayer", "TransformerDecoderLayer"])
+def test_torchs_transformer_inputs(name):
+    """torch's own inputs for its Transformer modules give torch's results with cvfast's attention in them."""
+    from torch.testing._internal.common_modules import module_db
+
+    info = next(m for m in module_db if m.module_cls is getattr(torch.nn, name))
+    count = 0
+    for training in (True, False):
+        for case in info.module_inputs_func(
+            info, device="cpu", dtype=torch.float64, requires_grad=False, training=training
+        ):
+            args, options = case.constructor_input.args, dict(case.constructor_input.kwargs, dtype=torch.float64)
+            module = info.module_cls(*args, **options).train(training)
+            if training and any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in module.modules()):
+                continue  # another random stream
+            forward = case.forward_input
+            expected = module(*forward.args, **forward.kwargs)
+            actual = swap_attention(module)(*forward.args, **forward.kwargs)
+            torch.testing.assert_close(actual, expected)
+            count += 1
+    assert count > 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights_without_gradients(causal):
+    """Where nothing is derived, averaged weights come without those of each head, and are the same."""
+    theirs, ours = pair(batch_first=True)
+    x = inputs(theirs, queries=9)[1]
+    padding = masks("bool", 3, 9)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64) if causal else None
+    options = {"key_padding_mask": padding, "attn_mask": mask, "is_causal": causal}
+    with torch.no_grad():
+        actual, expected = (layer.eval()(x, x, x, **options) for layer in (ours, theirs))
+    torch.testing.assert_close(actual, expected)
+
+
 def test_additive_attention_layer():
     """The definition's numbers; keys that were projected before give the same; every parameter has a gradient."""
     from cvfast import reference

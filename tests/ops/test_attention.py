@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cvfast import reference
-from cvfast.functional import scaled_dot_product_attention
+from cvfast.functional import attention_statistics, packed_attention, scaled_dot_product_attention
 from cvfast.ops.attention import kept
 from tests.conftest import isas
 
@@ -173,6 +173,82 @@ def test_exponential(isa, dtype, unit):
     weight = attention(x.reshape(1, 1, -1, 1), k, k, scale=scale)[0, 0, :, 0].double()
     power = torch.exp2(x.double())
     assert ((weight / (power / (1 + power)) - 1).abs() <= (2 * 2 + 3 + (dtype == torch.float64)) * unit).all()
+
+
+def composed_weights(q, k, visible):
+    """The definition's weights, in the operands' dtype."""
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
+    return scores.softmax(-1).nan_to_num(0)
+
+
+@pytest.mark.parametrize("tile", [2**20, 50])
+def test_statistics(monkeypatch, tile):
+    """Entropy, largest weights, sums of keys and means over heads are those of the weights, however they are tiled."""
+    import cvfast._functional.attention_statistics as statistics
+
+    monkeypatch.setattr(statistics, "TILE_ELEMENTS", tile)
+    q, k, _ = operands(queries=11, keys=9, dtype=torch.float64)
+    mask = torch.rand(2, 1, 11, 9, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[:, :, 4] = False  # sees nothing
+    lengths = torch.tensor([9, 5])
+    weights = composed_weights(q, k, mask & (torch.arange(9) < lengths[:, None, None, None]))
+    wanted = {"entropy": True, "top_k": 3, "key_sums": True, "mean_weights": True}
+    found = attention_statistics(q, k, mask, key_lengths=lengths, **wanted)
+    torch.testing.assert_close(found.entropy, torch.special.entr(weights).sum(-1))
+    torch.testing.assert_close(found.top_weights, weights.topk(3).values)
+    torch.testing.assert_close(weights.gather(-1, found.top_keys), found.top_weights)
+    torch.testing.assert_close(found.key_sums, weights.sum(2))
+    torch.testing.assert_close(found.mean_weights, weights.mean(1))
+    assert found.entropy.shape == q.shape[:3]
+    assert (found.entropy[:, :, 4] == 0).all()
+    assert attention_statistics(q, k) == (None,) * 5
+
+
+def test_statistics_with_bias_groups_of_heads_and_fewer_dimensions():
+    q, k, _ = operands(queries=6, keys=6, dtype=torch.float64)
+    bias = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(2, 1, 6)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    found = attention_statistics(q, k[:, :1], is_causal=True, enable_gqa=True, key_sums=True)
+    torch.testing.assert_close(found.key_sums, composed_weights(q, k[:, :1], causal).sum(2))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias
+    found = attention_statistics(q, k, bias, entropy=True, mean_weights=True)
+    torch.testing.assert_close(found.mean_weights, scores.softmax(-1).mean(1))
+    found = attention_statistics(q[0], k[0], top_k=1, mean_weights=True)  # [N, L, D]: samples of one head
+    assert found.top_weights.shape == (2, 6, 1)
+    torch.testing.assert_close(found.mean_weights, composed_weights(q[0], k[0], torch.ones(6, 6, dtype=torch.bool)))
+    with pytest.raises(RuntimeError, match="top_k must be from 0 to the number of keys, 6, got 7"):
+        attention_statistics(q, k, top_k=7)
+
+
+def test_packed_sequences():
+    """Each sequence, empty ones too, gives result and gradients of a call of its own."""
+    tokens = torch.randn(30, 4, 8, dtype=torch.float64, requires_grad=True)
+    keys, values = (torch.randn(27, 2, size, dtype=torch.float64, requires_grad=True) for size in (8, 5))
+    q_offsets, k_offsets = torch.tensor([0, 12, 12, 30]), [0, 7, 20, 27]
+    options = {"is_causal": True, "enable_gqa": True}
+    output = packed_attention(tokens, keys, values, q_offsets, k_offsets, **options, backend="ext")
+    alone = [
+        attention(*(t.transpose(0, 1)[None] for t in (tokens[a:b], keys[c:d], values[c:d])), **options)[0].transpose(
+            0, 1
+        )
+        for a, b, c, d in ((0, 12, 0, 7), (12, 12, 7, 20), (12, 30, 20, 27))
+    ]
+    assert torch.equal(output, torch.cat(alone))
+    operands_ = (tokens, keys, values)
+    grads = (torch.autograd.grad(o.sin().sum(), operands_) for o in (output, torch.cat(alone)))
+    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [([0, 5], "ascend from 0 to 30"), ([0, 20, 10, 30], "ascend"), ([1, 30], "ascend"), ([0, 10, 30], "3 keys")],
+)
+def test_packed_offsets_that_do_not_fit(offsets, message):
+    tokens = torch.zeros(30, 2, 4)
+    with pytest.raises(RuntimeError, match=message):
+        packed_attention(tokens, tokens[:3], tokens[:3], offsets, [0, 3])
+    with pytest.raises(RuntimeError, match="must be \\[tokens, heads, size\\]"):
+        packed_attention(tokens[0], tokens, tokens, offsets)
 
 
 PEAK = """

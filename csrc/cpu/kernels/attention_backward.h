@@ -105,19 +105,19 @@ void read_queries(const AttentionBackward& args, int64_t b, int64_t h, const Bac
 }
 
 // weights: scores -> w f; score_grads: g . value -> grad_score; for one panel, positions [s.first, s.last).
-template <bool with_dropout, class T>
+template <int Vectors, bool with_dropout, class T>
 void differentiate(const KeyBlock& keys, const Seen& s, const PanelDropout<T>* dropout, const T* log_sum, const T* delta,
                    T* weights, T* score_grads, int64_t stride) {
   using V = Vector<T>;
   constexpr int step = lanes<T>;
   T factors[panel_queries<T>];
-  V sum[2], shift[2];
+  V sum[Vectors], shift[Vectors];
 #pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) sum[j] = load_as<V>(log_sum + j * step), shift[j] = load_as<V>(delta + j * step);
+  for (int j = 0; j < Vectors; ++j) sum[j] = load_as<V>(log_sum + j * step), shift[j] = load_as<V>(delta + j * step);
   for (int64_t k = s.first; k < s.last; ++k) {
     if constexpr (with_dropout) dropout->factors(keys.index[k], factors);
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < Vectors; ++j) {
       T *const at = weights + k * stride + j * step, *const grad_at = score_grads + k * stride + j * step;
       const V score = load_as<V>(at);
       V weight = exp2<T>(score - sum[j]), grad = load_as<V>(grad_at);
@@ -136,27 +136,34 @@ void zero_columns(T* to, int64_t stride, const Seen& s, int64_t keys) {
   zero_matrix(Matrix<T>{to + s.last * stride, stride, 1}, keys - s.last, panel_queries<T>);
 }
 
-// The weights and score_grads of a panel with one block of keys; 0 where the panel sees nothing. Returns what it sees.
-template <class T>
-Seen differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a, const KeyBlock& keys,
-                         Queries block, Queries panel) {
+// The weights and score_grads of a panel of `Vectors` vectors with one block of keys; 0 where the panel sees nothing.
+template <int Vectors, class T>
+void differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a,
+                         const KeysAndValues<T>& block, const Seen& s, Queries queries, Queries panel) {
+  const KeyBlock& keys = block.keys;
   const AttentionShape& shape = p.shape;
-  const Seen s = seen(p.visible, keys, panel);
-  const int64_t offset = panel.first - block.first;
+  const int64_t offset = panel.first - queries.first;
   T *const weights = a.weights + offset, *const grads = a.score_grads + offset;
   zero_columns(weights, a.queries, s, keys.count);
   zero_columns(grads, a.queries, s, keys.count);
-  if (s.first == s.last) return s;
-  panel_scores(a.key, a.key_stride, a.query_panels + offset * shape.size, shape.size, s.first, s.last, weights, a.queries);
-  panel_product(a.value, a.value_stride, a.grad_panels + offset * shape.value_size, shape.value_size, s.first, s.last, grads,
-                a.queries);
+  if (s.first == s.last) return;
+  panel_scores<Vectors>(block.key, a.query_panels + offset * shape.size, shape.size, s, weights, a.queries);
+  panel_products<Vectors>(block.value, a.grad_panels + offset * shape.value_size, shape.value_size, s, grads, a.queries);
   finish_scores(p, b, h, keys, s, panel, weights, a.queries);
   if (p.dropout.probability > 0) {
     const PanelDropout<T> dropout(p.dropout, b * shape.heads + h, panel.first);
-    differentiate<true>(keys, s, &dropout, a.log_sum + offset, a.delta + offset, weights, grads, a.queries);
+    differentiate<Vectors, true>(keys, s, &dropout, a.log_sum + offset, a.delta + offset, weights, grads, a.queries);
   } else {
-    differentiate<false, T>(keys, s, nullptr, a.log_sum + offset, a.delta + offset, weights, grads, a.queries);
+    differentiate<Vectors, false, T>(keys, s, nullptr, a.log_sum + offset, a.delta + offset, weights, grads, a.queries);
   }
+}
+
+template <class T>
+Seen differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a,
+                         const KeysAndValues<T>& block, Queries queries, Queries panel) {
+  const Seen s = seen<T>(p.visible, block.keys, panel);
+  panel.count > lanes<T> ? differentiate_panel<2>(p, b, h, a, block, s, queries, panel)
+                         : differentiate_panel<1>(p, b, h, a, block, s, queries, panel);
   return s;
 }
 
@@ -173,16 +180,19 @@ void add_to_keys(const KeyBlock& keys, const T* factors, const BackwardArrays<T>
     for (int64_t d = 0; d < size; ++d) sums[keys.index[k] * stride + d] += a.product[k * stride + d];
 }
 
-// Reads the keys and values that `block` sees, a block at a time, and calls body(keys, nonfinite) for each.
+// Reads the keys and values that `queries` see, a block at a time, and calls body(block) for each.
 template <class T, class Body>
-void for_key_blocks(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries block,
+void for_key_blocks(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries queries,
                     Body&& body) {
   const int64_t key_head = h / (p.shape.heads / p.shape.key_heads);
-  KeyWalk walk(p, b, h, block);
+  KeyWalk walk(p, b, h, queries);
   for (KeyBlock keys = {a.index, 0}; walk.fill(keys, a.keys);) {
-    read_keys(p.key, p.dtype, b, key_head, keys, p.shape.size, a.key, a.key_stride);
-    read_keys(p.value, p.dtype, b, key_head, keys, p.shape.value_size, a.value, a.value_stride);
-    body(keys, hides_some(p, keys, block) ? find_nonfinite(a.key, a.key_stride, keys.count, p.shape.size, a.nonfinite) : 0);
+    KeysAndValues<T> block = {keys, read_keys(p.key, p.dtype, b, key_head, keys, p.shape.size, a.key, a.key_stride),
+                              read_keys(p.value, p.dtype, b, key_head, keys, p.shape.value_size, a.value, a.value_stride),
+                              {a.nonfinite, 0}};
+    if (hides_some(p, keys, queries))
+      block.nonfinite.count = find_nonfinite(block.key, keys.count, p.shape.size, a.nonfinite);
+    body(block);
   }
 }
 
@@ -203,16 +213,16 @@ void backward_block(const AttentionBackward& args, int64_t b, int64_t h, const B
   const AttentionShape& shape = p.shape;
   read_queries(args, b, h, a, block);
   zero_matrix(Matrix<T>{a.query_sums, a.key_stride, 1}, block.count, a.key_stride);
-  for_key_blocks(p, b, h, a, block, [&](const KeyBlock& keys, int64_t nonfinite) {
+  for_key_blocks(p, b, h, a, block, [&](const KeysAndValues<T>& keys) {
     for_panels<T>(block, [&](Queries panel) {
       const Seen s = differentiate_panel(p, b, h, a, keys, block, panel);
       const int64_t offset = panel.first - block.first;
       if (s.first < s.last)
-        add_weighted_rows(a.score_grads + offset, a.queries, a.key, a.key_stride, s.first, s.last, a.nonfinite, nonfinite,
-                          panel.count, shape.size, a.query_sums + offset * a.key_stride, a.key_stride);
+        add_seen_rows(p.visible, keys.keys, s, panel, a.score_grads + offset, a.queries, keys.key, keys.nonfinite, shape.size,
+                      a.query_sums + offset * a.key_stride, a.key_stride, true);
     });
-    add_to_keys(keys, a.weights, a, block.count, a.grad, a.value_stride, shape.value_size, a.value_sums);
-    add_to_keys(keys, a.score_grads, a, block.count, a.query, a.key_stride, shape.size, a.key_sums);
+    add_to_keys(keys.keys, a.weights, a, block.count, a.grad, a.value_stride, shape.value_size, a.value_sums);
+    add_to_keys(keys.keys, a.score_grads, a, block.count, a.query, a.key_stride, shape.size, a.key_sums);
   });
   store_scaled(a.query_sums, a.key_stride, p.scale, p, args.grad_query, b, h, block, shape.size);
 }
@@ -248,8 +258,9 @@ void add_to_bias(const AttentionBackward& args, int64_t b, int64_t h, const Back
   const int64_t place = ((size[0] > 1 ? b : 0) * size[1] + (size[1] > 1 ? h : 0)) * size[2] * size[3];
   T* const grad = static_cast<T*>(args.grad_bias) + place;
   read_queries(args, b, h, a, block);
-  for_key_blocks(args.problem, b, h, a, block, [&](const KeyBlock& keys, int64_t) {
-    for_panels<T>(block, [&](Queries panel) { differentiate_panel(args.problem, b, h, a, keys, block, panel); });
+  for_key_blocks(args.problem, b, h, a, block, [&](const KeysAndValues<T>& keys_and_values) {
+    const KeyBlock& keys = keys_and_values.keys;
+    for_panels<T>(block, [&](Queries panel) { differentiate_panel(args.problem, b, h, a, keys_and_values, block, panel); });
     for (int64_t i = 0; i < block.count; ++i)
       for (int64_t k = 0; k < keys.count; ++k)
         grad[(block.first + i) * query_step + keys.index[k] * key_step] += a.score_grads[k * a.queries + i];

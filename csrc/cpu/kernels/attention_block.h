@@ -99,6 +99,43 @@ void write_rows(const T* from, int64_t from_stride, const Tensor4& to, DType dty
   });
 }
 
+// Rows that will be needed after the present work, asked for a few cache lines at a time: all at once would stop the
+// processor until memory has answered.
+class Ahead {
+ public:
+  // Rows [first, first + count) of a head: also those behind its last one, `rows` in all, if the next head lies there.
+  void add(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows,
+           int64_t size, bool to_write = false) {
+    const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    const bool dense = from.stride[3] == 1 && from.stride[2] == size && from.stride[1] == rows * size;
+    if (!dense) return;
+    const char* const head = static_cast<const char*>(from.data) + (b * from.stride[0] + h * from.stride[1]) * bytes;
+    range_[ranges_++] = {head + first * size * bytes, head + (first + count) * size * bytes, 0, to_write};
+  }
+  // Shares the lines evenly among `steps` calls of step(), as far as memory can answer.
+  void start(int64_t steps) {
+    for (int i = 0; i < ranges_; ++i) {
+      const int64_t lines = ceil_div(range_[i].end - range_[i].at, line);
+      range_[i].per_step = min<int64_t>(most_per_step, ceil_div(lines, max<int64_t>(1, steps)));
+    }
+  }
+  void step() {
+    for (int i = 0; i < ranges_; ++i)
+      for (int64_t n = 0; n < range_[i].per_step && range_[i].at < range_[i].end; ++n, range_[i].at += line)
+        range_[i].to_write ? __builtin_prefetch(range_[i].at, 1, 2) : __builtin_prefetch(range_[i].at, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t line = 64, most_per_step = 32;
+  struct Range {
+    const char *at, *end;
+    int64_t per_step;
+    bool to_write;
+  };
+  Range range_[4];
+  int ranges_ = 0;
+};
+
 // ---- queries ----
 
 struct Queries {
@@ -114,6 +151,7 @@ struct KeyBlock {
   bool contiguous() const { return count == 0 || index[count - 1] - index[0] == count - 1; }
   // The first position whose key is >= `key`.
   int64_t position(int64_t key) const {
+    if (contiguous()) return count == 0 ? 0 : max<int64_t>(0, min(count, key - index[0]));
     int64_t low = 0, high = count;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
@@ -127,17 +165,20 @@ struct KeyBlock {
 };
 
 // Positions of a block's keys that a panel sees: some query sees those from first to last, all queries those from
-// all_first to all_last, as far as the window goes.
+// all_first to all_last, the queries of its first vector none from half_last on, as far as the window goes.
 struct Seen {
-  int64_t first, all_first, all_last, last;
+  int64_t first, all_first, half_last, all_last, last;
   bool partly() const { return first < all_first || all_last < last; }
 };
 
-inline Seen seen(const AttentionVisibility& visible, const KeyBlock& keys, Queries queries) {
+template <class T>
+Seen seen(const AttentionVisibility& visible, const KeyBlock& keys, Queries queries) {
   const int64_t first = queries.first, last = queries.first + queries.count - 1;
   Seen s = {keys.position(first - visible.left), keys.position(last - visible.left),
-            keys.position(first + visible.right + 1), keys.position(last + visible.right + 1)};
+            keys.position(first + lanes<T> + visible.right), keys.position(first + visible.right + 1),
+            keys.position(last + visible.right + 1)};
   s.all_first = min(s.all_first, s.last);
+  s.half_last = max(s.first, min(s.half_last, s.last));
   s.all_last = max(s.all_last, s.all_first);
   return s;
 }
@@ -145,11 +186,11 @@ inline Seen seen(const AttentionVisibility& visible, const KeyBlock& keys, Queri
 // Walks over the keys that the queries of a block see, a KeyBlock at a time.
 class KeyWalk {
  public:
-  KeyWalk(const AttentionProblem& p, int64_t b, int64_t h, Queries queries) : queries_(queries) {
+  KeyWalk(const AttentionProblem& p, int64_t b, int64_t h, Queries queries) : queries_(queries), keys_(p.shape.keys) {
     const AttentionVisibility& v = p.visible;
+    length_ = v.key_lengths ? min(keys_, v.key_lengths[b]) : keys_;
     next_ = max<int64_t>(0, queries.first - v.left);
-    end_ = min(p.shape.keys, queries.first + queries.count + v.right);
-    if (v.key_lengths) end_ = min(end_, v.key_lengths[b]);
+    end_ = min(length_, queries.first + queries.count + v.right);
     if (v.mask.data) mask_ = head_of<const unsigned char>(v.mask, b, h);
   }
 
@@ -164,6 +205,9 @@ class KeyWalk {
     }
     return block.count > 0;
   }
+
+  // The key that comes next, here or for later queries; that of the next head counts on behind the last one.
+  int64_t following() const { return next_ < length_ ? next_ : keys_; }
 
  private:
   void add_all(KeyBlock& block, int64_t chunk) {
@@ -190,29 +234,54 @@ class KeyWalk {
   }
 
   Queries queries_;
-  int64_t next_, end_;
+  int64_t keys_, length_, next_, end_;
   Matrix<const unsigned char> mask_ = {nullptr, 0, 0};
 };
 
-// Reads the rows of a block of keys, `size` columns each, to dense rows `to_stride` apart.
+// The rows of a block of keys, `size` columns each: where they are if they lie there densely, in whole vectors of T; else
+// copied to `copy`, rows `copy_stride` apart.
 template <class T>
-void read_keys(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, const KeyBlock& keys, int64_t size, T* to,
-               int64_t to_stride) {
-  if (keys.contiguous()) return read_rows(from, dtype, b, h, keys.index[0], keys.count, size, to, to_stride);
-  for (int64_t k = 0; k < keys.count; ++k) read_rows(from, dtype, b, h, keys.index[k], 1, size, to + k * to_stride, to_stride);
+Matrix<const T> read_keys(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, const KeyBlock& keys, int64_t size,
+                          T* copy, int64_t copy_stride) {
+  const bool of_t = dtype == DType::f32 || dtype == DType::f64;
+  const bool dense = from.stride[3] == 1 && from.stride[2] == size && size % lanes<T> == 0;
+  if (of_t && dense && keys.contiguous()) {
+    const Matrix<const T> head = head_of<T>(from, b, h);
+    return {head.data + keys.index[0] * size, size, 1};
+  }
+  if (keys.contiguous())
+    read_rows(from, dtype, b, h, keys.index[0], keys.count, size, copy, copy_stride);
+  else
+    for (int64_t k = 0; k < keys.count; ++k)
+      read_rows(from, dtype, b, h, keys.index[k], 1, size, copy + k * copy_stride, copy_stride);
+  return {copy, copy_stride, 1};
+}
+
+// 0 times every element of a row, added up: not 0 where one is not finite.
+template <class T>
+Vector<T> zeros_of_row(const T* row, int64_t size) {
+  Vector<T> zeros = {};
+  int64_t d = 0;
+  for (; d + lanes<T> <= size; d += lanes<T>) zeros += load_vector(row + d) * T{};
+  return d < size ? zeros + load_first(row + d, size - d) * T{} : zeros;
+}
+
+template <class T>
+bool all_zero(Vector<T> v) {
+  bool zero = true;
+  for (int i = 0; i < lanes<T>; ++i) zero = zero && v[i] == 0;
+  return zero;
 }
 
 // Positions of rows with a NaN or an infinity.
 template <class T>
-int64_t find_nonfinite(const T* rows, int64_t stride, int64_t count, int64_t size, int64_t* positions) {
+int64_t find_nonfinite(Matrix<const T> rows, int64_t count, int64_t size, int64_t* positions) {
+  Vector<T> zeros = {};
+  for (int64_t k = 0; k < count; ++k) zeros += zeros_of_row(rows.data + k * rows.row_stride, size);
+  if (all_zero<T>(zeros)) return 0;
   int64_t found = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    Vector<T> zeros = {};
-    for (int64_t d = 0; d < size; d += lanes<T>) zeros += load_first(rows + k * stride + d, size - d) * T{};
-    bool finite = true;
-    for (int i = 0; i < lanes<T>; ++i) finite = finite && zeros[i] == 0;
-    if (!finite) positions[found++] = k;
-  }
+  for (int64_t k = 0; k < count; ++k)
+    if (!all_zero<T>(zeros_of_row(rows.data + k * rows.row_stride, size))) positions[found++] = k;
   return found;
 }
 
@@ -223,52 +292,83 @@ int64_t find_nonfinite(const T* rows, int64_t stride, int64_t count, int64_t siz
 template <class T>
 void pack_panel(const T* rows, int64_t row_stride, int64_t count, int64_t size, T factor, T* to) {
   constexpr int64_t width = panel_queries<T>;
-  if (count < width)
-    for (int64_t i = 0; i < size * width; ++i) to[i] = T{};
-  if (min(count, size) >= lanes<T>)
-    copy_transposed(rows, row_stride, to, width, size, count);
-  else
-    copy_matrix(Matrix<const T>{rows, row_stride, 1}, Matrix<T>{to, 1, width}, count, size);
-  for (int64_t i = 0; i < size * width; ++i) to[i] *= factor;
+  if (count < width) zero_matrix(Matrix<T>{to, width, 1}, size, width);
+  if (min(count, size) >= lanes<T>) return copy_transposed(rows, row_stride, to, width, size, count, factor);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < size; ++d) to[d * width + i] = factor * rows[i * row_stride + d];
 }
 
-// to[k, i] (+)= rows[k] . panel[:, i] for keys k in [first, last).
-template <class T>
-void panel_product(const T* rows, int64_t row_stride, const T* panel, int64_t size, int64_t first, int64_t last, T* to,
-                   int64_t to_stride, bool add = false) {
-  block_product<T>(last - first, panel_queries<T>, size, {rows + first * row_stride, row_stride, 1},
-                   {panel, 0, panel_queries<T>}, to + first * to_stride, to_stride, add);
+// to[k, i] (+)= rows[k] . panel[:, i] for keys k in [first, last) and the queries i of `Vectors` vectors.
+template <int Vectors, class T, class AfterTile>
+void panel_product(Matrix<const T> rows, const T* panel, int64_t size, int64_t first, int64_t last, T* to, int64_t to_stride,
+                   bool add, AfterTile&& after_tile) {
+  const Matrix<const T> seen_rows = {rows.data + first * rows.row_stride, rows.row_stride, 1};
+  column_product<T, Vectors>(last - first, size, seen_rows, panel, panel_queries<T>, to + first * to_stride, to_stride, add,
+                             after_tile);
 }
 
-// The scores of a panel, as panel_product. An error of a score is its weight's relative error, and a chain's last steps
+// panel_product over the keys that a panel sees. The first vector's queries see nothing from position `half_last` on; what
+// stands there is hidden later.
+template <int Vectors, class T, class AfterTile = Nothing>
+void panel_products(Matrix<const T> rows, const T* panel, int64_t size, const Seen& s, T* to, int64_t to_stride,
+                    bool add = false, AfterTile&& after_tile = {}) {
+  panel_product<Vectors>(rows, panel, size, s.first, s.half_last, to, to_stride, add, after_tile);
+  if (Vectors > 1 && s.half_last < s.last)
+    panel_product<1>(rows, panel + lanes<T>, size, s.half_last, s.last, to + lanes<T>, to_stride, add, after_tile);
+}
+
+// The scores of a panel, as panel_products. An error of a score is its weight's relative error, and a chain's last steps
 // err most: two chains of half the size halve the largest error of attention.
-template <class T>
-void panel_scores(const T* keys, int64_t row_stride, const T* panel, int64_t size, int64_t first, int64_t last, T* to,
-                  int64_t to_stride) {
+template <int Vectors, class T, class AfterTile = Nothing>
+void panel_scores(Matrix<const T> keys, const T* panel, int64_t size, const Seen& s, T* to, int64_t to_stride,
+                  AfterTile&& after_tile = {}) {
   const int64_t half = min(size, max<int64_t>(32, ceil_div(size, 2)));
-  panel_product(keys, row_stride, panel, half, first, last, to, to_stride);
+  panel_products<Vectors>(keys, panel, half, s, to, to_stride, false, after_tile);
   if (half < size)
-    panel_product(keys + half, row_stride, panel + half * panel_queries<T>, size - half, first, last, to, to_stride, true);
+    panel_products<Vectors>(Matrix<const T>{keys.data + half, keys.row_stride, 1}, panel + half * panel_queries<T>, size - half,
+                            s, to, to_stride, true);
 }
 
-// sums[i] += sum over positions k in [first, last) of weights[k, i] * rows[k], for `queries` rows of sums. Rows at the
-// ascending positions `nonfinite` count only where their weight isn't 0: a hidden key's NaN must not pass.
+// Ascending positions of rows that hold a NaN or an infinity.
+struct Nonfinite {
+  const int64_t* position;
+  int64_t count;
+};
+
+// sums[i] (+)= sum over positions k in [first, last) of weights[k, i] * rows[k], for `queries` rows of sums. Rows that are not
+// finite count only where their weight isn't 0: a hidden key's NaN must not pass.
 template <class T>
-void add_weighted_rows(const T* weights, int64_t weights_stride, const T* rows, int64_t row_stride, int64_t first,
-                       int64_t last, const int64_t* nonfinite, int64_t nonfinite_count, int64_t queries, int64_t size,
-                       T* sums, int64_t sums_stride) {
-  for (int64_t n = 0; n <= nonfinite_count; ++n) {
-    const int64_t stop = n < nonfinite_count ? max(first, min(last, nonfinite[n])) : last;
+void add_weighted_rows(const T* weights, int64_t weights_stride, Matrix<const T> rows, int64_t first, int64_t last,
+                       Nonfinite nonfinite, int64_t queries, int64_t size, T* sums, int64_t sums_stride, bool add = true) {
+  if (nonfinite.count > 0 && !add) {
+    zero_matrix(Matrix<T>{sums, sums_stride, 1}, queries, sums_stride);
+    add = true;
+  }
+  for (int64_t n = 0; n <= nonfinite.count; ++n) {
+    const int64_t stop = n < nonfinite.count ? max(first, min(last, nonfinite.position[n])) : last;
     if (first < stop)
       block_product<T>(queries, size, stop - first, {weights + first * weights_stride, 1, weights_stride},
-                       {rows + first * row_stride, tile_cols<T>, row_stride}, sums, sums_stride, true);
+                       {rows.data + first * rows.row_stride, tile_cols<T>, rows.row_stride}, sums, sums_stride, add);
     if (stop == last) return;
     for (int64_t i = 0; i < queries; ++i) {
       const T weight = weights[stop * weights_stride + i];
       if (weight != 0)
-        for (int64_t d = 0; d < size; ++d) sums[i * sums_stride + d] += weight * rows[stop * row_stride + d];
+        for (int64_t d = 0; d < size; ++d) sums[i * sums_stride + d] += weight * rows.data[stop * rows.row_stride + d];
     }
     first = stop + 1;
+  }
+}
+
+// add_weighted_rows for the queries of a panel over the keys that it sees, a row of tiles at a time as far as that one sees.
+template <class T>
+void add_seen_rows(const AttentionVisibility& visible, const KeyBlock& keys, const Seen& s, Queries panel, const T* weights,
+                   int64_t weights_stride, Matrix<const T> rows, Nonfinite nonfinite, int64_t size, T* sums,
+                   int64_t sums_stride, bool add) {
+  for (int64_t i = 0, count; i < panel.count; i += count) {
+    count = ceil_div(panel.count - i, ceil_div(panel.count - i, tile_rows));
+    const int64_t last = s.all_last < s.last ? keys.position(panel.first + i + count + visible.right) : s.last;
+    add_weighted_rows(weights + i, weights_stride, rows, s.first, max(s.first, last), nonfinite, count, size,
+                      sums + i * sums_stride, sums_stride, add);
   }
 }
 
@@ -277,11 +377,14 @@ template <class T>
 void hide_by_window(const AttentionVisibility& visible, const KeyBlock& keys, const Seen& s, Queries queries, T* scores,
                     int64_t stride) {
   auto hide = [&](int64_t from, int64_t to) {
-    for (int64_t k = from; k < to; ++k)
-      for (int64_t i = 0; i < queries.count; ++i) {
-        const int64_t distance = keys.index[k] - (queries.first + i);
-        if (distance > visible.right || -distance > visible.left) scores[k * stride + i] = -infinity<T>;
-      }
+    for (int64_t k = from; k < to; ++k) {
+      // Query `i` of the panel sees the key if first <= i <= last.
+      const int64_t distance = keys.index[k] - queries.first, width = panel_queries<T>;
+      const int first = static_cast<int>(max<int64_t>(0, min(width, distance - visible.right)));
+      const int last = static_cast<int>(max<int64_t>(-1, min(width, distance + visible.left)));
+      for (int i = 0; i < panel_queries<T>; ++i)
+        scores[k * stride + i] = i < first || i > last ? -infinity<T> : scores[k * stride + i];
+    }
   };
   hide(s.first, s.all_first);
   hide(s.all_last, s.last);
@@ -341,7 +444,7 @@ void finish_scores(const AttentionProblem& p, int64_t b, int64_t h, const KeyBlo
 
 // Whether some key of a block may be hidden from some of the queries.
 inline bool hides_some(const AttentionProblem& p, const KeyBlock& keys, Queries queries) {
-  return p.bias.data || masks_queries(p.visible) || seen(p.visible, keys, queries).partly();
+  return p.bias.data || masks_queries(p.visible) || seen<float>(p.visible, keys, queries).partly();
 }
 
 // Equal blocks of at most `most`, in whole panels.

@@ -10,11 +10,12 @@ constexpr int64_t forward_queries = 256, forward_keys = 256;  // of a block
 template <class T>
 struct ForwardArrays {
   int64_t queries, keys, key_stride, value_stride;
-  int64_t *index, *nonfinite;                   // [keys]
-  T *key, *value;                               // [keys][key_stride], [keys][value_stride]
-  T *query, *sums;                              // panels [D][panel_queries]; [queries][value_stride]
-  T *maximum, *denominator;                     // [queries]
-  T *scores;                                    // [keys][panel_queries]; before: [panel_queries][key_stride]
+  int64_t *index, *nonfinite;    // [keys]
+  T *key, *value;                // [keys][key_stride], [keys][value_stride], for what can't be read in place
+  T *query, *sums;               // panels [D][panel_queries]; [queries][value_stride]
+  T *maximum, *denominator;      // [queries]
+  T *scores;                     // [keys][panel_queries]; before: [panel_queries][key_stride]
+  bool *has_sums;                // [panels]: sums are defined
 
   ForwardArrays(Arena& arena, const AttentionShape& shape)
       : queries(query_block<T>(shape.queries, forward_queries)),
@@ -30,6 +31,7 @@ struct ForwardArrays {
     maximum = arena.take<T>(queries);
     denominator = arena.take<T>(queries);
     scores = arena.take<T>(max(keys, key_stride) * panel_queries<T>);
+    has_sums = arena.take<bool>(queries / panel_queries<T>);
     if (value && shape.value_size % tile_cols<T> != 0)  // read with the rest of a tile, then ignored
       zero_matrix(Matrix<T>{value, value_stride, 1}, keys, value_stride);
   }
@@ -38,22 +40,22 @@ struct ForwardArrays {
 // scores[k, i] for k in [first, last) become weights 2^(score - maximum); the queries' running maximum and sum of weights
 // are brought up to date. rescale[i]: the factor that brings earlier weights to the new maximum. Weights are summed
 // `sum_step` keys at a time: all of them in one chain would err more than anything else in attention.
-template <class T>
+template <int Vectors, class T>
 void weigh(T* scores, int64_t first, int64_t last, T* maximum, T* denominator, T* rescale) {
   using V = Vector<T>;
   constexpr int width = panel_queries<T>, step = lanes<T>;
   constexpr int64_t sum_step = 16;
-  V before[2], top[2], denominators[2], sum[2] = {};
+  V before[Vectors], top[Vectors], denominators[Vectors], sum[Vectors] = {};
 #pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) top[j] = before[j] = load_as<V>(maximum + j * step);
+  for (int j = 0; j < Vectors; ++j) top[j] = before[j] = load_as<V>(maximum + j * step);
   for (int64_t k = first; k < last; ++k)
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < Vectors; ++j) {
       const V score = load_as<V>(scores + k * width + j * step);
       top[j] = score > top[j] ? score : top[j];  // leaves a NaN to the exponential
     }
 #pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) {
+  for (int j = 0; j < Vectors; ++j) {
     store_as(maximum + j * step, top[j]);
     const V none_seen = top[j] == -infinity<T> ? V{} : top[j];
     const V factor = exp2<T>(before[j] - none_seen);
@@ -62,20 +64,20 @@ void weigh(T* scores, int64_t first, int64_t last, T* maximum, T* denominator, T
     top[j] = none_seen;
   }
   while (first < last) {
-    V part[2] = {};
+    V part[Vectors] = {};
     for (const int64_t stop = min(last, first + sum_step); first < stop; ++first)
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < Vectors; ++j) {
         T* at = scores + first * width + j * step;
         const V weight = exp2<T>(load_as<V>(at) - top[j]);
         part[j] += weight;
         store_as(at, weight);
       }
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) sum[j] += part[j];
+    for (int j = 0; j < Vectors; ++j) sum[j] += part[j];
   }
 #pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) store_as(denominator + j * step, denominators[j] + sum[j]);
+  for (int j = 0; j < Vectors; ++j) store_as(denominator + j * step, denominators[j] + sum[j]);
 }
 
 template <class T>
@@ -93,23 +95,34 @@ void drop(const PanelDropout<T>& dropout, const KeyBlock& keys, const Seen& s, T
   }
 }
 
-// One panel with one block of keys.
+// One block of keys with its values, as read.
 template <class T>
-void attend(const AttentionProblem& p, int64_t b, int64_t h, const ForwardArrays<T>& a, const KeyBlock& keys,
-            int64_t nonfinite, Queries block, Queries panel) {
-  const Seen s = seen(p.visible, keys, panel);
+struct KeysAndValues {
+  KeyBlock keys;
+  Matrix<const T> key, value;
+  Nonfinite nonfinite;  // of the values
+};
+
+// One panel of `Vectors` vectors of queries with one block of keys.
+template <int Vectors, class T>
+void attend(const AttentionProblem& p, int64_t b, int64_t h, const ForwardArrays<T>& a, const KeysAndValues<T>& block,
+            Queries queries, Queries panel, Ahead& ahead) {
+  const Seen s = seen<T>(p.visible, block.keys, panel);
   if (s.first == s.last) return;
-  const int64_t offset = panel.first - block.first, width = panel_queries<T>;
-  panel_scores(a.key, a.key_stride, a.query + offset * p.shape.size, p.shape.size, s.first, s.last, a.scores, width);
-  finish_scores(p, b, h, keys, s, panel, a.scores, width);
+  const int64_t offset = panel.first - queries.first, width = panel_queries<T>, size = p.shape.value_size;
+  panel_scores<Vectors>(block.key, a.query + offset * p.shape.size, p.shape.size, s, a.scores, width,
+                        [&] { ahead.step(); });
+  finish_scores(p, b, h, block.keys, s, panel, a.scores, width);
   T rescale[panel_queries<T>];
   T* const sums = a.sums + offset * a.value_stride;
-  weigh(a.scores, s.first, s.last, a.maximum + offset, a.denominator + offset, rescale);
-  scale_rows(sums, a.value_stride, panel.count, p.shape.value_size, rescale);
+  weigh<Vectors>(a.scores, s.first, s.last, a.maximum + offset, a.denominator + offset, rescale);
+  bool& has_sums = a.has_sums[offset / width];
+  if (has_sums) scale_rows(sums, a.value_stride, panel.count, size, rescale);
   if (p.dropout.probability > 0)
-    drop(PanelDropout<T>(p.dropout, b * p.shape.heads + h, panel.first), keys, s, a.scores, width);
-  add_weighted_rows(a.scores, width, a.value, a.value_stride, s.first, s.last, a.nonfinite, nonfinite, panel.count,
-                    p.shape.value_size, sums, a.value_stride);
+    drop(PanelDropout<T>(p.dropout, b * p.shape.heads + h, panel.first), block.keys, s, a.scores, width);
+  add_seen_rows(p.visible, block.keys, s, panel, a.scores, width, block.value, block.nonfinite, size, sums, a.value_stride,
+                has_sums);
+  has_sums = true;
 }
 
 // Calls body(panel) for the panels of a block.
@@ -119,42 +132,80 @@ void for_panels(Queries block, Body&& body) {
     body(Queries{block.first + i, min(panel_queries<T>, block.count - i)});
 }
 
-// Divides the sums by the denominators; a query that saw no key gets 0.
+// Divides the sums of a panel by the denominators; a query that saw no key gets 0.
 template <class T>
-void finish_block(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, Queries block) {
+void finish_panel(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, Queries block, Queries panel) {
+  using V = Vector<T>;
   const AttentionShape& shape = args.problem.shape;
-  T* const log_sum = static_cast<T*>(args.log_sum) + (b * shape.heads + h) * shape.queries + block.first;
-  for (int64_t i = 0; i < block.count; ++i) {
-    const T denominator = a.denominator[i];
-    const T factor = denominator == 0 ? T{} : 1 / denominator;
-    T* const row = a.sums + i * a.value_stride;
-    for (int64_t d = 0; d < shape.value_size; ++d) row[d] *= factor;
-    log_sum[i] = denominator == 0 ? -infinity<T> : static_cast<T>(a.maximum[i] * ln_2 + __builtin_log(denominator));
+  const int64_t offset = panel.first - block.first;
+  T* const sums = a.sums + offset * a.value_stride;
+  if (!a.has_sums[offset / panel_queries<T>]) zero_matrix(Matrix<T>{sums, a.value_stride, 1}, panel.count, shape.value_size);
+  T log_sum[panel_queries<T>], factor[panel_queries<T>];
+  for (int i = 0; i < panel_queries<T>; i += lanes<T>) {
+    const V denominator = load_as<V>(a.denominator + offset + i);
+    store_as(factor + i, denominator == 0 ? V{} : 1 / denominator);
+    const V sum = load_as<V>(a.maximum + offset + i) * static_cast<T>(ln_2) + log<T>(denominator);
+    store_as(log_sum + i, denominator == 0 ? V{} - infinity<T> : sum);
   }
-  write_rows(a.sums, a.value_stride, args.output, args.problem.dtype, b, h, block.first, block.count, shape.value_size);
+  scale_rows(sums, a.value_stride, panel.count, shape.value_size, factor);
+  copy_contiguous(log_sum, static_cast<T*>(args.log_sum) + (b * shape.heads + h) * shape.queries + panel.first, panel.count);
+  write_rows(sums, a.value_stride, args.output, args.problem.dtype, b, h, panel.first, panel.count, shape.value_size);
+}
+
+// The queries of a panel, times scale * log2(e).
+template <class T>
+void read_panel(const AttentionProblem& p, int64_t b, int64_t h, Queries panel, T* buffer, int64_t buffer_stride, T* to) {
+  const T factor = static_cast<T>(p.scale * log2_e);
+  const bool of_t = p.dtype == DType::f32 || p.dtype == DType::f64;
+  if (of_t && p.query.stride[3] == 1) {
+    const Matrix<const T> rows = head_of<T>(p.query, b, h);
+    return pack_panel(rows.data + panel.first * rows.row_stride, rows.row_stride, panel.count, p.shape.size, factor, to);
+  }
+  read_rows(p.query, p.dtype, b, h, panel.first, panel.count, p.shape.size, buffer, buffer_stride);
+  pack_panel(buffer, buffer_stride, panel.count, p.shape.size, factor, to);
+}
+
+// What follows a block of keys and a block of queries in memory, and the queries' output.
+inline Ahead rows_ahead(const AttentionForward& args, int64_t b, int64_t h, int64_t key_head, int64_t next_key,
+                        int64_t count, Queries queries) {
+  const AttentionProblem& p = args.problem;
+  const AttentionShape& shape = p.shape;
+  const int64_t next_query = queries.first + queries.count;
+  Ahead ahead;
+  ahead.add(p.key, p.dtype, b, key_head, next_key, count, shape.keys, shape.size);
+  ahead.add(p.value, p.dtype, b, key_head, next_key, count, shape.keys, shape.value_size);
+  ahead.add(p.query, p.dtype, b, h, next_query, queries.count, shape.queries, shape.size);
+  const Tensor4& to = args.output;
+  ahead.add({to.data, {to.stride[0], to.stride[1], to.stride[2], to.stride[3]}}, p.dtype, b, h, queries.first, queries.count,
+            shape.queries, shape.value_size, true);
+  return ahead;
 }
 
 template <class T>
-void attend_block(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, Queries block) {
+void attend_block(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, Queries queries) {
   const AttentionProblem& p = args.problem;
   const AttentionShape& shape = p.shape;
   const int64_t key_head = h / (shape.heads / shape.key_heads);
-  for_panels<T>(block, [&](Queries panel) {
-    read_rows(p.query, p.dtype, b, h, panel.first, panel.count, shape.size, a.scores, a.key_stride);
-    pack_panel(a.scores, a.key_stride, panel.count, shape.size, static_cast<T>(p.scale * log2_e),
-               a.query + (panel.first - block.first) * shape.size);
+  for_panels<T>(queries, [&](Queries panel) {
+    read_panel(p, b, h, panel, a.scores, a.key_stride, a.query + (panel.first - queries.first) * shape.size);
   });
   for (int64_t i = 0; i < a.queries; ++i) a.maximum[i] = -infinity<T>, a.denominator[i] = T{};
-  for (int64_t i = 0; i < block.count * a.value_stride; ++i) a.sums[i] = T{};
-  KeyWalk walk(p, b, h, block);
+  for (int64_t i = 0; i < a.queries / panel_queries<T>; ++i) a.has_sums[i] = false;
+  KeyWalk walk(p, b, h, queries);
   for (KeyBlock keys = {a.index, 0}; walk.fill(keys, a.keys);) {
-    read_keys(p.key, p.dtype, b, key_head, keys, shape.size, a.key, a.key_stride);
-    read_keys(p.value, p.dtype, b, key_head, keys, shape.value_size, a.value, a.value_stride);
-    const int64_t nonfinite =
-        hides_some(p, keys, block) ? find_nonfinite(a.value, a.value_stride, keys.count, shape.value_size, a.nonfinite) : 0;
-    for_panels<T>(block, [&](Queries panel) { attend(p, b, h, a, keys, nonfinite, block, panel); });
+    KeysAndValues<T> block = {keys, read_keys(p.key, p.dtype, b, key_head, keys, shape.size, a.key, a.key_stride),
+                              read_keys(p.value, p.dtype, b, key_head, keys, shape.value_size, a.value, a.value_stride),
+                              {a.nonfinite, 0}};
+    if (hides_some(p, keys, queries))
+      block.nonfinite.count = find_nonfinite(block.value, keys.count, shape.value_size, a.nonfinite);
+    Ahead ahead = rows_ahead(args, b, h, key_head, walk.following(), keys.count, queries);
+    ahead.start(ceil_div(queries.count, panel_queries<T>) * ceil_div(keys.count, tile_rows));
+    for_panels<T>(queries, [&](Queries panel) {
+      panel.count > lanes<T> ? attend<2>(p, b, h, a, block, queries, panel, ahead)
+                             : attend<1>(p, b, h, a, block, queries, panel, ahead);
+    });
   }
-  finish_block(args, b, h, a, block);
+  for_panels<T>(queries, [&](Queries panel) { finish_panel(args, b, h, a, queries, panel); });
 }
 
 template <class T>

@@ -33,53 +33,73 @@ struct Panels {
   int64_t panel_stride, row_stride;
 };
 
-// One tile. C has tile_cols<T> writable columns with stride 1.
-template <class T, int Rows>
-void tile_product(Matrix<const T> a, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride, bool add) {
+// One tile of `Vectors` <= 2 vectors of columns; C has as many writable columns with stride 1. The strides are scalars: a
+// Matrix would go through memory, where it costs more than a shallow tile's share of anything else.
+template <class T, int Rows, int Vectors>
+void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const T* b, int64_t b_stride, int64_t depth, T* c,
+                  int64_t c_stride, bool add) {
   constexpr int L = lanes<T>;
-  Vector<T> sum[Rows][2] = {};
+  Vector<T> sum[Rows][Vectors] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) __builtin_prefetch(c + i * c_stride, 1);
   for (int64_t k = 0; k < depth; ++k) {
-    const Vector<T> b0 = load_as<Vector<T>>(b), b1 = load_as<Vector<T>>(b + L);
+    Vector<T> row[Vectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) row[j] = load_as<Vector<T>>(b + j * L);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const T x = a.data[i * a.row_stride];
-      sum[i][0] += x * b0;
-      sum[i][1] += x * b1;
+      const T x = a[i * a_row_stride];
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) sum[i][j] += x * row[j];
     }
-    a.data += a.col_stride;
+    a += a_col_stride;
     b += b_stride;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < Vectors; ++j) {
       T* to = c + i * c_stride + j * L;
       store_as(to, add ? load_as<Vector<T>>(to) + sum[i][j] : sum[i][j]);
     }
 }
 
 // A tile of `rows` <= Rows rows.
-template <class T, int Rows = tile_rows>
-void tile_product_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t b_stride, int64_t depth, T* c,
-                       int64_t c_stride, bool add) {
+template <class T, int Vectors = 2, int Rows = tile_rows>
+[[gnu::always_inline]] inline void tile_product_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t b_stride,
+                                                     int64_t depth, T* c, int64_t c_stride, bool add) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return tile_product_rows<T, Rows - 1>(rows, a, b, b_stride, depth, c, c_stride, add);
-  tile_product<T, Rows>(a, b, b_stride, depth, c, c_stride, add);
+    if (rows < Rows)
+      return tile_product_rows<T, Vectors, Rows - 1>(rows, a, b, b_stride, depth, c, c_stride, add);
+  tile_product<T, Rows, Vectors>(a.data, a.row_stride, a.col_stride, b, b_stride, depth, c, c_stride, add);
+}
+
+struct Nothing {
+  void operator()() const {}
+};
+
+// A column of tiles. The rows are cut evenly. after_tile() is called after each.
+template <class T, int Vectors = 2, class AfterTile = Nothing>
+void column_product(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
+                    bool add, AfterTile&& after_tile = {}) {
+  for (int64_t row = 0, count; row < rows; row += count) {
+    count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
+    const Matrix<const T> a_rows = {a.data + row * a.row_stride, a.row_stride, a.col_stride};
+    tile_product_rows<T, Vectors>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add);
+    after_tile();
+  }
 }
 
 // A block: rows <= block_rows, cols <= block_cols, depth <= block_depth for the caches' sake. `c` has row stride
-// c_stride and room for the columns rounded up to tile_cols. The rows are cut evenly into tiles.
+// c_stride and room for the columns rounded up to tile_cols.
 template <class T>
 void block_product(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, Panels<T> b, T* c, int64_t c_stride,
                    bool add) {
   for (int64_t col = 0; col < cols; col += tile_cols<T>) {
-    for (int64_t row = 0, count; row < rows; row += count) {
-      count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
-      const Matrix<const T> a_rows = {a.data + row * a.row_stride, a.row_stride, a.col_stride};
-      tile_product_rows<T>(count, a_rows, b.data, b.row_stride, depth, c + row * c_stride + col, c_stride, add);
-    }
+    if (cols - col > lanes<T>)
+      column_product<T>(rows, depth, a, b.data, b.row_stride, c + col, c_stride, add);
+    else
+      column_product<T, 1>(rows, depth, a, b.data, b.row_stride, c + col, c_stride, add);
     b.data += b.panel_stride;
   }
 }

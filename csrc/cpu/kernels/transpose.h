@@ -32,9 +32,11 @@ template <class T, int Bit = 1>
   }
 }
 
-// to[i, j] = from[j, i] for i < rows, j < cols, with contiguous j in `to` and contiguous i in `from`.
+// to[i, j] = factor * from[j, i] for i < rows, j < cols, with contiguous j in `to` and contiguous i in `from`. At least a
+// vector of both.
 template <class From, class To>
-void copy_transposed(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t cols) {
+void copy_transposed(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t cols,
+                     Compute<To> factor = 1) {
   using T = Compute<To>;
   constexpr int64_t L = lanes<T>;
   // Squares at the far ends overlap their neighbours, so that there are no tails.
@@ -43,7 +45,7 @@ void copy_transposed(const From* from, int64_t from_stride, To* to, int64_t to_s
       const int64_t i = min(row, rows - L), j = min(col, cols - L);
       Vector<T> square[L];
 #pragma GCC unroll 16
-      for (int k = 0; k < L; ++k) square[k] = load_vector(from + i + (j + k) * from_stride);
+      for (int k = 0; k < L; ++k) square[k] = factor * load_vector(from + i + (j + k) * from_stride);
       transpose_square<T>(square);
 #pragma GCC unroll 16
       for (int k = 0; k < L; ++k) store_vector(square[k], to + (i + k) * to_stride + j);

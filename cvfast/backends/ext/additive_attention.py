@@ -1,4 +1,4 @@
-"""Additive attention by cvfast's C++ kernels (CPU): products with matrices are 1x1 convolutions."""
+"""Additive attention by cvfast's C++ kernels (CPU)."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Context [B, T, E] and weights [B, T, S]; query [B, T, Q], mask [B, 1 or T, S], else as in cvfast.functional."""
     k = keys if w_key is None else _linear(keys, w_key)
-    weights = call(torch.ops.cvfast.additive_weights.default, _linear(query, w_query), k, v, mask).to(values.dtype)
+    q = _linear_of_few(query, w_query) if query.shape[1] == 1 else _linear(query, w_query)
+    weights = call(torch.ops.cvfast.additive_weights.default, q, k, v, mask).to(values.dtype)
     if mask is not None:
         values = values.masked_fill(~mask.any(1).unsqueeze(-1), 0)
-    return _product(weights, values), weights
+    return _product(weights, values, False), weights
 
 
-# Products as 1x1 convolutions: the same bits for any number of threads and samples, unlike torch's.
+# torch's own products would not give the same bits for any number of threads and samples.
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T: the rows of x are pixels."""
+    """x weight^T by a 1x1 convolution: the rows of x are pixels."""
     if x.numel() == 0:
         return torch.nn.functional.linear(x, weight)
     pixels = x.flatten(0, -2).t()[None, :, :, None]
-    return _convolve(pixels, weight, 1).squeeze((0, 3)).t().reshape(*x.shape[:-1], -1)
-
-
-def _product(weights: Tensor, values: Tensor) -> Tensor:
-    """[B, T, E] from weights [B, T, S] and values [B, S, E]: the samples are groups of channels, the queries pixels."""
-    batch, queries, _ = weights.shape
-    if weights.numel() == 0 or values.numel() == 0:
-        return weights @ values
-    pixels = weights.transpose(1, 2).flatten(0, 1)[None, :, :, None]
-    result = _convolve(pixels, values.transpose(1, 2).flatten(0, 1), batch)
-    return result.reshape(batch, -1, queries).transpose(1, 2).contiguous()
-
-
-def _convolve(pixels: Tensor, weight: Tensor, groups: int) -> Tensor:
     op = torch.ops.cvfast.conv2d.default
-    return call(op, pixels, weight[:, :, None, None], None, (1, 1), (0, 0), (1, 1), groups)
+    result = call(op, pixels, weight[:, :, None, None], None, (1, 1), (0, 0), (1, 1), 1)
+    return result.squeeze((0, 3)).t().reshape(*x.shape[:-1], -1)
+
+
+def _linear_of_few(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, 1, A] from x [B, 1, Q]: a convolution would pack the weight, which costs more than so small a product."""
+    return _product(x.transpose(0, 1), weight.unsqueeze(0), True).transpose(0, 1)
+
+
+def _product(left: Tensor, right: Tensor, transposed: bool) -> Tensor:
+    """left [B, M, K] times right [B, K, N], or times the transpose of right [B, N, K]."""
+    narrow = left.dtype in (torch.bfloat16, torch.float16)
+    operands = (left.float(), right.float()) if narrow else (left, right)
+    return call(torch.ops.cvfast.batched_product.default, *operands, transposed).to(left.dtype)
