@@ -59,6 +59,15 @@ def register(cards: Sequence[Card]) -> None:
             _transformations(card, op, library)
 
 
+def kernel(schema: str) -> torch._ops.OpOverload:
+    """Defines an operator of the compiled libraries alone: for calls that are not `watched` and need no derivative."""
+    library = torch.library.Library("cvfast_kernels", "FRAGMENT")
+    _libraries.append(library)
+    library.define(schema)
+    library.impl(schema.partition("(")[0], torch.library.fallthrough_kernel, "Autograd")
+    return getattr(torch.ops.cvfast_kernels, schema.partition("(")[0]).default
+
+
 _libraries: list[torch.library.Library] = []  # a Library takes its registrations back when it is collected
 _kernels: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}  # operator -> its twin
 
@@ -127,14 +136,19 @@ def call(op: torch._ops.OpOverload, *args):
 
     What must see the operator as the dispatcher has it does: tracers, modes, torch.func's transforms, autocast.
     """
-    if (
-        torch.compiler.is_compiling()
-        or transforms() is not None
-        or _modes()
-        or torch.is_autocast_enabled("cpu" if args[0].is_cpu else args[0].device.type)
-    ):
+    if watched(args[0]):
         return op(*args)
     return _differentiable[op](_kernels[op], *args) if _derives(args) else _kernels[op](*args)
+
+
+def watched(tensor: Tensor) -> bool:
+    """Whether something must see calls with operands like `tensor` as the dispatcher has them."""
+    return (
+        torch.compiler.is_compiling()
+        or transforms() is not None
+        or _modes() > 0
+        or torch.is_autocast_enabled("cpu" if tensor.is_cpu else tensor.device.type)
+    )
 
 
 def _derives(args: tuple) -> bool:

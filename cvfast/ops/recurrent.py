@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cvfast.ops.card import Card, call, looped, register, transforms
+from cvfast.ops.card import Card, call, kernel, looped, register, transforms
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 SAVED = {"lstm": 5, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}  # numbers kept per hidden unit and step
@@ -306,3 +306,16 @@ def _cards(cell: str) -> list[Card]:
 
 
 register([card for cell in CELLS for card in _cards(cell)])
+
+# All layers and directions at once, as csrc/bindings/recurrent.cpp says; h_0 and c_0 [layers * directions, B, ..].
+STACK = {
+    cell: kernel(
+        f"{cell}_stack(Tensor input, Tensor? lengths, Tensor? batch_sizes, Tensor h_0, Tensor? c_0, Tensor[] weights, "
+        "bool biases, int directions, Tensor[] packed) -> (Tensor, Tensor, Tensor)"
+    )
+    for cell in CELLS
+}
+PACK = {
+    cell: kernel(f"{cell}_pack(Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr) -> Tensor")
+    for cell in CELLS
+}

@@ -39,6 +39,23 @@ template <class T>
     for (int64_t c = 0; c < L; ++c) to[k * width + c] = c < count ? from[c * depth + k] : T{};
 }
 
+// What packed weights were made of: the vectors, the shape, and some elements of each weight, by which one sees that
+// somebody wrote to it in a way that torch does not count as a change (weight.data.mul_(2), say).
+struct Stamp {
+  static constexpr int64_t samples = 32, weights = 5;
+  int64_t shape[8];
+  char elements[weights][samples * 8];
+
+  template <class T>
+  void sample(int64_t weight, Storage<T> storage, const void* from, int64_t count) {
+    const int64_t size = storage.bytes(1);
+    for (int64_t i = 0; i < samples && count > 0; ++i) {
+      const int64_t at = (count - 1) * i / (samples - 1);
+      __builtin_memcpy(elements[weight] + i * size, static_cast<const char*>(from) + at * size, size);
+    }
+  }
+};
+
 template <class T>
 struct Forward {
   static constexpr int L = lanes<T>;
@@ -53,9 +70,10 @@ struct Forward {
   const int64_t outputs = projected > 0 ? projected : hidden;
   const int64_t units = order.panels() * order.units();  // hidden units with padding
   const int64_t h_stride = projected > 0 ? round_up(projected, plain_columns) : units;
-  const int64_t columns = round_up(order.panels() * order.columns(), tile_cols<T>);
+  const int64_t columns = round_up(order.panels() * order.columns(), product_cols<T>);
   ThreadCut cut;
   int64_t group_rows;             // room for the rows of a chunk of one group
+  Stamp* stamp;
   T *w_ih, *w_hh, *w_hr, *b_ih, *b_hh;
   T* gates;                       // [groups, group_rows, columns] W_ih x
   T* h[2];                        // [batch, h_stride] by rank, before even and odd steps
@@ -65,6 +83,7 @@ struct Forward {
   explicit Forward(const RecurrentForward& problem) : p(problem) {}
 
   void take_packed(Carver& scratch) {
+    stamp = scratch.take<Stamp>(1);
     w_ih = scratch.take<T>(columns * inputs);
     w_hh = scratch.take<T>(columns * outputs);
     w_hr = scratch.take<T>(projected > 0 ? h_stride * hidden : 0);
@@ -72,10 +91,38 @@ struct Forward {
     b_hh = scratch.take<T>(columns);
   }
 
+  int64_t packed_bytes() { return Carver::bytes([&](Carver& scratch) { take_packed(scratch); }); }
+
+  void pack_into(void* to, const ThreadPool& pool) {
+    Carver::cut_from(to, [&](Carver& scratch) { take_packed(scratch); });
+    *stamp = stamp_of_weights();
+    pack(pool);
+  }
+
+  // Takes what was packed ahead, if it was made of these weights.
+  bool take_kept() {
+    if (!p.packed) return false;
+    Carver::cut_from(const_cast<void*>(p.packed), [&](Carver& scratch) { take_packed(scratch); });
+    const Stamp now = stamp_of_weights();
+    return __builtin_memcmp(&now, stamp, sizeof now) == 0;
+  }
+
+  Stamp stamp_of_weights() const {
+    const int64_t rows = cell.gates * hidden;
+    Stamp stamp = {{L, sizeof(T), static_cast<int64_t>(p.dtype), static_cast<int64_t>(p.cell), inputs, hidden, projected,
+                    p.weights.b_ih != nullptr}, {}};
+    stamp.sample(0, storage, p.weights.w_ih, rows * inputs);
+    stamp.sample(1, storage, p.weights.w_hh, rows * outputs);
+    stamp.sample(2, storage, p.weights.b_ih, p.weights.b_ih ? rows : 0);
+    stamp.sample(3, storage, p.weights.b_hh, p.weights.b_hh ? rows : 0);
+    stamp.sample(4, storage, p.weights.w_hr, projected * hidden);
+    return stamp;
+  }
+
   void pack(const ThreadPool& pool) const {
-    parallel_for(pool, columns / tile_cols<T>, [&](int64_t begin, int64_t end) {
+    parallel_for(pool, columns / product_cols<T>, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        pack_gates(p.weights.w_ih, inputs, i * tile_cols<T>, tile_cols<T>, w_ih + i * tile_cols<T> * inputs);
+        pack_gates(p.weights.w_ih, inputs, i * product_cols<T>, product_cols<T>, w_ih + i * product_cols<T> * inputs);
     });
     parallel_for(pool, order.panels(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
@@ -107,8 +154,9 @@ struct Forward {
   void run(const ThreadPool& pool) {
     cut = ThreadCut::of(pool.threads, batch, hidden, order.panels());
     group_rows = max(projected_rows, batch);
+    const bool kept = take_kept();
     Carver::carve(ScratchUse::caller, [&](Carver& scratch) {
-      take_packed(scratch);
+      if (!kept) take_packed(scratch);
       gates = scratch.take<T>(cut.groups * group_rows * columns);
       for (T*& state : h) state = scratch.take<T>(batch * h_stride);
       c = scratch.take<T>(cell.has_c ? batch * units : 0);
@@ -116,7 +164,7 @@ struct Forward {
       counters = scratch.take<int64_t>(cut.groups * Team::size(cut.shares));
     });
     zero_row(counters, cut.groups * Team::size(cut.shares));
-    pack(pool);
+    if (!kept) pack(pool);
     load_states();
     parallel_for(pool, cut.members(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) Member(*this, i).run();
@@ -157,9 +205,9 @@ struct Forward {
 
     int64_t active(int64_t step) const { return max<int64_t>(0, min(ranks.active(step), end) - begin); }
 
-    // The first of the panels of a share, an even number, so that they are whole tiles of the projection.
+    // The first of the panels of a share, a multiple of those that are whole panels of the projection with any cell.
     static int64_t first_panel(int64_t share, int64_t shares, int64_t panels) {
-      return share == shares ? panels : panels * share / shares / 2 * 2;
+      return share == shares ? panels : panels * share / shares / product_vectors * product_vectors;
     }
 
     template <class Work>
@@ -194,11 +242,11 @@ struct Forward {
     // gates = x W_ih^T, the columns of panels [panel, next).
     void project(int64_t rows, int64_t panel, int64_t next) const {
       const int64_t col = panel * f.order.columns(), end_col = next == f.order.panels() ? f.columns : next * f.order.columns();
-      for (int64_t row = 0; row < rows; row += block_rows)
-        for (int64_t k = 0; k == 0 || k < f.inputs; k += block_depth)
-          multiply_block(min(rows - row, block_rows), end_col - col, min(f.inputs - k, block_depth),
+      for (int64_t row = 0; row < rows; row += product_block_rows)
+        for (int64_t k = 0; k == 0 || k < f.inputs; k += product_depth)
+          panel_block(min(rows - row, product_block_rows), end_col - col, min(f.inputs - k, product_depth),
                          Matrix<const T>{x + row * f.inputs + k, f.inputs, 1},
-                         Panels<T>{f.w_ih + col * f.inputs + k * tile_cols<T>, f.inputs * tile_cols<T>, tile_cols<T>},
+                         f.w_ih + col * f.inputs + k * product_cols<T>, f.inputs * product_cols<T>,
                          gates + row * f.columns + col, f.columns, k > 0);
     }
 
@@ -215,8 +263,8 @@ struct Forward {
           run_cell(row, count, panel + i, projection + row * f.columns, sum, result + row * f.units,
                    saved ? saved + row * f.cell.saved * f.hidden : nullptr, f.h[step % 2]);
         };
-        if (f.order.vectors() == 3) panel_product<T, 3>(rows, h, f.h_stride, w_hh, finish);
-        else panel_product<T, 4>(rows, h, f.h_stride, w_hh, finish);
+        if (f.order.vectors() == 3) panel_product<T, 3>(rows, h, f.h_stride, w_hh, step % 2, finish);
+        else panel_product<T, 4>(rows, h, f.h_stride, w_hh, step % 2, finish);
         if (f.projected == 0) store_outputs(step, rows, next_h, panel * f.order.units(), next * f.order.units());
       });
       if (f.projected > 0)
@@ -246,7 +294,7 @@ struct Forward {
     // Panels [panel, next) of next_h = unprojected W_hr^T.
     void project_state(int64_t rows, const T* unprojected, T* next_h, int64_t panel, int64_t next) const {
       panel_product<T, plain_vectors>(
-          rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden},
+          rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden}, false,
           [&](int64_t row, int64_t count, int64_t i, const T* sum) {
             for (int64_t r = 0; r < count; ++r)
               copy_row(sum + r * plain_columns, next_h + (row + r) * f.h_stride + (panel + i) * plain_columns, plain_columns);

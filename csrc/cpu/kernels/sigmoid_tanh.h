@@ -37,7 +37,7 @@ struct ExpParts {
   Vector<T> scale, growth;
 };
 template <class T>
-ExpParts<T> exp_parts(Vector<T> x) {
+[[gnu::always_inline]] inline ExpParts<T> exp_parts(Vector<T> x) {
   using E = Exponential<T>;
   const Vector<T> shifted = x * E::log2_e + E::magic;
   const Vector<T> n = shifted - E::magic;
@@ -50,14 +50,14 @@ ExpParts<T> exp_parts(Vector<T> x) {
 }
 
 template <class T>
-Vector<T> clamp(Vector<T> x, T least, T most) {  // a NaN stays one
+[[gnu::always_inline]] inline Vector<T> clamp(Vector<T> x, T least, T most) {  // a NaN stays one
   x = x < least ? Vector<T>{} + least : x;
   return x > most ? Vector<T>{} + most : x;
 }
 
 // 1 / (1 + e^-x); error at most 3 ulp where the result is a normal number.
 template <class T>
-Vector<T> sigmoid(Vector<T> x) {
+[[gnu::always_inline]] inline Vector<T> sigmoid(Vector<T> x) {
   const ExpParts<T> e = exp_parts<T>(clamp<T>(-x, Exponential<T>::least, Exponential<T>::most));
   return T{1} / (T{1} + (e.scale + e.scale * e.growth));
 }
@@ -65,7 +65,7 @@ Vector<T> sigmoid(Vector<T> x) {
 // With u = e^2|x| - 1: u / (u + 2) near 0 and 1 - 2 / (u + 2) beyond, where its rounding is that of the result; error at
 // most 3 ulp. (1 - tanh^2, the derivative, is as good as the last place of a tanh near 1.)
 template <class T>
-Vector<T> tanh(Vector<T> x) {
+[[gnu::always_inline]] inline Vector<T> tanh(Vector<T> x) {
   using Bits = Vector<typename Exponential<T>::Bits>;
   const Bits sign = bit_cast<Bits>(x) & (Bits{} + (typename Exponential<T>::Bits{1} << (8 * sizeof(T) - 1)));
   const Vector<T> magnitude = bit_cast<Vector<T>>(bit_cast<Bits>(x) ^ sign);
