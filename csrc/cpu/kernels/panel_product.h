@@ -71,20 +71,37 @@ void panel_tile_rows(int64_t rows, const T* a, int64_t a_stride, const T* b, int
   panel_tile<T, Rows, Cols>(a, a_stride, b, depth, out);
 }
 
-// Calls finish(row, count, panel, sum) for all rows and panels, a tile at a time: sum [count][Cols vectors], in L1. With
-// `last_first` the panels come in descending order: who multiplies with the same panels again and again changes the
-// direction each time, so that those used last, which the cache still holds, are used first.
-template <class T, int Cols, class Finish>
-void panel_product(int64_t rows, const T* a, int64_t a_stride, PackedPanels<T> b, bool last_first, Finish&& finish) {
-  constexpr int most = panel_accumulators / Cols, width = Cols * lanes<T>;
-  alignas(64) T out[most * width];
-  const int64_t tiles = ceil_div(rows, most);
-  for (int64_t i = 0; i < b.count; ++i) {
-    const int64_t panel = last_first ? b.count - 1 - i : i;
+// Some sums of panel_product: of `rows` rows from `row` on and `panels` panels from `panel` on, [panels][rows][columns], in
+// L1.
+template <class T>
+struct PanelSums {
+  int64_t row, rows, panel, panels;
+  const T* sum;
+};
+
+// Calls finish(PanelSums) for all rows and panels, a tile at a time, or, of so few rows that `finish` would have little to do
+// side by side, several panels. With `last_first` the panels come in descending order: who multiplies with the same panels
+// again and again changes the direction each time, so that those used last, which the cache still holds, are used first.
+// `fetch` is called ahead of the product, likewise, to have brought near what `finish` will read.
+template <class T, int Cols, class Fetch, class Finish>
+void panel_product(int64_t rows, const T* a, int64_t a_stride, PackedPanels<T> b, bool last_first, Fetch&& fetch,
+                   Finish&& finish) {
+  constexpr int most = panel_accumulators / Cols, width = Cols * lanes<T>, few = 2, together = 8;
+  alignas(64) T out[max(most, few * together) * width];
+  const int64_t tiles = ceil_div(rows, most), step = rows <= few ? together : 1;
+  for (int64_t i = 0; i < b.count; i += step) {
+    const int64_t panels = min(step, b.count - i), panel = last_first ? b.count - i - panels : i;
+    const T* from = b.data + panel * b.depth * width;
     for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {  // equal tiles, as far as that goes
       const int64_t count = ceil_div(rows - row, tiles - tile);
-      panel_tile_rows<T, Cols>(count, a + row * a_stride, a_stride, b.data + panel * b.depth * width, b.depth, out);
-      finish(row, count, panel, out);
+      const PanelSums<T> sums = {row, count, panel, panels, out};
+      fetch(sums);
+      for (int64_t k = 0; k < panels; ++k) {
+        const int64_t p = last_first ? panels - 1 - k : k;
+        panel_tile_rows<T, Cols>(count, a + row * a_stride, a_stride, from + p * b.depth * width, b.depth,
+                                 out + p * count * width);
+      }
+      finish(sums);
       row += count;
     }
   }

@@ -234,11 +234,15 @@ struct Backward {
                          int64_t next, T* to, int64_t stride, bool add, bool last_first) {
       panel_product<T, vectors>(
           rows, a, a_stride, {panels + col * depth, (next - col) / panel_columns, depth}, last_first,
-          [&](int64_t row, int64_t count, int64_t panel, const T* sum) {
-            T* at = to + row * stride + col + panel * panel_columns;
-            for (int64_t r = 0; r < count; ++r, at += stride, sum += panel_columns)
-              for (int64_t i = 0; i < panel_columns; i += L)
-                store_as(at + i, add ? load_as<Vector<T>>(at + i) + load_as<Vector<T>>(sum + i) : load_as<Vector<T>>(sum + i));
+          [](const PanelSums<T>&) {},
+          [&](const PanelSums<T>& s) {
+            const T* sum = s.sum;
+            for (int64_t panel = 0; panel < s.panels; ++panel)
+              for (int64_t r = 0; r < s.rows; ++r, sum += panel_columns) {
+                T* at = to + (s.row + r) * stride + col + (s.panel + panel) * panel_columns;
+                for (int64_t i = 0; i < panel_columns; i += L)
+                  store_as(at + i, add ? load_as<Vector<T>>(at + i) + load_as<Vector<T>>(sum + i) : load_as<Vector<T>>(sum + i));
+              }
           });
     }
 

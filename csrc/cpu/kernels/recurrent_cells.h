@@ -101,41 +101,51 @@ void store_units(Vector<T> v, T* to, int64_t count) {
   else store_tail<T>(v, to, count);
 }
 
-// A forward step of some rows and hidden units, from the projections to the new state. Units are in whole vectors; a row
-// of x, r and of the biases has gate g at g * gate_stride. Strides in elements.
+// A forward step of some hidden units, from the projections to the new state, for several items: rows, or panels of units of
+// one row. Units are in whole vectors; an item of x, r and of the biases has gate g at g * gate_stride. Where X and R enter
+// as their sum, b_ih holds the sum of both biases. Strides in elements, from item to item.
 template <class T>
 struct ForwardStep {
-  int64_t rows, vectors, gate_stride;
+  int64_t items, vectors, gate_stride;
   const T *x, *r;      // W_ih x and W_hh h
   const T *b_ih, *b_hh;
   T *memory, *result;
-  T* saved;            // [saved, hidden] of each row, or nullptr
-  int64_t x_stride, r_stride, memory_stride, result_stride;  // from row to row
-  int64_t hidden, units;  // all hidden units; those there are from the first one of the step on
+  T* saved;            // [saved, hidden], or nullptr
+  int64_t x_stride, r_stride, b_stride, memory_stride, result_stride, saved_stride;
+  int64_t hidden;      // all hidden units
+  int64_t units, units_stride;  // those there are from the item's first one on: units - item * units_stride
 };
 
 template <class Cell, class T = typename Cell::Element>
 void forward_step(const ForwardStep<T>& step) {
   constexpr int L = lanes<T>;
   const ForwardStep<T> s = step;
-  for (int64_t row = 0; row < s.rows; ++row)
+  for (int64_t item = 0; item < s.items; ++item)
     for (int64_t unit = 0; unit < s.vectors * L; unit += L) {
       Vector<T> x[Cell::gates], r[Cell::gates], keep[Cell::saved];
 #pragma GCC unroll 4
       for (int g = 0; g < Cell::gates; ++g) {
         const int64_t at = g * s.gate_stride + unit;
-        x[g] = load_as<Vector<T>>(s.x + row * s.x_stride + at) + load_as<Vector<T>>(s.b_ih + at);
-        r[g] = load_as<Vector<T>>(s.r + row * s.r_stride + at) + load_as<Vector<T>>(s.b_hh + at);
+        x[g] = load_as<Vector<T>>(s.x + item * s.x_stride + at) + load_as<Vector<T>>(s.b_ih + item * s.b_stride + at);
+        r[g] = load_as<Vector<T>>(s.r + item * s.r_stride + at);
+        if (Cell::x_slot(g) != g) r[g] += load_as<Vector<T>>(s.b_hh + item * s.b_stride + at);
       }
-      T* at = s.memory + row * s.memory_stride + unit;
+      T* at = s.memory + item * s.memory_stride + unit;
       Vector<T> memory = load_as<Vector<T>>(at);
-      store_as(s.result + row * s.result_stride + unit, Cell::forward(x, r, memory, keep));
+      store_as(s.result + item * s.result_stride + unit, Cell::forward(x, r, memory, keep));
       if constexpr (Cell::has_c) store_as(at, memory);
-      if (s.saved && unit < s.units)
+      const int64_t count = s.units - item * s.units_stride - unit;
+      if (s.saved && count > 0)
 #pragma GCC unroll 8
         for (int i = 0; i < Cell::saved; ++i)
-          store_units<T>(keep[i], s.saved + (row * Cell::saved + i) * s.hidden + unit, s.units - unit);
+          store_units<T>(keep[i], s.saved + item * s.saved_stride + i * s.hidden + unit, count);
     }
+}
+
+// b_ih += b_hh [count] for a gate whose X and R enter as their sum.
+template <class T>
+void join_biases(T* b_ih, const T* b_hh, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) b_ih[i] += b_hh[i];
 }
 
 // A backward step of hidden units [first, last) of one row: from the derivative to h' to those to the gates and to what of

@@ -15,7 +15,7 @@
 namespace cvfast {
 namespace {
 
-constexpr int64_t projected_rows = 96;
+constexpr int64_t projected_rows = 64;
 
 // Columns of the gates, in vectors.
 struct PanelOrder {
@@ -131,6 +131,8 @@ struct Forward {
     pack_gates(p.weights.b_ih, p.weights.b_ih ? 1 : 0, 0, columns, b_ih);
     pack_gates(p.weights.b_hh, p.weights.b_hh ? 1 : 0, 0, columns, b_hh);
     if (!p.weights.b_ih) zero_row(b_ih, columns), zero_row(b_hh, columns);
+    for (int64_t vector = 0; vector < columns / L; ++vector)
+      if (cell.x_slots[order.gate(vector)] == order.gate(vector)) join_biases(b_ih + vector * L, b_hh + vector * L, L);
     for (int64_t i = 0; projected > 0 && i < h_stride; i += L) {
       const int64_t panel = i / plain_columns * plain_columns;
       pack_rows(p.weights.w_hr, i, projected - i, hidden, w_hr + panel * hidden + i - panel, plain_columns);
@@ -259,12 +261,17 @@ struct Forward {
       if (saved) saved += (ranks.first(step) + begin) * f.cell.saved * f.hidden;
       together(f.order.panels(), [&](int64_t panel, int64_t next) {
         const PackedPanels<T> w_hh = {f.w_hh + panel * f.order.columns() * f.outputs, next - panel, f.outputs};
-        auto finish = [&](int64_t row, int64_t count, int64_t i, const T* sum) {
-          run_cell(row, count, panel + i, projection + row * f.columns, sum, result + row * f.units,
-                   saved ? saved + row * f.cell.saved * f.hidden : nullptr, f.h[step % 2]);
+        auto finish = [&](const PanelSums<T>& s) {
+          run_cell({s.row, s.rows, panel + s.panel, s.panels, s.sum}, projection + s.row * f.columns, result + s.row * f.units,
+                   saved ? saved + s.row * f.cell.saved * f.hidden : nullptr, f.h[step % 2]);
         };
-        if (f.order.vectors() == 3) panel_product<T, 3>(rows, h, f.h_stride, w_hh, step % 2, finish);
-        else panel_product<T, 4>(rows, h, f.h_stride, w_hh, step % 2, finish);
+        auto fetch = [&](const PanelSums<T>& s) {
+          const T* from = projection + s.row * f.columns + (panel + s.panel) * f.order.columns();
+          for (int64_t row = 0; row < s.rows; ++row, from += f.columns)
+            for (int64_t i = 0; i < s.panels * f.order.columns(); i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+        };
+        if (f.order.vectors() == 3) panel_product<T, 3>(rows, h, f.h_stride, w_hh, step % 2, fetch, finish);
+        else panel_product<T, 4>(rows, h, f.h_stride, w_hh, step % 2, fetch, finish);
         if (f.projected == 0) store_outputs(step, rows, next_h, panel * f.order.units(), next * f.order.units());
       });
       if (f.projected > 0)
@@ -274,30 +281,36 @@ struct Forward {
         });
     }
 
-    // `count` rows from `row` on, the units of a panel; projection, result and saved are those of `row`.
-    void run_cell(int64_t row, int64_t count, int64_t panel, const T* projection, const T* sum, T* result, T* saved,
-                  T* h) const {
-      const int64_t unit = panel * f.order.units(), column = panel * f.order.columns(), rank = begin + row;
+    // The cells of s; projection, result and saved are those of s.row.
+    void run_cell(const PanelSums<T>& s, const T* projection, T* result, T* saved, T* h) const {
+      const int64_t units = f.order.units(), columns = f.order.columns(), unit = s.panel * units, rank = begin + s.row;
+      const bool by_panel = s.panels > 1;  // items are the panels of a row, not the rows of a panel
       ForwardStep<T> step = {};
-      step.rows = count, step.vectors = f.cell.vectors, step.gate_stride = f.order.units();
-      step.x = projection + column, step.x_stride = f.columns;
-      step.r = sum, step.r_stride = f.order.columns();
-      step.b_ih = f.b_ih + column, step.b_hh = f.b_hh + column;
-      step.memory_stride = f.cell.has_c ? f.units : f.h_stride;
-      step.memory = (f.cell.has_c ? f.c : h) + rank * step.memory_stride + unit;
-      step.result = result + unit, step.result_stride = f.units;
-      step.saved = saved ? saved + unit : nullptr;
-      step.hidden = f.hidden, step.units = f.hidden - unit;
-      f.cell.forward(step);
+      step.items = by_panel ? s.panels : s.rows, step.vectors = f.cell.vectors, step.gate_stride = units;
+      step.hidden = f.hidden, step.units = f.hidden - unit, step.units_stride = by_panel ? units : 0;
+      step.b_ih = f.b_ih + s.panel * columns, step.b_hh = f.b_hh + s.panel * columns, step.b_stride = by_panel ? columns : 0;
+      const int64_t memory_stride = f.cell.has_c ? f.units : f.h_stride, saved_stride = f.cell.saved * f.hidden;
+      step.x_stride = by_panel ? columns : f.columns, step.r_stride = by_panel ? s.rows * columns : columns;
+      step.memory_stride = by_panel ? units : memory_stride, step.result_stride = by_panel ? units : f.units;
+      step.saved_stride = by_panel ? units : saved_stride;
+      for (int64_t row = 0; row < (by_panel ? s.rows : 1); ++row) {
+        step.x = projection + row * f.columns + s.panel * columns, step.r = s.sum + row * columns;
+        step.memory = (f.cell.has_c ? f.c : h) + (rank + row) * memory_stride + unit;
+        step.result = result + row * f.units + unit;
+        step.saved = saved ? saved + row * saved_stride + unit : nullptr;
+        f.cell.forward(step);
+      }
     }
 
     // Panels [panel, next) of next_h = unprojected W_hr^T.
     void project_state(int64_t rows, const T* unprojected, T* next_h, int64_t panel, int64_t next) const {
       panel_product<T, plain_vectors>(
-          rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden}, false,
-          [&](int64_t row, int64_t count, int64_t i, const T* sum) {
-            for (int64_t r = 0; r < count; ++r)
-              copy_row(sum + r * plain_columns, next_h + (row + r) * f.h_stride + (panel + i) * plain_columns, plain_columns);
+          rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden}, false, [](const PanelSums<T>&) {},
+          [&](const PanelSums<T>& s) {
+            for (int64_t i = 0; i < s.panels; ++i)
+              for (int64_t r = 0; r < s.rows; ++r)
+                copy_row(s.sum + (i * s.rows + r) * plain_columns,
+                         next_h + (s.row + r) * f.h_stride + (panel + s.panel + i) * plain_columns, plain_columns);
           });
     }
 
