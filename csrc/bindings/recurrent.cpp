@@ -155,8 +155,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor h_n = empty_contiguous({o.batch, o.outputs}, dtype);
   const Tensor c_n = empty_contiguous(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0}, dtype);
   const Tensor saved = empty_contiguous(save ? o.saved_sizes() : Ints{0}, compute_code(input));
-  // What is saved of padded sequences ends before the tensor does.
-  if (save && lengths.has_value()) std::memset(saved.mutable_data_ptr(), 0, saved.numel() * saved.element_size());
+  if (save && lengths.has_value()) {  // what is saved ends before the tensor does
+    const int64_t used = o.order.rows() * saved.size(1) * saved.element_size();
+    std::memset(static_cast<char*>(saved.mutable_data_ptr()) + used, 0, saved.numel() * saved.element_size() - used);
+  }
   run(o, reverse, output, h_n.mutable_data_ptr(), c_n.mutable_data_ptr(), save ? saved.mutable_data_ptr() : nullptr, nullptr);
   return {output.keep, h_n, c_n, saved};
 }

@@ -49,10 +49,13 @@ struct Backward {
     T* bias = nullptr;    // [rows]
     T* panels = nullptr;  // B of a chunk, packed: [panel][rows of the chunk][product_cols]
 
-    void take(Carver& scratch, int64_t depth) {
+    bool stored = false;  // whether sum and bias are the results themselves
+
+    void take(Carver& scratch, int64_t depth, Storage<T> storage, void* to, void* to_bias) {
       stride = round_up(cols, product_cols<T>);
-      sum = scratch.take<T>(rows * stride);
-      bias = scratch.take<T>(rows);
+      stored = !storage.converts() && stride == cols;
+      sum = stored ? static_cast<T*>(to) : scratch.take<T>(rows * stride);
+      bias = stored && to_bias ? static_cast<T*>(to_bias) : scratch.take<T>(rows);
       panels = scratch.take<T>(depth * stride);
     }
     // Row k of a chunk of `depth` rows.
@@ -64,6 +67,7 @@ struct Backward {
       }
     }
     void store(Storage<T> storage, void* to, void* to_bias) const {
+      if (stored) return;
       for (int64_t row = 0; row < rows; ++row) storage.store(sum + row * stride, to, row * cols, cols);
       if (to_bias) storage.store(bias, to_bias, 0, rows);
     }
@@ -86,9 +90,9 @@ struct Backward {
       w_hr = scratch.take<T>(projected * units);
       w_ih = scratch.take<T>(wants_input ? rows * round_up(inputs, product_cols<T>) : 0);
       if (!wants_weights) return;
-      w_ih_grad.take(scratch, depth);
-      w_hh_grad.take(scratch, depth);
-      if (projected > 0) w_hr_grad.take(scratch, depth);
+      w_ih_grad.take(scratch, depth, storage, p.grad_weights.w_ih, p.grad_weights.b_ih);
+      w_hh_grad.take(scratch, depth, storage, p.grad_weights.w_hh, p.grad_weights.b_hh);
+      if (projected > 0) w_hr_grad.take(scratch, depth, storage, p.grad_weights.w_hr, nullptr);
     });
     pack(pool);
     start(pool);

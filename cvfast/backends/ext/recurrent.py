@@ -16,6 +16,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all th
 
 def why_not(call) -> list[str]:
     """Reasons why the compiled kernels cannot run this call."""
+    if call.varies:
+        return ["layer normalisation, dropout of the recurrence and zoneout run in torch's operators"]
     return reasons(call.input)
 
 
