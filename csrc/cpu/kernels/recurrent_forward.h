@@ -70,6 +70,8 @@ struct Forward {
   const int64_t outputs = projected > 0 ? projected : hidden;
   const int64_t units = order.panels() * order.units();  // hidden units with padding
   const int64_t h_stride = projected > 0 ? round_up(projected, plain_columns) : units;
+  // Whether h is fed back from the output's rows.
+  const bool in_place = !storage.converts() && projected == 0 && units == hidden && !p.sequence.lengths;
   const int64_t columns = round_up(order.panels() * order.columns(), product_cols<T>);
   ThreadCut cut;
   int64_t group_rows;             // room for the rows of a chunk of one group
@@ -188,6 +190,12 @@ struct Forward {
     }
   }
 
+  // Rows of a state.
+  struct State {
+    T* data;
+    int64_t stride;
+  };
+
   // A thread: takes ranks [begin, end) through all steps, all hidden units or its share of them.
   struct Member {
     const Forward& f;
@@ -198,11 +206,12 @@ struct Forward {
     const Team team = {f.cut.shares, f.counters + group * Team::size(f.cut.shares)};
     int64_t stage = 0;
     T* const gates = f.gates + group * f.group_rows * f.columns;
-    T* x;
+    T* copied;
+    State x;
 
     Member(const Forward& forward, int64_t index)
         : f(forward), group(index / forward.cut.shares), own(index % forward.cut.shares) {
-      x = static_cast<T*>(thread_scratch(ScratchUse::worker, chunk * (end - begin) * f.inputs * sizeof(T)));
+      copied = static_cast<T*>(thread_scratch(ScratchUse::worker, chunk * (end - begin) * f.inputs * sizeof(T)));
     }
 
     int64_t active(int64_t step) const { return max<int64_t>(0, min(ranks.active(step), end) - begin); }
@@ -230,13 +239,19 @@ struct Forward {
       if (own == 0) store_rest();
     }
 
-    // x [rows of steps [step, last), inputs]; returns the number of rows.
-    int64_t load_inputs(int64_t step, int64_t last) const {
+    // Sets x [rows of steps [step, last), inputs]; returns the number of rows.
+    int64_t load_inputs(int64_t step, int64_t last) {
       int64_t row = 0;
+      x = {copied, f.inputs};
+      if (!f.storage.converts() && !f.p.sequence.lengths && !f.p.sequence.reverse && end - begin == f.batch &&
+          f.p.input.time_stride == f.batch * f.p.input.sample_stride) {  // all rows at equal distances: where they lie
+        x = {const_cast<T*>(static_cast<const T*>(f.p.input.data)) + step * f.p.input.time_stride, f.p.input.sample_stride};
+        return (last - step) * f.batch;
+      }
       for (int64_t s = step; s < last; ++s)
         for (int64_t rank = begin; rank < begin + active(s); ++rank, ++row) {
           const int64_t offset = ranks.offset(f.p.input, ranks.time(s, rank), rank);
-          f.storage.load(f.p.input.data, offset, x + row * f.inputs, f.inputs);
+          f.storage.load(f.p.input.data, offset, copied + row * f.inputs, f.inputs);
         }
       return row;
     }
@@ -247,56 +262,62 @@ struct Forward {
       for (int64_t row = 0; row < rows; row += product_block_rows)
         for (int64_t k = 0; k == 0 || k < f.inputs; k += product_depth)
           panel_block(min(rows - row, product_block_rows), end_col - col, min(f.inputs - k, product_depth),
-                         Matrix<const T>{x + row * f.inputs + k, f.inputs, 1},
-                         f.w_ih + col * f.inputs + k * product_cols<T>, f.inputs * product_cols<T>,
-                         gates + row * f.columns + col, f.columns, k > 0);
+                      Matrix<const T>{x.data + row * x.stride + k, x.stride, 1},
+                      f.w_ih + col * f.inputs + k * product_cols<T>, f.inputs * product_cols<T>,
+                      gates + row * f.columns + col, f.columns, k > 0);
+    }
+
+    // h of rank `begin` before a step.
+    State state(int64_t step) const {
+      if (!f.in_place || step == 0) return {f.h[step % 2] + begin * f.h_stride, f.h_stride};
+      const int64_t offset = ranks.offset(f.p.output, ranks.time(step - 1, begin), begin);
+      return {static_cast<T*>(f.p.output.data) + offset, f.p.output.sample_stride};
     }
 
     void take_step(int64_t step, const T* projection) {
       const int64_t rows = active(step);
-      const T* h = f.h[step % 2] + begin * f.h_stride;
-      T* next_h = f.h[(step + 1) % 2] + begin * f.h_stride;
-      T* result = f.projected > 0 ? f.unprojected + begin * f.units : next_h;
+      const State h = state(step), next_h = state(step + 1);
+      const State result = f.projected > 0 ? State{f.unprojected + begin * f.units, f.units} : next_h;
       T* saved = static_cast<T*>(f.p.saved);
       if (saved) saved += (ranks.first(step) + begin) * f.cell.saved * f.hidden;
+      const State c = {f.c + begin * f.units, f.units};
       together(f.order.panels(), [&](int64_t panel, int64_t next) {
         const PackedPanels<T> w_hh = {f.w_hh + panel * f.order.columns() * f.outputs, next - panel, f.outputs};
         auto finish = [&](const PanelSums<T>& s) {
-          run_cell({s.row, s.rows, panel + s.panel, s.panels, s.sum}, projection + s.row * f.columns, result + s.row * f.units,
-                   saved ? saved + s.row * f.cell.saved * f.hidden : nullptr, f.h[step % 2]);
+          run_cell({s.row, s.rows, panel + s.panel, s.panels, s.sum}, projection, f.cell.has_c ? c : h, result, saved);
         };
         auto fetch = [&](const PanelSums<T>& s) {
           const T* from = projection + s.row * f.columns + (panel + s.panel) * f.order.columns();
           for (int64_t row = 0; row < s.rows; ++row, from += f.columns)
             for (int64_t i = 0; i < s.panels * f.order.columns(); i += 64 / sizeof(T)) __builtin_prefetch(from + i);
         };
-        if (f.order.vectors() == 3) panel_product<T, 3>(rows, h, f.h_stride, w_hh, step % 2, fetch, finish);
-        else panel_product<T, 4>(rows, h, f.h_stride, w_hh, step % 2, fetch, finish);
+        if (f.order.vectors() == 3) panel_product<T, 3>(rows, h.data, h.stride, w_hh, step % 2, fetch, finish);
+        else panel_product<T, 4>(rows, h.data, h.stride, w_hh, step % 2, fetch, finish);
         if (f.projected == 0) store_outputs(step, rows, next_h, panel * f.order.units(), next * f.order.units());
       });
       if (f.projected > 0)
         together(f.h_stride / plain_columns, [&](int64_t panel, int64_t next) {
-          project_state(rows, result, next_h, panel, next);
+          project_state(rows, result.data, next_h.data, panel, next);
           store_outputs(step, rows, next_h, panel * plain_columns, next * plain_columns);
         });
     }
 
-    // The cells of s; projection, result and saved are those of s.row.
-    void run_cell(const PanelSums<T>& s, const T* projection, T* result, T* saved, T* h) const {
-      const int64_t units = f.order.units(), columns = f.order.columns(), unit = s.panel * units, rank = begin + s.row;
+    // The cells of s; the pointers are those of row 0.
+    void run_cell(const PanelSums<T>& s, const T* projection, State memory, State result, T* saved) const {
+      const int64_t units = f.order.units(), columns = f.order.columns(), unit = s.panel * units;
+      const int64_t saved_stride = f.cell.saved * f.hidden;
       const bool by_panel = s.panels > 1;  // items are the panels of a row, not the rows of a panel
       ForwardStep<T> step = {};
       step.items = by_panel ? s.panels : s.rows, step.vectors = f.cell.vectors, step.gate_stride = units;
       step.hidden = f.hidden, step.units = f.hidden - unit, step.units_stride = by_panel ? units : 0;
       step.b_ih = f.b_ih + s.panel * columns, step.b_hh = f.b_hh + s.panel * columns, step.b_stride = by_panel ? columns : 0;
-      const int64_t memory_stride = f.cell.has_c ? f.units : f.h_stride, saved_stride = f.cell.saved * f.hidden;
       step.x_stride = by_panel ? columns : f.columns, step.r_stride = by_panel ? s.rows * columns : columns;
-      step.memory_stride = by_panel ? units : memory_stride, step.result_stride = by_panel ? units : f.units;
+      step.memory_stride = by_panel ? units : memory.stride, step.result_stride = by_panel ? units : result.stride;
       step.saved_stride = by_panel ? units : saved_stride;
-      for (int64_t row = 0; row < (by_panel ? s.rows : 1); ++row) {
-        step.x = projection + row * f.columns + s.panel * columns, step.r = s.sum + row * columns;
-        step.memory = (f.cell.has_c ? f.c : h) + (rank + row) * memory_stride + unit;
-        step.result = result + row * f.units + unit;
+      for (int64_t i = 0; i < (by_panel ? s.rows : 1); ++i) {
+        const int64_t row = s.row + i;
+        step.x = projection + row * f.columns + s.panel * columns, step.r = s.sum + i * columns;
+        step.memory = memory.data + row * memory.stride + unit, step.result = result.data + row * result.stride + unit;
         step.saved = saved ? saved + row * saved_stride + unit : nullptr;
         f.cell.forward(step);
       }
@@ -305,7 +326,8 @@ struct Forward {
     // Panels [panel, next) of next_h = unprojected W_hr^T.
     void project_state(int64_t rows, const T* unprojected, T* next_h, int64_t panel, int64_t next) const {
       panel_product<T, plain_vectors>(
-          rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden}, false, [](const PanelSums<T>&) {},
+          rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden}, false,
+          [](const PanelSums<T>&) {},
           [&](const PanelSums<T>& s) {
             for (int64_t i = 0; i < s.panels; ++i)
               for (int64_t r = 0; r < s.rows; ++r)
@@ -314,13 +336,13 @@ struct Forward {
           });
     }
 
-    // Units [unit, next) of h into the output, and into h_n where a sample ends.
-    void store_outputs(int64_t step, int64_t rows, const T* h, int64_t unit, int64_t next) const {
+    // Units [unit, next) of h into the output, if they aren't there, and into h_n where a sample ends.
+    void store_outputs(int64_t step, int64_t rows, State h, int64_t unit, int64_t next) const {
       const int64_t count = min(next, f.outputs) - unit;
       for (int64_t row = 0; row < rows && count > 0; ++row) {
         const int64_t rank = begin + row;
-        const T* from = h + row * f.h_stride + unit;
-        f.storage.store(from, f.p.output.data, ranks.offset(f.p.output, ranks.time(step, rank), rank) + unit, count);
+        const T* from = h.data + row * h.stride + unit;
+        if (!f.in_place) f.storage.store(from, f.p.output.data, ranks.offset(f.p.output, ranks.time(step, rank), rank) + unit, count);
         if (step + 1 == ranks.length(rank))
           f.storage.store(from, f.p.h_n, ranks.sample(rank) * f.outputs + unit, count);
       }
