@@ -11,12 +11,20 @@ from torch.nn.utils.rnn import PackedSequence
 from cvfast import functional
 
 
+def _weights(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor | None]:
+    """Attributes that are mostly parameters, in a third of the time; a parametrized weight is not among those."""
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
+
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _Layer(torch.nn.RNNBase):
     """What LSTM, GRU and RNN share."""
 
     def _run(self, function, input: Tensor | PackedSequence, hx, lengths, **options):
-        own = self._parameters  # a parametrized weight is not among them
-        weights = [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
+        weights = _weights(self, self._flat_weights_names)
         data = input.data if isinstance(input, PackedSequence) else input
         weight = weights[0]
         if data.dtype != weight.dtype and not torch.is_autocast_enabled(data.device.type):
@@ -128,20 +136,18 @@ class LSTMCell(torch.nn.LSTMCell):
     """torch.nn.LSTMCell on cvfast's kernels; see cvfast.functional.lstm_cell."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return functional.lstm_cell(input, hx, *_weights(self, _CELL_WEIGHTS))
 
 
 class GRUCell(torch.nn.GRUCell):
     """torch.nn.GRUCell on cvfast's kernels; see cvfast.functional.gru_cell."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return functional.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return functional.gru_cell(input, hx, *_weights(self, _CELL_WEIGHTS))
 
 
 class RNNCell(torch.nn.RNNCell):
     """torch.nn.RNNCell on cvfast's kernels; see cvfast.functional.rnn_cell."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return functional.rnn_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, nonlinearity=self.nonlinearity
-        )
+        return functional.rnn_cell(input, hx, *_weights(self, _CELL_WEIGHTS), nonlinearity=self.nonlinearity)
