@@ -327,9 +327,7 @@ class _Layout:
             self.lengths = _lengths(name, lengths, input)
 
     def states(self, name: str, hx, count: int) -> list[Tensor]:
-        """hx, or `count` Nones, by the samples' order in the input."""
-        if hx is None:
-            return [None] * count
+        """hx by the samples' order in the input."""
         states = list(hx) if count > 1 else [hx]
         if len(states) != count:
             raise RuntimeError(f"{name}: rnn: hx must have {count} tensors, got {len(states)}")
@@ -392,12 +390,13 @@ def _run(
     if not 0 <= dropout <= 1:
         raise RuntimeError(f"{name}: dropout probability has to be between 0 and 1, but got {dropout}")
     sizes = [(len(weights), layout.batch, outputs), (len(weights), layout.batch, hidden)][: 2 if cell == "lstm" else 1]
-    states = layout.states(name, hx, len(sizes))
-    states = [
-        input.new_zeros(size) if state is None else state for state, size in zip(states, sizes, strict=True)
-    ]  # fmt: skip
+    if hx is None:
+        zeros = input.new_zeros(sizes[0])
+        states = [zeros if size == sizes[0] else input.new_zeros(size) for size in sizes]
+    else:
+        states = layout.states(name, hx, len(sizes))
     for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
-        if hx is not None and state.shape != size:
+        if state.shape != size:
             what = f"hidden[{i}]" if cell == "lstm" else "hidden"
             raise RuntimeError(f"{name}: Expected {what} size {tuple(size)}, got {list(state.shape)}")
     _check_same(name, input, [*states, *(t for w in weights for t in w if t is not None)])
