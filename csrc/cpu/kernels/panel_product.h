@@ -63,6 +63,26 @@ template <class T, int Rows, int Cols>
     for (int j = 0; j < Cols; ++j) store_as(out + (i * Cols + j) * lanes<T>, sum[i][j]);
 }
 
+// One row and two panels: out [2][Cols vectors]. With narrow vectors a panel by itself makes too few chains of multiply-adds
+// to hide their latency; with wide ones they wait for the second-level cache anyway, which prefers to be read in one stream.
+constexpr bool pairs_of_panels = CVFAST_VECTOR_BYTES < 64;
+template <class T, int Cols>
+[[gnu::noinline]] void panel_pair(const T* a, const T* b, int64_t depth, T* out) {
+  constexpr int L = lanes<T>;
+  Vector<T> sum[2][Cols] = {};
+  for (int64_t k = 0; k < depth; ++k, b += Cols * L) {
+    const Vector<T> x = Vector<T>{} + a[k];
+#pragma GCC unroll 2
+    for (int p = 0; p < 2; ++p)
+#pragma GCC unroll 4
+      for (int j = 0; j < Cols; ++j) sum[p][j] += x * load_as<Vector<T>>(b + (p * depth * Cols + j) * L);
+  }
+#pragma GCC unroll 2
+  for (int p = 0; p < 2; ++p)
+#pragma GCC unroll 4
+    for (int j = 0; j < Cols; ++j) store_as(out + (p * Cols + j) * L, sum[p][j]);
+}
+
 // A tile of `rows` <= Rows rows.
 template <class T, int Cols, int Rows = panel_accumulators / Cols>
 void panel_tile_rows(int64_t rows, const T* a, int64_t a_stride, const T* b, int64_t depth, T* out) {
@@ -96,7 +116,13 @@ void panel_product(int64_t rows, const T* a, int64_t a_stride, PackedPanels<T> b
       const int64_t count = ceil_div(rows - row, tiles - tile);
       const PanelSums<T> sums = {row, count, panel, panels, out};
       fetch(sums);
-      for (int64_t k = 0; k < panels; ++k) {
+      int64_t k = 0;
+      if constexpr (pairs_of_panels)
+        for (; rows == 1 && k + 2 <= panels; k += 2) {
+          const int64_t p = last_first ? panels - 2 - k : k;
+          panel_pair<T, Cols>(a, from + p * b.depth * width, b.depth, out + p * width);
+        }
+      for (; k < panels; ++k) {
         const int64_t p = last_first ? panels - 1 - k : k;
         panel_tile_rows<T, Cols>(count, a + row * a_stride, a_stride, from + p * b.depth * width, b.depth,
                                  out + p * count * width);
