@@ -138,6 +138,12 @@ class Operands {
   std::vector<Tensor> kept;
 };
 
+void run(const Operands& o, bool reverse, cvfast::Rows output, void* h_n, void* c_n, void* saved, const void* packed) {
+  RecurrentForward args = {o.cell, dtype_of(o.input.keep), o.order.sequence(reverse), o.shape, o.weights, o.input, o.h_0,
+                           o.c_0, output, h_n, c_n, saved, packed};
+  kernels().recurrent.forward(args, thread_pool());
+}
+
 template <RecurrentCell cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& input, const MaybeTensor& lengths, const MaybeTensor& batch_sizes, const Tensor& h_0,
@@ -149,13 +155,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor h_n = empty_contiguous({o.batch, o.outputs}, dtype);
   const Tensor c_n = empty_contiguous(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0}, dtype);
   const Tensor saved = empty_contiguous(save ? o.saved_sizes() : Ints{0}, compute_code(input));
-  // What is saved of padded sequences ends before the tensor does.
-  if (save && lengths.has_value()) std::memset(saved.mutable_data_ptr(), 0, saved.numel() * saved.element_size());
-  kernels().recurrent_forward({cell, dtype_of(input), o.order.sequence(reverse), o.shape, o.weights, o.input, o.h_0, o.c_0,
-                               output, h_n.mutable_data_ptr(), c_n.mutable_data_ptr(),
-                               save ? saved.mutable_data_ptr() : nullptr},
-                              thread_pool());
+  if (save && lengths.has_value()) {  // what is saved ends before the tensor does
+    const int64_t used = o.order.rows() * saved.size(1) * saved.element_size();
+    std::memset(static_cast<char*>(saved.mutable_data_ptr()) + used, 0, saved.numel() * saved.element_size() - used);
+  }
+  run(o, reverse, output, h_n.mutable_data_ptr(), c_n.mutable_data_ptr(), save ? saved.mutable_data_ptr() : nullptr, nullptr);
   return {output.keep, h_n, c_n, saved};
+}
+
+// All layers and directions, without derivatives: weights are those of layer 0 forwards, layer 0 backwards, layer 1
+// forwards ..., each w_ih, w_hh, b_ih and b_hh with biases, w_hr with a projection; `packed` what pack() made of each of
+// them, or empty; h_0 and c_0 [layers * directions, B, ...].
+template <RecurrentCell cell>
+std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& input, const MaybeTensor& lengths, const MaybeTensor& batch_sizes,
+                                         const Tensor& h_0, const MaybeTensor& c_0, std::vector<Tensor> weights,
+                                         bool biases, int64_t directions, std::vector<Tensor> packed) {
+  const int64_t count = h_0.size(0), each = static_cast<int64_t>(weights.size()) / count, batch = h_0.size(1);
+  const int32_t dtype = dtype_code(input);
+  auto bytes = [&](int64_t elements) { return elements * static_cast<int64_t>(input.element_size()); };
+  const Tensor h_n = empty_contiguous(sizes_of(h_0), dtype);
+  const Tensor c_n = empty_contiguous(c_0.has_value() ? sizes_of(*c_0) : Ints{0}, dtype);
+  char *h_end = static_cast<char*>(h_n.mutable_data_ptr()), *c_end = static_cast<char*>(c_n.mutable_data_ptr());
+  Tensor from = input, output = input;
+  for (int64_t i = 0; i < count; ++i) {
+    auto weight = [&](int64_t place) { return place < each ? MaybeTensor(weights[i * each + place]) : MaybeTensor(); };
+    const int64_t first = biases ? 2 : each;  // of the biases
+    const Operands o(Form::sequence, cell, from, lengths, batch_sizes, torch::stable::select(h_0, 0, i),
+                     c_0.has_value() ? MaybeTensor(torch::stable::select(*c_0, 0, i)) : MaybeTensor(), weights[i * each],
+                     weights[i * each + 1], weight(first), weight(first + 1), weight(biases ? 4 : 2));
+    if (i % directions == 0) output = empty_contiguous(o.row_sizes(directions * o.outputs), dtype);
+    cvfast::Rows rows = RowTensor(output);
+    rows.data = static_cast<char*>(rows.data) + bytes(i % directions * o.outputs);
+    run(o, i % directions == 1, rows, h_end + bytes(i * batch * o.outputs),
+        c_0.has_value() ? c_end + bytes(i * batch * o.shape.hidden) : nullptr, nullptr,
+        packed.empty() ? nullptr : packed[i].const_data_ptr());
+    if (i % directions == directions - 1) from = output;
+  }
+  return {output, h_n, c_n};
+}
+
+// The weights of one layer and direction as the kernels read them, behind a stamp that tells what they were made of. Opaque.
+template <RecurrentCell cell>
+Tensor pack(const Tensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh,
+            const MaybeTensor& w_hr) {
+  const int64_t outputs = w_hh.size(1), hidden = w_ih.size(0) / gates_of(cell);
+  auto zeros = [&](int64_t width) { return torch::stable::new_zeros(w_ih, {0, width}); };
+  const MaybeTensor c_0 = cell == RecurrentCell::lstm ? MaybeTensor(zeros(hidden)) : MaybeTensor();
+  const Operands o(Form::step, cell, zeros(w_ih.size(1)), {}, {}, zeros(outputs), c_0, w_ih, w_hh, b_ih, b_hh, w_hr);
+  const RecurrentPack args = {cell, dtype_of(w_ih), o.shape, o.weights};
+  const Tensor packed = empty_contiguous({kernels().recurrent.packed_bytes(args)}, aoti_torch_dtype_uint8());
+  kernels().recurrent.pack(args, packed.mutable_data_ptr(), thread_pool());
+  return packed;
 }
 
 template <RecurrentCell cell>
@@ -166,10 +216,8 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& h, co
   const RowTensor new_h(empty_contiguous({o.batch, o.outputs}, dtype));
   const Tensor new_c = empty_contiguous(c.has_value() ? Ints{o.batch, o.outputs} : Ints{0}, dtype);
   const Tensor saved = empty_contiguous(save ? o.saved_sizes() : Ints{0}, compute_code(input));
-  kernels().recurrent_forward({cell, dtype_of(input), o.order.sequence(false), o.shape, o.weights, o.input, o.h_0, o.c_0,
-                               new_h, new_h.keep.mutable_data_ptr(), new_c.mutable_data_ptr(),
-                               save ? saved.mutable_data_ptr() : nullptr},
-                              thread_pool());
+  run(o, false, new_h, new_h.keep.mutable_data_ptr(), new_c.mutable_data_ptr(), save ? saved.mutable_data_ptr() : nullptr,
+      nullptr);
   return {new_h.keep, new_c, saved};
 }
 
@@ -216,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   args.grad_h_0 = grad_h_0.mutable_data_ptr(), args.grad_c_0 = grad_c_0.mutable_data_ptr();
   args.grad_weights = {pointer(weight_grads, grad_w_ih), pointer(weight_grads, grad_w_hh), pointer(biases, grad_b_ih),
                        pointer(biases, grad_b_hh), pointer(projection, grad_w_hr)};
-  kernels().recurrent_backward(args, thread_pool());
+  kernels().recurrent.backward(args, thread_pool());
   return {grad_input.keep, grad_h_0, grad_c_0, grad_w_ih, grad_w_hh, grad_b_ih, grad_b_hh, grad_w_hr};
 }
 
@@ -238,4 +286,14 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
+  implement(m);
+  m.impl("lstm_stack", TORCH_BOX(&stack<RecurrentCell::lstm>));
+  m.impl("gru_stack", TORCH_BOX(&stack<RecurrentCell::gru>));
+  m.impl("rnn_tanh_stack", TORCH_BOX(&stack<RecurrentCell::rnn_tanh>));
+  m.impl("rnn_relu_stack", TORCH_BOX(&stack<RecurrentCell::rnn_relu>));
+  m.impl("lstm_pack", TORCH_BOX(&pack<RecurrentCell::lstm>));
+  m.impl("gru_pack", TORCH_BOX(&pack<RecurrentCell::gru>));
+  m.impl("rnn_tanh_pack", TORCH_BOX(&pack<RecurrentCell::rnn_tanh>));
+  m.impl("rnn_relu_pack", TORCH_BOX(&pack<RecurrentCell::rnn_relu>));
+}

@@ -19,6 +19,8 @@ struct Conv2dKernels {
 struct RecurrentKernels {
   void (*forward)(const RecurrentForward&, const ThreadPool&);
   void (*backward)(const RecurrentBackward&, const ThreadPool&);
+  int64_t (*packed_bytes)(const RecurrentPack&);
+  void (*pack)(const RecurrentPack&, void* to, const ThreadPool&);  // to: aligned to 64 bytes
 };
 
 // Likewise kernels/attention.cpp.
@@ -52,8 +54,7 @@ struct KernelTable {
   void (*conv2d_forward)(const Conv2dForward&, const ThreadPool&);
   void (*conv2d_input_grad)(const Conv2dInputGrad&, const ThreadPool&);
   void (*conv2d_weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
-  void (*recurrent_forward)(const RecurrentForward&, const ThreadPool&);
-  void (*recurrent_backward)(const RecurrentBackward&, const ThreadPool&);
+  RecurrentKernels recurrent;
   AttentionKernels attention;
   AdditiveAttentionKernels additive_attention;
   BatchedProductKernel batched_product;

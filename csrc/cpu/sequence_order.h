@@ -19,6 +19,8 @@ class CVFAST_EXPORT SequenceOrder {
   // torch's PackedSequence: how many samples have each time [steps], not increasing, at most batch.
   static SequenceOrder packed(const int64_t* batch_sizes, int64_t steps, int64_t batch);
 
+  int64_t rows() const { return first_.empty() ? steps_ * batch_ : first_.back(); }  // (step, sample) pairs
+
   // Valid while this object lives.
   Sequence sequence(bool reverse) const;
 

@@ -42,6 +42,16 @@ class Call:
     dropout: float  # between the layers
     lengths: Tensor | None
     batch_sizes: Tensor | None
+    # Beside torch's definition; `norms` as `weights` (see `lstm`), zoneout of h and c.
+    norms: tuple[tuple[Tensor, ...], ...] | None = None
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    train: bool = False
+
+    @property
+    def varies(self) -> bool:
+        """Whether the call is more than torch's definition."""
+        return self.norms is not None or self.recurrent_dropout > 0 or max(self.zoneout) > 0
 
 
 def lstm(
@@ -56,6 +66,9 @@ def lstm(
     batch_first: bool = False,
     *,
     lengths: Tensor | Sequence[int] | None = None,
+    layer_norm: Sequence[Tensor] | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | tuple[float, float] = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor, Tensor]:
     """A stack of long short-term memory layers (Hochreiter and Schmidhuber 1997), with torch.nn.LSTM's mathematics.
@@ -70,6 +83,13 @@ def lstm(
         dropout: from 0 to 1; with `train`, of the outputs of all layers but the last.
         lengths: int64 [B], how many of the first steps each sample has, from 0 to T, in any order; not with a
             PackedSequence. Output beyond them is 0, the state stays as it is, and they take no time.
+        layer_norm: per layer and direction the gains of W_ih x and of W_hh h [4 H], and the gain and the bias of c [H]:
+            each is normalised over its features before it is used (Ba, Kiros and Hinton 2016), eps 1e-5.
+        recurrent_dropout: from 0 to 1; with `train`, of h where it enters W_hh, one mask for all steps of a sample (Gal
+            and Ghahramani 2016).
+        zoneout: from 0 to 1, for both states or (h, c): the probability with which a hidden unit keeps its state in a
+            step; without `train` the expectation (Krueger et al. 2017). These three run in torch's operators, step by
+            step.
         backend: "auto", "ext", "triton" or "native"; None: what `cvfast.use_backend` or CVFAST_BACKEND says.
 
     Returns:
@@ -81,7 +101,9 @@ def lstm(
     """
     layout = _Layout("lstm", input, batch_first, lengths)
     weights = _weights("lstm", params, has_biases, num_layers, bidirectional)
-    output, h_n, c_n = _run("lstm", "lstm", layout, hx, weights, bidirectional, dropout if train else 0.0, backend)
+    variation = _variation("lstm", weights, layer_norm, recurrent_dropout, zoneout, train)
+    dropout = dropout if train else 0.0
+    output, h_n, c_n = _run("lstm", "lstm", layout, hx, weights, bidirectional, dropout, backend, variation)
     return output, h_n, c_n
 
 
@@ -97,15 +119,20 @@ def gru(
     batch_first: bool = False,
     *,
     lengths: Tensor | Sequence[int] | None = None,
+    layer_norm: Sequence[Tensor] | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """A stack of gated recurrent layers, with torch.nn.GRU's mathematics (reset gate behind the recurrent product).
 
     As `lstm`, with one state: hx is h_0 or None, weights have 3 H rows, the result is (output, h_n). No projection.
+    layer_norm: per layer and direction the gains of W_ih x and of W_hh h [3 H].
     """
     layout = _Layout("gru", input, batch_first, lengths)
     weights = _weights("gru", params, has_biases, num_layers, bidirectional)
-    return _run("gru", "gru", layout, hx, weights, bidirectional, dropout if train else 0.0, backend)[:2]
+    variation = _variation("gru", weights, layer_norm, recurrent_dropout, zoneout, train)
+    return _run("gru", "gru", layout, hx, weights, bidirectional, dropout if train else 0.0, backend, variation)[:2]
 
 
 def rnn(
@@ -227,16 +254,49 @@ def _check_weights(cell: str, weights: Weights, inputs: int, outputs: int, rows:
     gates = GATES[cell]
     if rows % gates:
         raise RuntimeError(f"{cell}: weights must have {gates} * hidden size rows, got {rows}")
-    expected = {
-        "w_ih": (rows, inputs), "w_hh": (rows, outputs), "b_ih": (rows,), "b_hh": (rows,),
-        "w_hr": (outputs, rows // gates),
-    }  # fmt: skip
-    for name, shape in expected.items():
-        tensor = getattr(weights, name)
-        if tensor is not None and tuple(tensor.shape) != shape:
+    expected = ((rows, inputs), (rows, outputs), (rows,), (rows,), (outputs, rows // gates))
+    for name, tensor, shape in zip(Weights._fields, weights, expected, strict=True):
+        if tensor is not None and tensor.shape != shape:
             raise RuntimeError(f"{cell}: Expected {name} size {shape}, got {list(tensor.shape)}")
     if weights.w_hr is None and outputs != rows // gates:
         raise RuntimeError(f"{cell}: Expected w_hh size {(rows, rows // gates)}, got {[rows, outputs]}")
+
+
+NORM_SIZES = {"lstm": ("gates", "gates", "hidden", "hidden"), "gru": ("gates", "gates")}  # of layer_norm's tensors
+
+
+def _variation(
+    cell: str,
+    weights: tuple[Weights, ...],
+    layer_norm: Sequence[Tensor] | None,
+    recurrent_dropout: float,
+    zoneout: float | tuple[float, float],
+    train: bool,
+) -> dict:
+    """Call's fields beside torch's definition; empty without."""
+    if layer_norm is None and recurrent_dropout == 0 and zoneout in (0, (0, 0)):
+        return {}
+    zoneouts = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
+    for what, probability in (("recurrent_dropout", recurrent_dropout), *(("zoneout", z) for z in zoneouts)):
+        if not 0 <= probability <= 1:
+            raise RuntimeError(f"{cell}: {what} has to be between 0 and 1, but got {probability}")
+    if len(zoneouts) != 2:
+        raise RuntimeError(f"{cell}: zoneout must be one probability or two, got {len(zoneouts)}")
+    norms = None
+    if layer_norm is not None:
+        rows = weights[0].w_hh.shape[0]
+        sizes = {"gates": rows, "hidden": rows // GATES[cell]}
+        expected = [(sizes[name],) for name in NORM_SIZES[cell]]
+        each, shapes = len(expected), [tuple(t.shape) for t in layer_norm]
+        if shapes != expected * len(weights):
+            raise RuntimeError(f"{cell}: Expected layer_norm of sizes {expected * len(weights)}, got {shapes}")
+        norms = tuple(tuple(layer_norm[i : i + each]) for i in range(0, len(layer_norm), each))
+    return {
+        "norms": norms,
+        "recurrent_dropout": recurrent_dropout if train else 0.0,
+        "zoneout": zoneouts,
+        "train": train,
+    }
 
 
 class _Layout:
@@ -267,9 +327,7 @@ class _Layout:
             self.lengths = _lengths(name, lengths, input)
 
     def states(self, name: str, hx, count: int) -> list[Tensor]:
-        """hx, or `count` Nones, by the samples' order in the input."""
-        if hx is None:
-            return [None] * count
+        """hx by the samples' order in the input."""
         states = list(hx) if count > 1 else [hx]
         if len(states) != count:
             raise RuntimeError(f"{name}: rnn: hx must have {count} tensors, got {len(states)}")
@@ -321,6 +379,7 @@ def _run(
     bidirectional: bool,
     dropout: float,
     backend: str | None,
+    variation: dict | None = None,
 ) -> tuple:
     input, first = layout.input, weights[0]
     outputs, hidden = first.w_hh.shape[1], first.w_hh.shape[0] // GATES[cell]
@@ -331,10 +390,11 @@ def _run(
     if not 0 <= dropout <= 1:
         raise RuntimeError(f"{name}: dropout probability has to be between 0 and 1, but got {dropout}")
     sizes = [(len(weights), layout.batch, outputs), (len(weights), layout.batch, hidden)][: 2 if cell == "lstm" else 1]
-    states = layout.states(name, hx, len(sizes))
-    states = [
-        input.new_zeros(size) if state is None else state for state, size in zip(states, sizes, strict=True)
-    ]  # fmt: skip
+    if hx is None:
+        zeros = input.new_zeros(sizes[0])
+        states = [zeros if size == sizes[0] else input.new_zeros(size) for size in sizes]
+    else:
+        states = layout.states(name, hx, len(sizes))
     for i, (state, size) in enumerate(zip(states, sizes, strict=True)):
         if state.shape != size:
             what = f"hidden[{i}]" if cell == "lstm" else "hidden"
@@ -342,7 +402,7 @@ def _run(
     _check_same(name, input, [*states, *(t for w in weights for t in w if t is not None)])
     call = Call(
         cell, input, states[0], states[1] if cell == "lstm" else None, weights, 2 if bidirectional else 1, dropout,
-        layout.lengths, layout.batch_sizes,
+        layout.lengths, layout.batch_sizes, **(variation or {}),
     )  # fmt: skip
     output, h_n, c_n = _backend.select(name, backend, call).run(call)
     return layout.back(output, [h_n] if c_n is None else [h_n, c_n])

@@ -11,31 +11,87 @@ from torch.nn.utils.rnn import PackedSequence
 from cvfast import functional
 
 
+def _weights(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor | None]:
+    """Attributes that are mostly parameters, in a third of the time; a parametrized weight is not among those."""
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
+
+
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _Layer(torch.nn.RNNBase):
     """What LSTM, GRU and RNN share."""
 
     def _run(self, function, input: Tensor | PackedSequence, hx, lengths, **options):
-        self._update_flat_weights()
+        weights = _weights(self, self._flat_weights_names)
         data = input.data if isinstance(input, PackedSequence) else input
-        weight = self._flat_weights[0]
+        weight = weights[0]
         if data.dtype != weight.dtype and not torch.is_autocast_enabled(data.device.type):
             raise ValueError(
                 f"RNN input dtype ({data.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({data.dtype})"
             )
         return function(
-            input, hx, self._flat_weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
             self.batch_first, lengths=lengths, **options,
         )  # fmt: skip
 
 
-class LSTM(_Layer, torch.nn.LSTM):
+class _Varied(_Layer):
+    """What LSTM and GRU can do beside torch's definition; without it there are no more parameters than torch's."""
+
+    layer_norm = False
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    _norms: tuple[str, ...] = ()  # per layer and direction, in the order of functional's layer_norm
+    _norm_names: tuple[str, ...] = ()
+
+    def __init__(self, *args, layer_norm: bool = False, recurrent_dropout: float = 0.0, zoneout=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.layer_norm, self.recurrent_dropout, self.zoneout = layer_norm, recurrent_dropout, zoneout
+        if layer_norm:
+            ends = [n.removeprefix("weight_hh") for n in self._flat_weights_names if n.startswith("weight_hh")]
+            self._norm_names = tuple(name + end for end in ends for name in self._norms)
+            for name in self._norm_names:
+                size = self.hidden_size if name.startswith("norm_c") else self.weight_hh_l0.shape[0]
+                self.register_parameter(name, torch.nn.Parameter(self.weight_hh_l0.new_empty(size)))
+            self._reset_norms()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_norms()
+
+    def _reset_norms(self) -> None:
+        for name in self._norm_names:
+            torch.nn.init.constant_(getattr(self, name), 0.0 if "bias" in name else 1.0)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        for name, off in (("layer_norm", False), ("recurrent_dropout", 0.0), ("zoneout", 0.0)):
+            if getattr(self, name) != off:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+    def _variation(self) -> dict:
+        if not (self.layer_norm or self.recurrent_dropout or self.zoneout):
+            return {}
+        norms = [getattr(self, name) for name in self._norm_names] if self.layer_norm else None
+        return {"layer_norm": norms, "recurrent_dropout": self.recurrent_dropout, "zoneout": self.zoneout}
+
+
+class LSTM(_Varied, torch.nn.LSTM):
     """torch.nn.LSTM on cvfast's kernels: the same arguments, parameters, state_dict and repr.
 
+    Besides, off by default and then free: layer_norm (bool; adds parameters norm_ih, norm_hh [4 H], norm_c, norm_c_bias
+    [H] per layer and direction), recurrent_dropout (float, in training), zoneout (float, or (of h, of c)); see
+    cvfast.functional.lstm.
     `forward` also takes `lengths` [B] of padded input; see cvfast.functional.lstm. torch.compile(fullgraph=True)
     refuses all subclasses of torch's recurrent layers unless torch._dynamo.config.allow_rnn is True; the functions
     need no such permission.
     """
+
+    _norms = ("norm_ih", "norm_hh", "norm_c", "norm_c_bias")
 
     def forward(
         self,
@@ -44,12 +100,14 @@ class LSTM(_Layer, torch.nn.LSTM):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        output, h_n, c_n = self._run(functional.lstm, input, hx, lengths)
+        output, h_n, c_n = self._run(functional.lstm, input, hx, lengths, **self._variation())
         return output, (h_n, c_n)
 
 
-class GRU(_Layer, torch.nn.GRU):
+class GRU(_Varied, torch.nn.GRU):
     """torch.nn.GRU on cvfast's kernels: the same arguments, parameters, state_dict and repr; see LSTM."""
+
+    _norms = ("norm_ih", "norm_hh")
 
     def forward(
         self,
@@ -58,7 +116,7 @@ class GRU(_Layer, torch.nn.GRU):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        return self._run(functional.gru, input, hx, lengths)
+        return self._run(functional.gru, input, hx, lengths, **self._variation())
 
 
 class RNN(_Layer, torch.nn.RNN):
@@ -78,20 +136,18 @@ class LSTMCell(torch.nn.LSTMCell):
     """torch.nn.LSTMCell on cvfast's kernels; see cvfast.functional.lstm_cell."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return functional.lstm_cell(input, hx, *_weights(self, _CELL_WEIGHTS))
 
 
 class GRUCell(torch.nn.GRUCell):
     """torch.nn.GRUCell on cvfast's kernels; see cvfast.functional.gru_cell."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return functional.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return functional.gru_cell(input, hx, *_weights(self, _CELL_WEIGHTS))
 
 
 class RNNCell(torch.nn.RNNCell):
     """torch.nn.RNNCell on cvfast's kernels; see cvfast.functional.rnn_cell."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return functional.rnn_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, nonlinearity=self.nonlinearity
-        )
+        return functional.rnn_cell(input, hx, *_weights(self, _CELL_WEIGHTS), nonlinearity=self.nonlinearity)

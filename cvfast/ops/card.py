@@ -59,6 +59,15 @@ def register(cards: Sequence[Card]) -> None:
             _transformations(card, op, library)
 
 
+def kernel(schema: str) -> torch._ops.OpOverload:
+    """Defines an operator of the compiled libraries alone: for calls that are not `watched` and need no derivative."""
+    library = torch.library.Library("cvfast_kernels", "FRAGMENT")
+    _libraries.append(library)
+    library.define(schema)
+    library.impl(schema.partition("(")[0], torch.library.fallthrough_kernel, "Autograd")
+    return getattr(torch.ops.cvfast_kernels, schema.partition("(")[0]).default
+
+
 _libraries: list[torch.library.Library] = []  # a Library takes its registrations back when it is collected
 _kernels: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}  # operator -> its twin
 
@@ -135,12 +144,12 @@ def call(op: torch._ops.OpOverload, *args):
 
     What must see the operator as the dispatcher has it does: tracers, modes, torch.func's transforms, autocast.
     """
-    if observed(args[0]):
+    if watched(args[0]):
         return op(*args)
     return _differentiable[op](_kernels[op], *args) if derives(args) else _kernels[op](*args)
 
 
-def observed(tensor: Tensor) -> bool:
+def watched(tensor: Tensor) -> bool:
     """Whether a tracer, a mode, a transform of torch.func or autocast is to see an operator on `tensor`."""
     return (
         torch.compiler.is_compiling()

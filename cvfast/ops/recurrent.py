@@ -6,11 +6,12 @@ The derivative's own derivative, of any order, is that of the definition written
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cvfast.ops.card import Card, call, looped, register, transforms
+from cvfast.ops.card import Card, call, kernel, looped, register, transforms
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 SAVED = {"lstm": 5, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}  # numbers kept per hidden unit and step
@@ -228,23 +229,60 @@ def _backward_vmap(cell, ops, info, in_dims, *args):
 # The definition
 
 
-def unrolled(cell, input, lengths, batch_sizes, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse):
+class Variation(NamedTuple):
+    """What `unrolled` does beside torch's definition; h_mask [B, O] multiplies h where it enters W_hh.
+
+    gains: of W_ih x and W_hh h [G H] and of the lstm's c [H], which are normalised first, or None; c_bias [H].
+    zoneout_h, zoneout_c: probabilities with which a unit keeps its state; sampled in training, else their expectation.
+    """
+
+    h_mask: Tensor | None
+    gains: tuple[Tensor, ...] | None
+    c_bias: Tensor | None
+    zoneout_h: float
+    zoneout_c: float
+    train: bool
+
+    def normalised(self, which: int, x: Tensor) -> Tensor:
+        """x normalised over its last dimension; which: x, h or c."""
+        if self.gains is None:
+            return x
+        bias = self.c_bias if which == 2 else None
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], self.gains[which], bias)
+
+    def zoned_out(self, old: Tensor, new: Tensor, probability: float) -> Tensor:
+        if probability == 0:
+            return new
+        if self.train:
+            return torch.where(torch.rand_like(new) < probability, old, new)
+        return new + probability * (old - new)
+
+
+_PLAIN = Variation(None, None, None, 0.0, 0.0, False)
+
+
+def unrolled(
+    cell, input, lengths, batch_sizes, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, variation: Variation = _PLAIN
+):
     """The operator step by step in torch's operators: (output, h_n, c_n or None)."""
     if batch_sizes is not None:
         output, h, c = unrolled(
             cell, _padded(input, batch_sizes, len(h_0)), _lengths(batch_sizes, len(h_0)), None, h_0, c_0,
-            w_ih, w_hh, b_ih, b_hh, w_hr, reverse,
+            w_ih, w_hh, b_ih, b_hh, w_hr, reverse, variation,
         )  # fmt: skip
         return torch.cat([output[t, :n] for t, n in enumerate(batch_sizes.tolist())] or [output[:0, 0]]), h, c
     dtype = compute_dtype(input.dtype)
     wide = lambda t: None if t is None else t.to(dtype)  # noqa: E731
     w_ih, w_hh, b_ih, b_hh, w_hr = map(wide, (w_ih, w_hh, b_ih, b_hh, w_hr))
-    x = torch.nn.functional.linear(wide(input), w_ih, b_ih)
+    x = _affine(variation, 0, wide(input), w_ih, b_ih)
     h, c = wide(h_0), wide(c_0)
     outputs: list[Tensor] = []
     for t in reversed(range(len(x))) if reverse else range(len(x)):
-        new_h, new_c = step(cell, x[t], torch.nn.functional.linear(h, w_hh, b_hh), h, c)
+        seen = h if variation.h_mask is None else h * variation.h_mask
+        new_h, new_c = step(cell, x[t], _affine(variation, 1, seen, w_hh, b_hh), h, c, variation)
         new_h = new_h if w_hr is None else torch.nn.functional.linear(new_h, w_hr)
+        new_h = variation.zoned_out(h, new_h, variation.zoneout_h)
+        new_c = None if c is None else variation.zoned_out(c, new_c, variation.zoneout_c)
         if lengths is None:
             h, c = new_h, new_c
             outputs.append(h)
@@ -258,12 +296,21 @@ def unrolled(cell, input, lengths, batch_sizes, h_0, c_0, w_ih, w_hh, b_ih, b_hh
     return narrow(output), narrow(h), narrow(c)
 
 
-def step(cell: str, x: Tensor, r: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _affine(variation: Variation, which: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if variation.gains is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    y = variation.normalised(which, torch.nn.functional.linear(x, weight))
+    return y if bias is None else y + bias
+
+
+def step(
+    cell: str, x: Tensor, r: Tensor, h: Tensor, c: Tensor | None, variation: Variation = _PLAIN
+) -> tuple[Tensor, Tensor | None]:
     """One cell from the projections x = W_ih x_t + b_ih and r = W_hh h + b_hh: the new h (not projected) and c."""
     if cell == "lstm":
         i, f, g, o = (x + r).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
+        return o.sigmoid() * variation.normalised(2, c).tanh(), c
     if cell == "gru":
         (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, -1), r.chunk(3, -1)
         n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
@@ -306,3 +353,16 @@ def _cards(cell: str) -> list[Card]:
 
 
 register([card for cell in CELLS for card in _cards(cell)])
+
+# All layers and directions at once, as csrc/bindings/recurrent.cpp says; h_0 and c_0 [layers * directions, B, ..].
+STACK = {
+    cell: kernel(
+        f"{cell}_stack(Tensor input, Tensor? lengths, Tensor? batch_sizes, Tensor h_0, Tensor? c_0, Tensor[] weights, "
+        "bool biases, int directions, Tensor[] packed) -> (Tensor, Tensor, Tensor)"
+    )
+    for cell in CELLS
+}
+PACK = {
+    cell: kernel(f"{cell}_pack(Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr) -> Tensor")
+    for cell in CELLS
+}

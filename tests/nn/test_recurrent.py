@@ -243,3 +243,182 @@ def test_onnx_has_the_standard_operator(name):
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     (actual, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(actual), layer(x)[0].detach())
+
+
+# Beside torch's definition
+
+
+def varied(name: str, **options):
+    torch.manual_seed(0)
+    layer = getattr(cvfast.nn, name)(5, 7, **options, dtype=torch.float64)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer, torch.randn(4, 3, 5, dtype=torch.float64)
+
+
+def normalised(x, gain, bias=0.0):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * gain + bias
+
+
+@pytest.mark.parametrize("name", LAYERS[:2])
+def test_layer_norm_is_that_of_the_paper(name):
+    """Ba, Kiros and Hinton 2016, equations 20 to 22 (gru: the same for its three gates), written out here."""
+    layer, x = varied(name, layer_norm=True)
+    h = c = torch.zeros(3, 7, dtype=torch.float64)
+    for t in range(4):
+        a = normalised(x[t] @ layer.weight_ih_l0.T, layer.norm_ih_l0) + layer.bias_ih_l0
+        b = normalised(h @ layer.weight_hh_l0.T, layer.norm_hh_l0) + layer.bias_hh_l0
+        if name == "LSTM":
+            i, f, g, o = (a + b).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * normalised(c, layer.norm_c_l0, layer.norm_c_bias_l0).tanh()
+        else:
+            (a_r, a_z, a_n), (b_r, b_z, b_n) = a.chunk(3, -1), b.chunk(3, -1)
+            z = (a_z + b_z).sigmoid()
+            h = (1 - z) * (a_n + (a_r + b_r).sigmoid() * b_n).tanh() + z * h
+    torch.testing.assert_close(layer(x)[0][-1], h, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS[:2])
+def test_zoneout(name):
+    layer, x = varied(name, zoneout=0.25)
+    plain = getattr(cvfast.nn, name)(5, 7, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    h_0 = torch.randn(1, 3, 7, dtype=torch.float64)
+    hx = (h_0, torch.randn_like(h_0)) if name == "LSTM" else h_0
+    new = plain(x[:1], hx)[0]
+    for p in (0.25, 0.0, 1.0):  # one step: each unit is new or old in training, their mean otherwise
+        layer.zoneout = p
+        kept = layer.train()(x[:1], hx)[0]
+        assert torch.isclose(kept, new).logical_or(torch.isclose(kept, h_0)).all()
+        torch.testing.assert_close(layer.eval()(x[:1], hx)[0], p * h_0 + (1 - p) * new)
+    layer.zoneout = 0.25
+    many = layer.train()(x[:1, :1].expand(1, 4000, 5), tuple(s[:, :1].expand(1, 4000, 7) for s in hx)
+                         if name == "LSTM" else hx[:, :1].expand(1, 4000, 7))[0]  # fmt: skip
+    assert abs((many == h_0[:, :1]).double().mean() - 0.25) < 0.02
+
+
+@pytest.mark.parametrize("name", LAYERS[:2])
+def test_recurrent_dropout_keeps_one_mask(name):
+    """With probability 1 no h enters W_hh; in between, a sample's mask is the same in all steps; not in evaluation."""
+    layer, x = varied(name, recurrent_dropout=1.0, bidirectional=True)
+    without = copy.deepcopy(layer).eval()
+    torch.testing.assert_close(layer.eval()(x)[0], without(x)[0])
+    with torch.no_grad():
+        without.weight_hh_l0.zero_(), without.weight_hh_l0_reverse.zero_()
+    torch.testing.assert_close(layer.train()(x)[0], without(x)[0])
+    layer, x = varied(name, recurrent_dropout=0.5)
+    with torch.no_grad():  # h' is a function of the masked h alone
+        layer.weight_ih_l0.zero_()
+    seen = []
+    original = torch.nn.functional.linear
+
+    def linear(input, *args):
+        seen.append(input)
+        return original(input, *args)
+
+    torch.nn.functional.linear = linear
+    try:
+        layer(x)
+    finally:
+        torch.nn.functional.linear = original
+    zeros = torch.stack(seen[2:]) == 0  # the first product is of x, the second of h_0 = 0
+    assert (zeros == zeros[0]).all() and zeros.any() and not zeros.all()
+
+
+@pytest.mark.parametrize("name", LAYERS[:2])
+def test_varied_layers_take_what_others_take(name):
+    """Lengths, packed sequences, several layers, directions; second gradients; nothing where nothing is asked."""
+    layer, x = varied(name, layer_norm=True, zoneout=0.1, num_layers=2, bidirectional=True)
+    layer.eval()
+    lengths = torch.tensor([4, 2, 3])
+    padded = layer(x, lengths=lengths)
+    packed = layer(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    torch.testing.assert_close(torch.nn.utils.rnn.pad_packed_sequence(packed[0])[0], padded[0])
+    torch.testing.assert_close(flat(packed[1:]), flat(padded[1:]))
+    small = getattr(cvfast.nn, name)(2, 2, layer_norm=True, zoneout=0.1, dtype=torch.float64).eval()
+    inputs = [torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)]
+    assert torch.autograd.gradgradcheck(lambda x: small(x)[0], inputs)
+    plain = getattr(cvfast.nn, name)(5, 7)
+    assert plain.state_dict().keys() == getattr(torch.nn, name)(5, 7).state_dict().keys()
+    assert repr(plain) == repr(getattr(torch.nn, name)(5, 7))
+    assert "layer_norm=True, zoneout=0.1" in repr(layer)
+
+
+def test_wrong_variations():
+    x, layer = torch.zeros(2, 1, 3), cvfast.nn.LSTM(3, 4)
+    call = lambda **options: cvfast.functional.lstm(x, None, layer._flat_weights, **options)  # noqa: E731
+    with pytest.raises(RuntimeError, match="recurrent_dropout has to be between 0 and 1, but got 1.5"):
+        call(recurrent_dropout=1.5)
+    with pytest.raises(RuntimeError, match="zoneout has to be between 0 and 1, but got -1"):
+        call(zoneout=(0.1, -1))
+    with pytest.raises(RuntimeError, match="zoneout must be one probability or two, got 3"):
+        call(zoneout=(0.1, 0.1, 0.1))
+    with pytest.raises(RuntimeError, match="Expected layer_norm of sizes"):
+        call(layer_norm=[torch.ones(16)])
+    with pytest.raises(RuntimeError, match="run in torch's operators"):
+        call(zoneout=0.1, backend="ext")
+
+
+# Packed weights
+
+
+@pytest.mark.parametrize(
+    "change", ["in place", "data in place", "data", "numpy", "load_state_dict", "optimizer", "parameter"]
+)
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_that_changed_are_packed_again(name, change):
+    torch.manual_seed(0)
+    layer, x = getattr(cvfast.nn, name)(5, 20, num_layers=2), torch.randn(4, 3, 5)
+
+    def result():
+        with torch.no_grad():
+            return layer(x)[0]
+
+    first = [result() for _ in range(3)]  # the third one with packed weights
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+    for parameter in layer.parameters():
+        if change == "in place":
+            with torch.no_grad():
+                parameter.mul_(1.5)
+        elif change == "data in place":
+            parameter.data.mul_(1.5)
+        elif change == "data":
+            parameter.data = parameter.data * 1.5
+        elif change == "numpy":
+            parameter.detach().numpy()[:] *= 1.5
+    if change == "load_state_dict":
+        layer.load_state_dict({k: v * 1.5 for k, v in layer.state_dict().items()})
+    elif change == "optimizer":
+        layer(x)[0].sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    elif change == "parameter":
+        layer.weight_hh_l1 = torch.nn.Parameter(layer.weight_hh_l1 * 1.5)
+    fresh = copy.deepcopy(layer)
+    with torch.no_grad():
+        expected = fresh(x)[0]
+    assert not torch.equal(expected, first[0])
+    for _ in range(3):
+        assert torch.equal(result(), expected)
+
+
+def test_packed_weights_go_with_the_layer():
+    from cvfast import _packed
+
+    before = len(_packed._kept)
+    layer = cvfast.nn.LSTM(5, 20, num_layers=2)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(torch.randn(4, 3, 5))
+    assert len(_packed._kept) == before + 2
+    assert all(entry.packed is not None for entry in list(_packed._kept.values())[-2:])
+    del layer
+    assert len(_packed._kept) == before
+
+
+def test_packed_weights_and_inference_mode():
+    with torch.inference_mode():
+        layer, x = cvfast.nn.LSTM(5, 20), torch.randn(4, 3, 5)
+        first = layer(x)[0]
+        layer.weight_hh_l0.mul_(2)
+        assert not torch.equal(layer(x)[0], first)

@@ -22,11 +22,30 @@ void backward(const RecurrentBackward& problem, const ThreadPool& pool) {
   problem.dtype == DType::f64 ? Backward<double>(problem).run(pool) : Backward<float>(problem).run(pool);
 }
 
+template <class T>
+int64_t packed_bytes_of(const RecurrentForward& problem) { return Forward<T>(problem).packed_bytes(); }
+
+// A call without samples and steps that has these weights.
+RecurrentForward call_of(const RecurrentPack& p) {
+  RecurrentForward call = {};
+  call.cell = p.cell, call.dtype = p.dtype, call.shape = p.shape, call.weights = p.weights;
+  return call;
+}
+
+int64_t packed_bytes(const RecurrentPack& p) {
+  return p.dtype == DType::f64 ? packed_bytes_of<double>(call_of(p)) : packed_bytes_of<float>(call_of(p));
+}
+
+void pack(const RecurrentPack& p, void* to, const ThreadPool& pool) {
+  const RecurrentForward call = call_of(p);
+  p.dtype == DType::f64 ? Forward<double>(call).pack_into(to, pool) : Forward<float>(call).pack_into(to, pool);
+}
+
 }  // namespace
 
 namespace CVFAST_ISA {
 extern const RecurrentKernels recurrent;
-const RecurrentKernels recurrent = {forward, backward};
+const RecurrentKernels recurrent = {forward, backward, packed_bytes, pack};
 }  // namespace CVFAST_ISA
 
 }  // namespace cvfast

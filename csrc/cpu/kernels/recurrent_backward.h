@@ -13,7 +13,7 @@
 namespace cvfast {
 namespace {
 
-constexpr int64_t chunk_rows = 2 * block_depth;
+constexpr int64_t chunk_rows = 512;  // few rows, deep sums: each chunk reads and writes all of the weights' gradients
 
 template <class T>
 struct Backward {
@@ -39,7 +39,7 @@ struct Backward {
   T* unprojected_grad;  // [rows of a chunk, h_stride] with a projection: gradients of h
   T *dh, *dc;           // [batch, h_stride], [batch, units] by rank: gradients of the states between two steps
   T* dh_hidden;         // [batch, units] with a projection: gradients of what is projected
-  T *w_hh, *w_hr, *w_ih;  // packed: [panel][rows][panel_columns], [panel][projected][..], [panel][rows][tile_cols]
+  T *w_hh, *w_hr, *w_ih;  // packed: [panel][rows][panel_columns], [panel][projected][..], [panel][rows][product_cols]
 
   // The gradient of one weight matrix: A^T B summed over all rows, A some columns of `gates` (or unprojected_grad).
   struct WeightGrad {
@@ -47,23 +47,27 @@ struct Backward {
     int64_t stride = 0;   // cols with padding
     T* sum = nullptr;     // [rows, stride]
     T* bias = nullptr;    // [rows]
-    T* panels = nullptr;  // B of a chunk, packed: [panel][rows of the chunk][tile_cols]
+    T* panels = nullptr;  // B of a chunk, packed: [panel][rows of the chunk][product_cols]
 
-    void take(Carver& scratch, int64_t depth) {
-      stride = round_up(cols, tile_cols<T>);
-      sum = scratch.take<T>(rows * stride);
-      bias = scratch.take<T>(rows);
+    bool stored = false;  // whether sum and bias are the results themselves
+
+    void take(Carver& scratch, int64_t depth, Storage<T> storage, void* to, void* to_bias) {
+      stride = round_up(cols, product_cols<T>);
+      stored = !storage.converts() && stride == cols;
+      sum = stored ? static_cast<T*>(to) : scratch.take<T>(rows * stride);
+      bias = stored && to_bias ? static_cast<T*>(to_bias) : scratch.take<T>(rows);
       panels = scratch.take<T>(depth * stride);
     }
     // Row k of a chunk of `depth` rows.
     [[gnu::noinline]] void pack_row(int64_t k, int64_t depth, const T* from) const {
-      for (int64_t col = 0; col < stride; col += tile_cols<T>) {
-        T* to = panels + col * depth + k * tile_cols<T>;
-        store_as(to, load_units(from + col, cols - col));
-        store_as(to + L, cols - col > L ? load_units(from + col + L, cols - col - L) : Vector<T>{});
+      for (int64_t col = 0; col < stride; col += product_cols<T>) {
+        T* to = panels + col * depth + k * product_cols<T>;
+        for (int64_t i = 0; i < product_cols<T>; i += L)
+          store_as(to + i, cols - col > i ? load_units(from + col + i, cols - col - i) : Vector<T>{});
       }
     }
     void store(Storage<T> storage, void* to, void* to_bias) const {
+      if (stored) return;
       for (int64_t row = 0; row < rows; ++row) storage.store(sum + row * stride, to, row * cols, cols);
       if (to_bias) storage.store(bias, to_bias, 0, rows);
     }
@@ -84,11 +88,11 @@ struct Backward {
       counters = scratch.take<int64_t>(cut.groups * Team::size(cut.shares));
       w_hh = scratch.take<T>(rows * h_stride);
       w_hr = scratch.take<T>(projected * units);
-      w_ih = scratch.take<T>(wants_input ? rows * round_up(inputs, tile_cols<T>) : 0);
+      w_ih = scratch.take<T>(wants_input ? rows * round_up(inputs, product_cols<T>) : 0);
       if (!wants_weights) return;
-      w_ih_grad.take(scratch, depth);
-      w_hh_grad.take(scratch, depth);
-      if (projected > 0) w_hr_grad.take(scratch, depth);
+      w_ih_grad.take(scratch, depth, storage, p.grad_weights.w_ih, p.grad_weights.b_ih);
+      w_hh_grad.take(scratch, depth, storage, p.grad_weights.w_hh, p.grad_weights.b_hh);
+      if (projected > 0) w_hr_grad.take(scratch, depth, storage, p.grad_weights.w_hr, nullptr);
     });
     pack(pool);
     start(pool);
@@ -126,7 +130,7 @@ struct Backward {
   void pack(const ThreadPool& pool) {
     pack_matrix(p.weights.w_hh, rows, outputs, panel_columns, w_hh, pool);
     if (projected > 0) pack_matrix(p.weights.w_hr, projected, hidden, panel_columns, w_hr, pool);
-    if (wants_input) pack_matrix(p.weights.w_ih, rows, inputs, tile_cols<T>, w_ih, pool);
+    if (wants_input) pack_matrix(p.weights.w_ih, rows, inputs, product_cols<T>, w_ih, pool);
   }
 
   void load_state(const void* from, int64_t sample, int64_t count, T* to, int64_t stride) const {
@@ -213,7 +217,7 @@ struct Backward {
           for (int64_t row = 0; row < rows; ++row) back_through_cell(step, row, unit, next, gates + row * b.slots);
         });
         together(b.h_stride, [&](int64_t col, int64_t next) {
-          multiply(rows, gates, b.slots, b.w_hh, b.rows, col, next, dh, b.h_stride, true);
+          multiply(rows, gates, b.slots, b.w_hh, b.rows, col, next, dh, b.h_stride, true, step % 2);
         });
       }
     }
@@ -231,14 +235,18 @@ struct Backward {
 
     // Columns [col, next) of: to (+)= a B, B packed in panels.
     static void multiply(int64_t rows, const T* a, int64_t a_stride, const T* panels, int64_t depth, int64_t col,
-                         int64_t next, T* to, int64_t stride, bool add) {
+                         int64_t next, T* to, int64_t stride, bool add, bool last_first) {
       panel_product<T, vectors>(
-          rows, a, a_stride, {panels + col * depth, (next - col) / panel_columns, depth},
-          [&](int64_t row, int64_t count, int64_t panel, const T* sum) {
-            T* at = to + row * stride + col + panel * panel_columns;
-            for (int64_t r = 0; r < count; ++r, at += stride, sum += panel_columns)
-              for (int64_t i = 0; i < panel_columns; i += L)
-                store_as(at + i, add ? load_as<Vector<T>>(at + i) + load_as<Vector<T>>(sum + i) : load_as<Vector<T>>(sum + i));
+          rows, a, a_stride, {panels + col * depth, (next - col) / panel_columns, depth}, last_first,
+          [](const PanelSums<T>&) {},
+          [&](const PanelSums<T>& s) {
+            const T* sum = s.sum;
+            for (int64_t panel = 0; panel < s.panels; ++panel)
+              for (int64_t r = 0; r < s.rows; ++r, sum += panel_columns) {
+                T* at = to + (s.row + r) * stride + col + (s.panel + panel) * panel_columns;
+                for (int64_t i = 0; i < panel_columns; i += L)
+                  store_as(at + i, add ? load_as<Vector<T>>(at + i) + load_as<Vector<T>>(sum + i) : load_as<Vector<T>>(sum + i));
+              }
           });
     }
 
@@ -252,7 +260,7 @@ struct Backward {
         }
       });
       together(b.units, [&](int64_t col, int64_t next) {
-        multiply(rows, kept, b.h_stride, b.w_hr, b.projected, col, next, b.dh_hidden + begin * b.units, b.units, false);
+        multiply(rows, kept, b.h_stride, b.w_hr, b.projected, col, next, b.dh_hidden + begin * b.units, b.units, false, step % 2);
       });
     }
 
@@ -277,27 +285,24 @@ struct Backward {
   }
 
   // Pieces of the products of a chunk.
-  int64_t weight_blocks(int64_t of) const { return ceil_div(of, block_rows); }
+  int64_t weight_blocks(int64_t of) const { return ceil_div(of, product_block_rows); }
 
   void products(int64_t step, int64_t last, bool first, const ThreadPool& pool) {
     const int64_t depth = ranks.first(last) - ranks.first(step);
     if (wants_weights) {
       parallel_for(pool, depth, [&](int64_t begin, int64_t end) { pack_operands(step, begin, end, depth); });
-      const int64_t blocks = cell.gates * weight_blocks(hidden), projection = weight_blocks(projected);
-      parallel_for(pool, 2 * blocks + projection, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          if (i < blocks) add_gate_rows(w_ih_grad, i, cell.x_slots[i / weight_blocks(hidden)], depth, first);
-          else if (i < 2 * blocks) add_gate_rows(w_hh_grad, i - blocks, (i - blocks) / weight_blocks(hidden), depth, first);
-          else add_rows(w_hr_grad, (i - 2 * blocks) * block_rows, projected, unprojected_grad + (i - 2 * blocks) * block_rows,
-                        h_stride, depth, first);
-        }
+      const int64_t blocks = cell.gates * weight_blocks(hidden);
+      parallel_for(pool, blocks + weight_blocks(projected), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          if (i < blocks) add_gate_rows(i / weight_blocks(hidden), i % weight_blocks(hidden) * product_block_rows, depth, first);
+          else add_projection_rows((i - blocks) * product_block_rows, depth, first);
       });
     }
     if (wants_input && depth > 0) {
-      const int64_t col_blocks = ceil_div(inputs, block_cols<T>);
-      parallel_for(pool, ceil_div(depth, block_rows) * col_blocks, [&](int64_t begin, int64_t end) {
+      const int64_t col_blocks = ceil_div(inputs, product_block_cols<T>);
+      parallel_for(pool, ceil_div(depth, product_block_rows) * col_blocks, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-          input_block(step, i / col_blocks * block_rows, depth, i % col_blocks * block_cols<T>);
+          input_block(step, i / col_blocks * product_block_rows, depth, i % col_blocks * product_block_cols<T>);
       });
     }
   }
@@ -318,60 +323,72 @@ struct Backward {
       const int64_t count = hidden - unit;
       Vector<T> value = {};
       if (count > 0) value = load_units(keep + 3 * hidden + unit, count) * tanh<T>(load_units(keep + 4 * hidden + unit, count));
-      store_as(w_hr_grad.panels + unit / tile_cols<T> * tile_cols<T> * depth + row * tile_cols<T> + unit % tile_cols<T>, value);
+      store_as(w_hr_grad.panels + unit / product_cols<T> * product_cols<T> * depth + row * product_cols<T> + unit % product_cols<T>, value);
     }
   }
 
-  // Block `index` of the blocks that cut each gate's rows of W_ih or W_hh; the gate's gradients are in `slot`.
-  void add_gate_rows(const WeightGrad& grad, int64_t index, int64_t slot, int64_t depth, bool first) {
-    const int64_t gate = index / weight_blocks(hidden), unit = index % weight_blocks(hidden) * block_rows;
-    add_rows(grad, gate * hidden + unit, (gate + 1) * hidden, gates + slot * hidden + unit, slots, depth, first);
+  // A gate's rows from `unit` on, of the gradients to W_ih and W_hh.
+  void add_gate_rows(int64_t gate, int64_t unit, int64_t depth, bool first) {
+    const int64_t count = min(hidden - unit, product_block_rows), row = gate * hidden + unit, x_slot = cell.x_slots[gate];
+    const T* block = copy_block(gates + gate * hidden + unit, slots, depth, count);
+    add_rows(w_hh_grad, block, row, count, depth, first);
+    if (x_slot != gate) block = copy_block(gates + x_slot * hidden + unit, slots, depth, count);
+    add_rows(w_ih_grad, block, row, count, depth, first);
   }
 
-  // Rows [row, row + block_rows), below `end`, of A^T B and of A's column sums; `a` is A's column that belongs to `row`.
-  void add_rows(const WeightGrad& grad, int64_t row, int64_t end, const T* a, int64_t a_stride, int64_t depth, bool first) {
-    const int64_t count = min(end - row, block_rows);
-    T* block = static_cast<T*>(thread_scratch(ScratchUse::worker, block_rows * block_depth * sizeof(T)));
-    for (int64_t k = 0; k == 0 || k < depth; k += block_depth) {
-      const int64_t deep = min(depth - k, block_depth);
+  void add_projection_rows(int64_t row, int64_t depth, bool first) {
+    const int64_t count = min(projected - row, product_block_rows);
+    add_rows(w_hr_grad, copy_block(unprojected_grad + row, h_stride, depth, count), row, count, depth, first);
+  }
+
+  // `count` columns of a matrix of `depth` rows, product_block_rows apart.
+  const T* copy_block(const T* from, int64_t stride, int64_t depth, int64_t count) const {
+    T* block = static_cast<T*>(thread_scratch(ScratchUse::worker, product_block_rows * depth * sizeof(T)));
+    for (int64_t i = 0; i < depth; ++i) copy_row(from + i * stride, block + i * product_block_rows, count);
+    return block;
+  }
+
+  // Rows [row, row + count) of A^T B and of A's column sums; A [depth, count] in `block`.
+  void add_rows(const WeightGrad& grad, const T* block, int64_t row, int64_t count, int64_t depth, bool first) const {
+    for (int64_t k = 0; k == 0 || k < depth; k += product_depth) {
+      const int64_t deep = min(depth - k, product_depth);
+      const T* a = block + k * product_block_rows;
       const bool add = !first || k > 0;
-      for (int64_t i = 0; i < deep; ++i) copy_row(a + (k + i) * a_stride, block + i * block_rows, count);
-      multiply_block(count, grad.cols, deep, Matrix<const T>{block, 1, block_rows},
-                    Panels<T>{grad.panels + k * tile_cols<T>, depth * tile_cols<T>, tile_cols<T>},
-                    grad.sum + row * grad.stride, grad.stride, add);
-      add_column_sums(block, deep, count, grad.bias + row, add);
+      panel_block(count, grad.cols, deep, Matrix<const T>{a, 1, product_block_rows}, grad.panels + k * product_cols<T>,
+                  depth * product_cols<T>, grad.sum + row * grad.stride, grad.stride, add);
+      add_column_sums(a, deep, count, grad.bias + row, add);
     }
   }
 
   static void add_column_sums(const T* block, int64_t depth, int64_t count, T* to, bool add) {
     for (int64_t col = 0; col < count; col += L) {
       Vector<T> sum = {};
-      for (int64_t k = 0; k < depth; ++k) sum += load_as<Vector<T>>(block + k * block_rows + col);
+      for (int64_t k = 0; k < depth; ++k) sum += load_as<Vector<T>>(block + k * product_block_rows + col);
       store_units<T>(add ? load_units(to + col, count - col) + sum : sum, to + col, count - col);
     }
   }
 
-  // Rows [row, row + block_rows) of the chunk and columns [col, col + block_cols) of the inputs' gradient.
+  // Rows [row, row + product_block_rows) of the chunk and columns [col, col + block_cols) of the inputs' gradient.
   void input_block(int64_t step, int64_t row, int64_t depth, int64_t col) {
-    const int64_t count = min(depth - row, block_rows), cols = min(inputs - col, block_cols<T>);
+    const int64_t count = min(depth - row, product_block_rows), cols = min(inputs - col, product_block_cols<T>);
     T *a, *c;
     Carver::carve(ScratchUse::worker, [&](Carver& scratch) {
-      a = scratch.take<T>(block_rows * block_depth);
-      c = scratch.take<T>(block_rows * block_cols<T>);
+      a = scratch.take<T>(product_block_rows * product_depth);
+      c = scratch.take<T>(product_block_rows * product_block_cols<T>);
     });
     for (int64_t gate = 0; gate < cell.gates; ++gate)
-      for (int64_t k = 0; k < hidden; k += block_depth) {
-        const int64_t deep = min(hidden - k, block_depth);
+      for (int64_t k = 0; k < hidden; k += product_depth) {
+        const int64_t deep = min(hidden - k, product_depth);
         const T* from = gates + row * slots + cell.x_slots[gate] * hidden + k;
-        for (int64_t i = 0; i < count; ++i) copy_row(from + i * slots, a + i * block_depth, deep);
-        const T* b = w_ih + col * rows + (gate * hidden + k) * tile_cols<T>;
-        multiply_block(count, cols, deep, Matrix<const T>{a, block_depth, 1},
-                      Panels<T>{b, rows * tile_cols<T>, tile_cols<T>}, c, block_cols<T>, gate > 0 || k > 0);
+        for (int64_t i = 0; i < count; ++i) copy_row(from + i * slots, a + i * product_depth, deep);
+        const T* b = w_ih + col * rows + (gate * hidden + k) * product_cols<T>;
+        panel_block(count, cols, deep, Matrix<const T>{a, product_depth, 1},
+                      b, rows * product_cols<T>, c, product_block_cols<T>, gate > 0 || k > 0);
       }
-    if (rows == 0) zero_row(c, block_rows * block_cols<T>);
+    if (rows == 0) zero_row(c, product_block_rows * product_block_cols<T>);
     for_each_row(step, row, row + count, [&](int64_t i, int64_t s, int64_t rank) {
       const int64_t offset = ranks.offset(p.grad_input, ranks.time(s, rank), rank);
-      storage.store(c + (i - row) * block_cols<T>, p.grad_input.data, offset + col, cols);
+      storage.store(c + (i - row) * product_block_cols<T>, p.grad_input.data, offset + col, cols);
     });
   }
 };

@@ -21,7 +21,7 @@ struct LstmCell {
   static constexpr bool has_c = true;
   static constexpr int x_slot(int gate) { return gate; }
 
-  static V forward(const V (&x)[gates], const V (&h)[gates], V& c, V (&keep)[saved]) {
+  [[gnu::always_inline]] static V forward(const V (&x)[gates], const V (&h)[gates], V& c, V (&keep)[saved]) {
     const V i = sigmoid<T>(x[0] + h[0]), f = sigmoid<T>(x[1] + h[1]), g = tanh<T>(x[2] + h[2]), o = sigmoid<T>(x[3] + h[3]);
     c = f * c + i * g;
     keep[0] = i, keep[1] = f, keep[2] = g, keep[3] = o, keep[4] = c;
@@ -29,7 +29,7 @@ struct LstmCell {
   }
 
   // The derivative to the previous h that does not go through R. dh: to h'; dc: to c', becomes that to the previous c.
-  static V backward(const V (&keep)[saved], V previous_c, V dh, V& dc, V (&grad)[grads]) {
+  [[gnu::always_inline]] static V backward(const V (&keep)[saved], V previous_c, V dh, V& dc, V (&grad)[grads]) {
     const V i = keep[0], f = keep[1], g = keep[2], o = keep[3], t = tanh<T>(keep[4]);
     dc += dh * o * (T{1} - t * t);
     grad[0] = dc * g * (i * (T{1} - i));
@@ -49,13 +49,13 @@ struct GruCell {
   static constexpr bool has_c = false;
   static constexpr int x_slot(int gate) { return gate < 2 ? gate : 3; }
 
-  static V forward(const V (&x)[gates], const V (&h)[gates], V& previous_h, V (&keep)[saved]) {
+  [[gnu::always_inline]] static V forward(const V (&x)[gates], const V (&h)[gates], V& previous_h, V (&keep)[saved]) {
     const V r = sigmoid<T>(x[0] + h[0]), z = sigmoid<T>(x[1] + h[1]), n = tanh<T>(x[2] + r * h[2]);
     keep[0] = r, keep[1] = z, keep[2] = n, keep[3] = h[2];
     return n + z * (previous_h - n);
   }
 
-  static V backward(const V (&keep)[saved], V previous_h, V dh, V&, V (&grad)[grads]) {
+  [[gnu::always_inline]] static V backward(const V (&keep)[saved], V previous_h, V dh, V&, V (&grad)[grads]) {
     const V r = keep[0], z = keep[1], n = keep[2];
     const V dn = dh * (T{1} - z) * (T{1} - n * n);
     grad[0] = dn * keep[3] * (r * (T{1} - r));
@@ -74,13 +74,13 @@ struct RnnCell {
   static constexpr bool has_c = false;
   static constexpr int x_slot(int gate) { return gate; }
 
-  static V forward(const V (&x)[gates], const V (&h)[gates], V&, V (&keep)[saved]) {
+  [[gnu::always_inline]] static V forward(const V (&x)[gates], const V (&h)[gates], V&, V (&keep)[saved]) {
     const V sum = x[0] + h[0];
     keep[0] = Relu ? (sum < T{0} ? V{} : sum) : tanh<T>(sum);  // in this order a NaN stays one
     return keep[0];
   }
 
-  static V backward(const V (&keep)[saved], V, V dh, V&, V (&grad)[grads]) {
+  [[gnu::always_inline]] static V backward(const V (&keep)[saved], V, V dh, V&, V (&grad)[grads]) {
     grad[0] = Relu ? (keep[0] <= T{0} ? V{} : dh) : dh * (T{1} - keep[0] * keep[0]);
     return V{};
   }
@@ -101,41 +101,51 @@ void store_units(Vector<T> v, T* to, int64_t count) {
   else store_tail<T>(v, to, count);
 }
 
-// A forward step of some rows and hidden units, from the projections to the new state. Units are in whole vectors; a row
-// of x, r and of the biases has gate g at g * gate_stride. Strides in elements.
+// A forward step of some hidden units, from the projections to the new state, for several items: rows, or panels of units of
+// one row. Units are in whole vectors; an item of x, r and of the biases has gate g at g * gate_stride. Where X and R enter
+// as their sum, b_ih holds the sum of both biases. Strides in elements, from item to item.
 template <class T>
 struct ForwardStep {
-  int64_t rows, vectors, gate_stride;
+  int64_t items, vectors, gate_stride;
   const T *x, *r;      // W_ih x and W_hh h
   const T *b_ih, *b_hh;
   T *memory, *result;
-  T* saved;            // [saved, hidden] of each row, or nullptr
-  int64_t x_stride, r_stride, memory_stride, result_stride;  // from row to row
-  int64_t hidden, units;  // all hidden units; those there are from the first one of the step on
+  T* saved;            // [saved, hidden], or nullptr
+  int64_t x_stride, r_stride, b_stride, memory_stride, result_stride, saved_stride;
+  int64_t hidden;      // all hidden units
+  int64_t units, units_stride;  // those there are from the item's first one on: units - item * units_stride
 };
 
 template <class Cell, class T = typename Cell::Element>
 void forward_step(const ForwardStep<T>& step) {
   constexpr int L = lanes<T>;
   const ForwardStep<T> s = step;
-  for (int64_t row = 0; row < s.rows; ++row)
+  for (int64_t item = 0; item < s.items; ++item)
     for (int64_t unit = 0; unit < s.vectors * L; unit += L) {
       Vector<T> x[Cell::gates], r[Cell::gates], keep[Cell::saved];
 #pragma GCC unroll 4
       for (int g = 0; g < Cell::gates; ++g) {
         const int64_t at = g * s.gate_stride + unit;
-        x[g] = load_as<Vector<T>>(s.x + row * s.x_stride + at) + load_as<Vector<T>>(s.b_ih + at);
-        r[g] = load_as<Vector<T>>(s.r + row * s.r_stride + at) + load_as<Vector<T>>(s.b_hh + at);
+        x[g] = load_as<Vector<T>>(s.x + item * s.x_stride + at) + load_as<Vector<T>>(s.b_ih + item * s.b_stride + at);
+        r[g] = load_as<Vector<T>>(s.r + item * s.r_stride + at);
+        if (Cell::x_slot(g) != g) r[g] += load_as<Vector<T>>(s.b_hh + item * s.b_stride + at);
       }
-      T* at = s.memory + row * s.memory_stride + unit;
+      T* at = s.memory + item * s.memory_stride + unit;
       Vector<T> memory = load_as<Vector<T>>(at);
-      store_as(s.result + row * s.result_stride + unit, Cell::forward(x, r, memory, keep));
+      store_as(s.result + item * s.result_stride + unit, Cell::forward(x, r, memory, keep));
       if constexpr (Cell::has_c) store_as(at, memory);
-      if (s.saved && unit < s.units)
+      const int64_t count = s.units - item * s.units_stride - unit;
+      if (s.saved && count > 0)
 #pragma GCC unroll 8
         for (int i = 0; i < Cell::saved; ++i)
-          store_units<T>(keep[i], s.saved + (row * Cell::saved + i) * s.hidden + unit, s.units - unit);
+          store_units<T>(keep[i], s.saved + item * s.saved_stride + i * s.hidden + unit, count);
     }
+}
+
+// b_ih += b_hh [count] for a gate whose X and R enter as their sum.
+template <class T>
+void join_biases(T* b_ih, const T* b_hh, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) b_ih[i] += b_hh[i];
 }
 
 // A backward step of hidden units [first, last) of one row: from the derivative to h' to those to the gates and to what of

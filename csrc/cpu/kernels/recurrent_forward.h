@@ -15,7 +15,7 @@
 namespace cvfast {
 namespace {
 
-constexpr int64_t projected_rows = 96;
+constexpr int64_t projected_rows = 64;
 
 // Columns of the gates, in vectors.
 struct PanelOrder {
@@ -39,6 +39,23 @@ template <class T>
     for (int64_t c = 0; c < L; ++c) to[k * width + c] = c < count ? from[c * depth + k] : T{};
 }
 
+// What packed weights were made of: the vectors, the shape, and some elements of each weight, by which one sees that
+// somebody wrote to it in a way that torch does not count as a change (weight.data.mul_(2), say).
+struct Stamp {
+  static constexpr int64_t samples = 32, weights = 5;
+  int64_t shape[8];
+  char elements[weights][samples * 8];
+
+  template <class T>
+  void sample(int64_t weight, Storage<T> storage, const void* from, int64_t count) {
+    const int64_t size = storage.bytes(1);
+    for (int64_t i = 0; i < samples && count > 0; ++i) {
+      const int64_t at = (count - 1) * i / (samples - 1);
+      __builtin_memcpy(elements[weight] + i * size, static_cast<const char*>(from) + at * size, size);
+    }
+  }
+};
+
 template <class T>
 struct Forward {
   static constexpr int L = lanes<T>;
@@ -53,9 +70,12 @@ struct Forward {
   const int64_t outputs = projected > 0 ? projected : hidden;
   const int64_t units = order.panels() * order.units();  // hidden units with padding
   const int64_t h_stride = projected > 0 ? round_up(projected, plain_columns) : units;
-  const int64_t columns = round_up(order.panels() * order.columns(), tile_cols<T>);
+  // Whether h is fed back from the output's rows.
+  const bool in_place = !storage.converts() && projected == 0 && units == hidden && !p.sequence.lengths;
+  const int64_t columns = round_up(order.panels() * order.columns(), product_cols<T>);
   ThreadCut cut;
   int64_t group_rows;             // room for the rows of a chunk of one group
+  Stamp* stamp;
   T *w_ih, *w_hh, *w_hr, *b_ih, *b_hh;
   T* gates;                       // [groups, group_rows, columns] W_ih x
   T* h[2];                        // [batch, h_stride] by rank, before even and odd steps
@@ -65,6 +85,7 @@ struct Forward {
   explicit Forward(const RecurrentForward& problem) : p(problem) {}
 
   void take_packed(Carver& scratch) {
+    stamp = scratch.take<Stamp>(1);
     w_ih = scratch.take<T>(columns * inputs);
     w_hh = scratch.take<T>(columns * outputs);
     w_hr = scratch.take<T>(projected > 0 ? h_stride * hidden : 0);
@@ -72,10 +93,38 @@ struct Forward {
     b_hh = scratch.take<T>(columns);
   }
 
+  int64_t packed_bytes() { return Carver::bytes([&](Carver& scratch) { take_packed(scratch); }); }
+
+  void pack_into(void* to, const ThreadPool& pool) {
+    Carver::cut_from(to, [&](Carver& scratch) { take_packed(scratch); });
+    *stamp = stamp_of_weights();
+    pack(pool);
+  }
+
+  // Takes what was packed ahead, if it was made of these weights.
+  bool take_kept() {
+    if (!p.packed) return false;
+    Carver::cut_from(const_cast<void*>(p.packed), [&](Carver& scratch) { take_packed(scratch); });
+    const Stamp now = stamp_of_weights();
+    return __builtin_memcmp(&now, stamp, sizeof now) == 0;
+  }
+
+  Stamp stamp_of_weights() const {
+    const int64_t rows = cell.gates * hidden;
+    Stamp stamp = {{L, sizeof(T), static_cast<int64_t>(p.dtype), static_cast<int64_t>(p.cell), inputs, hidden, projected,
+                    p.weights.b_ih != nullptr}, {}};
+    stamp.sample(0, storage, p.weights.w_ih, rows * inputs);
+    stamp.sample(1, storage, p.weights.w_hh, rows * outputs);
+    stamp.sample(2, storage, p.weights.b_ih, p.weights.b_ih ? rows : 0);
+    stamp.sample(3, storage, p.weights.b_hh, p.weights.b_hh ? rows : 0);
+    stamp.sample(4, storage, p.weights.w_hr, projected * hidden);
+    return stamp;
+  }
+
   void pack(const ThreadPool& pool) const {
-    parallel_for(pool, columns / tile_cols<T>, [&](int64_t begin, int64_t end) {
+    parallel_for(pool, columns / product_cols<T>, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        pack_gates(p.weights.w_ih, inputs, i * tile_cols<T>, tile_cols<T>, w_ih + i * tile_cols<T> * inputs);
+        pack_gates(p.weights.w_ih, inputs, i * product_cols<T>, product_cols<T>, w_ih + i * product_cols<T> * inputs);
     });
     parallel_for(pool, order.panels(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
@@ -84,6 +133,8 @@ struct Forward {
     pack_gates(p.weights.b_ih, p.weights.b_ih ? 1 : 0, 0, columns, b_ih);
     pack_gates(p.weights.b_hh, p.weights.b_hh ? 1 : 0, 0, columns, b_hh);
     if (!p.weights.b_ih) zero_row(b_ih, columns), zero_row(b_hh, columns);
+    for (int64_t vector = 0; vector < columns / L; ++vector)
+      if (cell.x_slots[order.gate(vector)] == order.gate(vector)) join_biases(b_ih + vector * L, b_hh + vector * L, L);
     for (int64_t i = 0; projected > 0 && i < h_stride; i += L) {
       const int64_t panel = i / plain_columns * plain_columns;
       pack_rows(p.weights.w_hr, i, projected - i, hidden, w_hr + panel * hidden + i - panel, plain_columns);
@@ -107,8 +158,9 @@ struct Forward {
   void run(const ThreadPool& pool) {
     cut = ThreadCut::of(pool.threads, batch, hidden, order.panels());
     group_rows = max(projected_rows, batch);
+    const bool kept = take_kept();
     Carver::carve(ScratchUse::caller, [&](Carver& scratch) {
-      take_packed(scratch);
+      if (!kept) take_packed(scratch);
       gates = scratch.take<T>(cut.groups * group_rows * columns);
       for (T*& state : h) state = scratch.take<T>(batch * h_stride);
       c = scratch.take<T>(cell.has_c ? batch * units : 0);
@@ -116,7 +168,7 @@ struct Forward {
       counters = scratch.take<int64_t>(cut.groups * Team::size(cut.shares));
     });
     zero_row(counters, cut.groups * Team::size(cut.shares));
-    pack(pool);
+    if (!kept) pack(pool);
     load_states();
     parallel_for(pool, cut.members(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) Member(*this, i).run();
@@ -138,6 +190,12 @@ struct Forward {
     }
   }
 
+  // Rows of a state.
+  struct State {
+    T* data;
+    int64_t stride;
+  };
+
   // A thread: takes ranks [begin, end) through all steps, all hidden units or its share of them.
   struct Member {
     const Forward& f;
@@ -148,18 +206,19 @@ struct Forward {
     const Team team = {f.cut.shares, f.counters + group * Team::size(f.cut.shares)};
     int64_t stage = 0;
     T* const gates = f.gates + group * f.group_rows * f.columns;
-    T* x;
+    T* copied;
+    State x;
 
     Member(const Forward& forward, int64_t index)
         : f(forward), group(index / forward.cut.shares), own(index % forward.cut.shares) {
-      x = static_cast<T*>(thread_scratch(ScratchUse::worker, chunk * (end - begin) * f.inputs * sizeof(T)));
+      copied = static_cast<T*>(thread_scratch(ScratchUse::worker, chunk * (end - begin) * f.inputs * sizeof(T)));
     }
 
     int64_t active(int64_t step) const { return max<int64_t>(0, min(ranks.active(step), end) - begin); }
 
-    // The first of the panels of a share, an even number, so that they are whole tiles of the projection.
+    // The first of the panels of a share, a multiple of those that are whole panels of the projection with any cell.
     static int64_t first_panel(int64_t share, int64_t shares, int64_t panels) {
-      return share == shares ? panels : panels * share / shares / 2 * 2;
+      return share == shares ? panels : panels * share / shares / product_vectors * product_vectors;
     }
 
     template <class Work>
@@ -180,13 +239,19 @@ struct Forward {
       if (own == 0) store_rest();
     }
 
-    // x [rows of steps [step, last), inputs]; returns the number of rows.
-    int64_t load_inputs(int64_t step, int64_t last) const {
+    // Sets x [rows of steps [step, last), inputs]; returns the number of rows.
+    int64_t load_inputs(int64_t step, int64_t last) {
       int64_t row = 0;
+      x = {copied, f.inputs};
+      if (!f.storage.converts() && !f.p.sequence.lengths && !f.p.sequence.reverse && end - begin == f.batch &&
+          f.p.input.time_stride == f.batch * f.p.input.sample_stride) {  // all rows at equal distances: where they lie
+        x = {const_cast<T*>(static_cast<const T*>(f.p.input.data)) + step * f.p.input.time_stride, f.p.input.sample_stride};
+        return (last - step) * f.batch;
+      }
       for (int64_t s = step; s < last; ++s)
         for (int64_t rank = begin; rank < begin + active(s); ++rank, ++row) {
           const int64_t offset = ranks.offset(f.p.input, ranks.time(s, rank), rank);
-          f.storage.load(f.p.input.data, offset, x + row * f.inputs, f.inputs);
+          f.storage.load(f.p.input.data, offset, copied + row * f.inputs, f.inputs);
         }
       return row;
     }
@@ -194,72 +259,90 @@ struct Forward {
     // gates = x W_ih^T, the columns of panels [panel, next).
     void project(int64_t rows, int64_t panel, int64_t next) const {
       const int64_t col = panel * f.order.columns(), end_col = next == f.order.panels() ? f.columns : next * f.order.columns();
-      for (int64_t row = 0; row < rows; row += block_rows)
-        for (int64_t k = 0; k == 0 || k < f.inputs; k += block_depth)
-          multiply_block(min(rows - row, block_rows), end_col - col, min(f.inputs - k, block_depth),
-                         Matrix<const T>{x + row * f.inputs + k, f.inputs, 1},
-                         Panels<T>{f.w_ih + col * f.inputs + k * tile_cols<T>, f.inputs * tile_cols<T>, tile_cols<T>},
-                         gates + row * f.columns + col, f.columns, k > 0);
+      for (int64_t row = 0; row < rows; row += product_block_rows)
+        for (int64_t k = 0; k == 0 || k < f.inputs; k += product_depth)
+          panel_block(min(rows - row, product_block_rows), end_col - col, min(f.inputs - k, product_depth),
+                      Matrix<const T>{x.data + row * x.stride + k, x.stride, 1},
+                      f.w_ih + col * f.inputs + k * product_cols<T>, f.inputs * product_cols<T>,
+                      gates + row * f.columns + col, f.columns, k > 0);
+    }
+
+    // h of rank `begin` before a step.
+    State state(int64_t step) const {
+      if (!f.in_place || step == 0) return {f.h[step % 2] + begin * f.h_stride, f.h_stride};
+      const int64_t offset = ranks.offset(f.p.output, ranks.time(step - 1, begin), begin);
+      return {static_cast<T*>(f.p.output.data) + offset, f.p.output.sample_stride};
     }
 
     void take_step(int64_t step, const T* projection) {
       const int64_t rows = active(step);
-      const T* h = f.h[step % 2] + begin * f.h_stride;
-      T* next_h = f.h[(step + 1) % 2] + begin * f.h_stride;
-      T* result = f.projected > 0 ? f.unprojected + begin * f.units : next_h;
+      const State h = state(step), next_h = state(step + 1);
+      const State result = f.projected > 0 ? State{f.unprojected + begin * f.units, f.units} : next_h;
       T* saved = static_cast<T*>(f.p.saved);
       if (saved) saved += (ranks.first(step) + begin) * f.cell.saved * f.hidden;
+      const State c = {f.c + begin * f.units, f.units};
       together(f.order.panels(), [&](int64_t panel, int64_t next) {
         const PackedPanels<T> w_hh = {f.w_hh + panel * f.order.columns() * f.outputs, next - panel, f.outputs};
-        auto finish = [&](int64_t row, int64_t count, int64_t i, const T* sum) {
-          run_cell(row, count, panel + i, projection + row * f.columns, sum, result + row * f.units,
-                   saved ? saved + row * f.cell.saved * f.hidden : nullptr, f.h[step % 2]);
+        auto finish = [&](const PanelSums<T>& s) {
+          run_cell({s.row, s.rows, panel + s.panel, s.panels, s.sum}, projection, f.cell.has_c ? c : h, result, saved);
         };
-        if (f.order.vectors() == 3) panel_product<T, 3>(rows, h, f.h_stride, w_hh, finish);
-        else panel_product<T, 4>(rows, h, f.h_stride, w_hh, finish);
+        auto fetch = [&](const PanelSums<T>& s) {
+          const T* from = projection + s.row * f.columns + (panel + s.panel) * f.order.columns();
+          for (int64_t row = 0; row < s.rows; ++row, from += f.columns)
+            for (int64_t i = 0; i < s.panels * f.order.columns(); i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+        };
+        if (f.order.vectors() == 3) panel_product<T, 3>(rows, h.data, h.stride, w_hh, step % 2, fetch, finish);
+        else panel_product<T, 4>(rows, h.data, h.stride, w_hh, step % 2, fetch, finish);
         if (f.projected == 0) store_outputs(step, rows, next_h, panel * f.order.units(), next * f.order.units());
       });
       if (f.projected > 0)
         together(f.h_stride / plain_columns, [&](int64_t panel, int64_t next) {
-          project_state(rows, result, next_h, panel, next);
+          project_state(rows, result.data, next_h.data, panel, next);
           store_outputs(step, rows, next_h, panel * plain_columns, next * plain_columns);
         });
     }
 
-    // `count` rows from `row` on, the units of a panel; projection, result and saved are those of `row`.
-    void run_cell(int64_t row, int64_t count, int64_t panel, const T* projection, const T* sum, T* result, T* saved,
-                  T* h) const {
-      const int64_t unit = panel * f.order.units(), column = panel * f.order.columns(), rank = begin + row;
+    // The cells of s; the pointers are those of row 0.
+    void run_cell(const PanelSums<T>& s, const T* projection, State memory, State result, T* saved) const {
+      const int64_t units = f.order.units(), columns = f.order.columns(), unit = s.panel * units;
+      const int64_t saved_stride = f.cell.saved * f.hidden;
+      const bool by_panel = s.panels > 1;  // items are the panels of a row, not the rows of a panel
       ForwardStep<T> step = {};
-      step.rows = count, step.vectors = f.cell.vectors, step.gate_stride = f.order.units();
-      step.x = projection + column, step.x_stride = f.columns;
-      step.r = sum, step.r_stride = f.order.columns();
-      step.b_ih = f.b_ih + column, step.b_hh = f.b_hh + column;
-      step.memory_stride = f.cell.has_c ? f.units : f.h_stride;
-      step.memory = (f.cell.has_c ? f.c : h) + rank * step.memory_stride + unit;
-      step.result = result + unit, step.result_stride = f.units;
-      step.saved = saved ? saved + unit : nullptr;
-      step.hidden = f.hidden, step.units = f.hidden - unit;
-      f.cell.forward(step);
+      step.items = by_panel ? s.panels : s.rows, step.vectors = f.cell.vectors, step.gate_stride = units;
+      step.hidden = f.hidden, step.units = f.hidden - unit, step.units_stride = by_panel ? units : 0;
+      step.b_ih = f.b_ih + s.panel * columns, step.b_hh = f.b_hh + s.panel * columns, step.b_stride = by_panel ? columns : 0;
+      step.x_stride = by_panel ? columns : f.columns, step.r_stride = by_panel ? s.rows * columns : columns;
+      step.memory_stride = by_panel ? units : memory.stride, step.result_stride = by_panel ? units : result.stride;
+      step.saved_stride = by_panel ? units : saved_stride;
+      for (int64_t i = 0; i < (by_panel ? s.rows : 1); ++i) {
+        const int64_t row = s.row + i;
+        step.x = projection + row * f.columns + s.panel * columns, step.r = s.sum + i * columns;
+        step.memory = memory.data + row * memory.stride + unit, step.result = result.data + row * result.stride + unit;
+        step.saved = saved ? saved + row * saved_stride + unit : nullptr;
+        f.cell.forward(step);
+      }
     }
 
     // Panels [panel, next) of next_h = unprojected W_hr^T.
     void project_state(int64_t rows, const T* unprojected, T* next_h, int64_t panel, int64_t next) const {
       panel_product<T, plain_vectors>(
-          rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden},
-          [&](int64_t row, int64_t count, int64_t i, const T* sum) {
-            for (int64_t r = 0; r < count; ++r)
-              copy_row(sum + r * plain_columns, next_h + (row + r) * f.h_stride + (panel + i) * plain_columns, plain_columns);
+          rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden}, false,
+          [](const PanelSums<T>&) {},
+          [&](const PanelSums<T>& s) {
+            for (int64_t i = 0; i < s.panels; ++i)
+              for (int64_t r = 0; r < s.rows; ++r)
+                copy_row(s.sum + (i * s.rows + r) * plain_columns,
+                         next_h + (s.row + r) * f.h_stride + (panel + s.panel + i) * plain_columns, plain_columns);
           });
     }
 
-    // Units [unit, next) of h into the output, and into h_n where a sample ends.
-    void store_outputs(int64_t step, int64_t rows, const T* h, int64_t unit, int64_t next) const {
+    // Units [unit, next) of h into the output, if they aren't there, and into h_n where a sample ends.
+    void store_outputs(int64_t step, int64_t rows, State h, int64_t unit, int64_t next) const {
       const int64_t count = min(next, f.outputs) - unit;
       for (int64_t row = 0; row < rows && count > 0; ++row) {
         const int64_t rank = begin + row;
-        const T* from = h + row * f.h_stride + unit;
-        f.storage.store(from, f.p.output.data, ranks.offset(f.p.output, ranks.time(step, rank), rank) + unit, count);
+        const T* from = h.data + row * h.stride + unit;
+        if (!f.in_place) f.storage.store(from, f.p.output.data, ranks.offset(f.p.output, ranks.time(step, rank), rank) + unit, count);
         if (step + 1 == ranks.length(rank))
           f.storage.store(from, f.p.h_n, ranks.sample(rank) * f.outputs + unit, count);
       }

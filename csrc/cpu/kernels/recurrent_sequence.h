@@ -2,7 +2,6 @@
 #pragma once
 #include "../scratch.h"
 #include "cvfast/recurrent.h"
-#include "gemm.h"
 #include "simd.h"
 
 namespace cvfast {
@@ -84,13 +83,6 @@ struct Storage {
   }
 };
 
-// block_product of gemm.h, compiled once for all of its callers.
-template <class T>
-[[gnu::noinline]] void multiply_block(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, Panels<T> b, T* c,
-                                      int64_t c_stride, bool add) {
-  block_product(rows, cols, depth, a, b, c, c_stride, add);
-}
-
 // Steps that are worked on together: about `rows` rows of `ranks` ranks.
 inline int64_t steps_of(int64_t rows, int64_t ranks) { return max<int64_t>(1, rows / max<int64_t>(1, ranks)); }
 
@@ -105,10 +97,18 @@ class Carver {
   }
   template <class Cut>
   static void carve(ScratchUse use, Cut&& cut) {
+    cut_from(thread_scratch(use, bytes(cut)), cut);
+  }
+  template <class Cut>
+  static int64_t bytes(Cut&& cut) {
     Carver measuring;
     cut(measuring);
+    return measuring.used_;
+  }
+  template <class Cut>
+  static void cut_from(void* memory, Cut&& cut) {
     Carver carver;
-    carver.base_ = static_cast<char*>(thread_scratch(use, measuring.used_));
+    carver.base_ = static_cast<char*>(memory);
     cut(carver);
   }
 

@@ -19,10 +19,29 @@ struct DotOperand {
   int64_t depth;
 };
 
+#if CVFAST_VECTOR_BYTES == 64
+constexpr int most_dot_rows = 4;
+#else
 constexpr int most_dot_rows = 3;
+#endif
 // Weight rows of a tile of `rows` rows: as many as registers take, at most a vector of hidden units.
 template <class T>
-constexpr int dot_units(int rows) { return min(rows == 1 ? 8 : 4, lanes<T>); }
+constexpr int dot_units(int rows) { return min(rows < most_dot_rows - 1 ? 8 : 4, lanes<T>); }
+
+// sum += vectors of `count` products, of weight rows with rows of x.
+template <class S, int Rows, int Units, class T>
+[[gnu::always_inline]] inline void add_dots(const S* const (&weight)[Units], const T* x, int64_t x_stride, int64_t k,
+                                            int64_t count, Vector<T> (&sum)[Rows][Units]) {
+  Vector<T> w[Units];
+#pragma GCC unroll 8
+  for (int u = 0; u < Units; ++u) w[u] = load_units(weight[u] + k, count);
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i) {
+    const Vector<T> v = load_as<Vector<T>>(x + i * x_stride + k);
+#pragma GCC unroll 8
+    for (int u = 0; u < Units; ++u) sum[i][u] += v * w[u];
+  }
+}
 
 // partial[i * lanes + u] = vectors of partial sums of row i and weight row units[u], over all operands. S: the weights'
 // storage type.
@@ -37,17 +56,9 @@ template <class S, int Rows, class T = Compute<S>, int Units = dot_units<T>(Rows
     const S* weight[Units];
 #pragma GCC unroll 8
     for (int u = 0; u < Units; ++u) weight[u] = static_cast<const S*>(o.weight) + units[u] * o.depth;
-    for (int64_t k = 0; k < o.depth; k += L) {
-      Vector<T> w[Units];
-#pragma GCC unroll 8
-      for (int u = 0; u < Units; ++u) w[u] = load_units(weight[u] + k, o.depth - k);
-#pragma GCC unroll 4
-      for (int i = 0; i < Rows; ++i) {
-        const Vector<T> v = load_as<Vector<T>>(x + i * o.x_stride + k);
-#pragma GCC unroll 8
-        for (int u = 0; u < Units; ++u) sum[i][u] += v * w[u];
-      }
-    }
+    int64_t k = 0;
+    for (; k + L <= o.depth; k += L) add_dots(weight, x, o.x_stride, k, L, sum);
+    if (k < o.depth) add_dots(weight, x, o.x_stride, k, o.depth - k, sum);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i)
@@ -58,7 +69,7 @@ template <class S, int Rows, class T = Compute<S>, int Units = dot_units<T>(Rows
 template <class T>
 using DotTile = void (*)(const DotOperand<T>*, int, int64_t, const int64_t*, Vector<T>*);
 template <class S>
-constexpr DotTile<Compute<S>> dot_tiles[most_dot_rows] = {dot_tile<S, 1>, dot_tile<S, 2>, dot_tile<S, 3>};  // by rows - 1
+constexpr DotTile<Compute<S>> dot_tiles[] = {dot_tile<S, 1>, dot_tile<S, 2>, dot_tile<S, 3>, dot_tile<S, most_dot_rows>};
 template <class T>
 const DotTile<T>* dot_tiles_of(DType dtype) {
   if constexpr (sizeof(T) == sizeof(double)) return dot_tiles<double>;
@@ -152,6 +163,7 @@ struct SingleStep {
     for (int64_t gate = 0; gate < cell.gates; ++gate) {
       load(p.weights.b_ih, gate * hidden, p.weights.b_ih ? hidden : 0, b_ih + gate * units, units);
       load(p.weights.b_hh, gate * hidden, p.weights.b_hh ? hidden : 0, b_hh + gate * units, units);
+      if (cell.x_slots[gate] == gate) join_biases(b_ih + gate * units, b_hh + gate * units, units);
     }
   }
 
@@ -163,8 +175,9 @@ struct SingleStep {
   // A gate of L hidden units, of all samples.
   void gate_sums(const DotOperand<T>* operands, int gate, int64_t unit) const {
     const bool joined = cell.x_slots[gate] == gate;
-    for (int64_t row = 0; row < batch; row += most_dot_rows) {
-      const int64_t count = min<int64_t>(batch - row, most_dot_rows), at = row * columns + gate * units + unit;
+    for (int64_t row = 0, count; row < batch; row += count) {
+      count = ceil_div(batch - row, ceil_div(batch - row, most_dot_rows));  // equal tiles, as far as that goes
+      const int64_t at = row * columns + gate * units + unit;
       if (!joined) dots(operands, 1, row, count, gate, unit, x_gates + at);
       dots(joined ? operands : operands + 1, joined ? 2 : 1, row, count, gate, unit, h_gates + at);
     }
@@ -185,13 +198,13 @@ struct SingleStep {
   // Units [unit, unit + vectors * L) of all samples.
   void run_cell(int64_t unit, int64_t vectors) const {
     ForwardStep<T> step = {};
-    step.rows = batch, step.vectors = vectors, step.gate_stride = units;
+    step.items = batch, step.vectors = vectors, step.gate_stride = units;
     step.x = x_gates + unit, step.r = h_gates + unit, step.x_stride = step.r_stride = columns;
     step.b_ih = b_ih + unit, step.b_hh = b_hh + unit;
     step.memory = (cell.has_c ? c : h) + unit, step.memory_stride = units;
     step.result = result + unit, step.result_stride = units;
     step.saved = p.saved ? static_cast<T*>(p.saved) + unit : nullptr;
-    step.hidden = hidden, step.units = hidden - unit;
+    step.saved_stride = cell.saved * hidden, step.hidden = hidden, step.units = hidden - unit;
     cell.forward(step);
   }
 };

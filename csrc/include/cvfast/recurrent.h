@@ -68,6 +68,15 @@ struct RecurrentForward {
   Rows output;
   void *h_n, *c_n;
   void* saved;  // nullptr: not wanted
+  const void* packed;  // what `pack` made of these weights, or nullptr; what was made of others is not used
+};
+
+// Weights to be packed ahead of calls of `forward` with more than one step.
+struct RecurrentPack {
+  RecurrentCell cell;
+  DType dtype;
+  RecurrentShape shape;
+  RecurrentWeights weights;
 };
 
 // Gradients of everything, from those of the results (each may be nullptr: zero), in memory that is there where it is

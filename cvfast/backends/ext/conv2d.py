@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cvfast import _library
-from cvfast.ops.card import autocast_dtype, call, derives, observed
+from cvfast.ops.card import autocast_dtype, call, derives, watched
 from cvfast.ops.conv2d import epilogue_kernel, result_format
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
@@ -60,7 +60,7 @@ def run_with_epilogue(
         activation not in IN_KERNEL
         or not all(t.is_cpu and t.dtype is input.dtype for t in tensors)
         or input.dtype not in (torch.float32, torch.float64)
-        or observed(input)
+        or watched(input)
         or derives(tensors)
     ):
         return None

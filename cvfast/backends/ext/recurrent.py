@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 from cvfast import _library
+from cvfast._packed import packed
 from cvfast.ops.card import call as call_operator
-from cvfast.ops.recurrent import wants_saved
+from cvfast.ops.card import watched
+from cvfast.ops.recurrent import PACK, STACK, wants_saved
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 
 
 def why_not(call) -> list[str]:
     """Reasons why the compiled kernels cannot run this call."""
+    if call.varies:
+        return ["layer normalisation, dropout of the recurrence and zoneout run in torch's operators"]
     return reasons(call.input)
 
 
@@ -37,6 +41,9 @@ def why_slower(call) -> list[str]:
 
 def run(call) -> tuple[Tensor, Tensor, Tensor | None]:
     """(output, h_n, c_n or None); shapes and meaning as in cvfast.functional.lstm."""
+    weights = [t for w in call.weights for t in w if t is not None]
+    if not (watched(call.input) or call.dropout > 0 or wants_saved(call.input, call.h_0, call.c_0, *weights)):
+        return _run_at_once(call, weights)
     op = getattr(torch.ops.cvfast, call.cell).default
     output, states = call.input, []
     for layer in range(len(call.weights) // call.directions):
@@ -55,4 +62,16 @@ def run(call) -> tuple[Tensor, Tensor, Tensor | None]:
             states.append(state)
         output = parts[0] if call.directions == 1 else torch.cat(parts, -1)
     h_n, c_n = (torch.stack(s) if len(s) > 1 else s[0].unsqueeze(0) for s in zip(*states, strict=True))
+    return output, h_n, None if call.c_0 is None else c_n
+
+
+def _run_at_once(call, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `run`, without derivatives: one operator for all layers, which takes weights that were packed before."""
+    kept: list[Tensor] = []
+    if len(call.input) > 1:  # of a single step the kernels read each weight once, where it lies
+        kept = [packed(PACK[call.cell], *w) for w in call.weights]
+    output, h_n, c_n = STACK[call.cell](
+        call.input, call.lengths, call.batch_sizes, call.h_0, call.c_0, weights, call.weights[0].b_ih is not None,
+        call.directions, [] if any(k is None for k in kept) else kept,
+    )  # fmt: skip
     return output, h_n, None if call.c_0 is None else c_n

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from cvfast.ops.recurrent import Variation, unrolled
+
 
 def why_not(call) -> list[str]:
     """Never refuses."""
@@ -19,6 +21,8 @@ def why_slower(call) -> list[str]:
 
 def run(call) -> tuple[Tensor, Tensor, Tensor | None]:
     """(output, h_n, c_n or None); what torch refuses (no steps, samples without steps) is made of what it takes."""
+    if call.varies:
+        return _varied(call)
     states = (call.h_0,) if call.c_0 is None else (call.h_0, call.c_0)
     if call.lengths is not None:
         output, states = _with_lengths(call, states)
@@ -29,6 +33,35 @@ def run(call) -> tuple[Tensor, Tensor, Tensor | None]:
     else:
         output, *states = _torchs(call, (call.input,), states)
     return output, states[0], states[1] if len(states) > 1 else None
+
+
+def _varied(call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Beside torch's definition: step by step."""
+    output, states = call.input, []
+    for layer in range(len(call.weights) // call.directions):
+        output = torch.nn.functional.dropout(output, call.dropout) if layer > 0 else output
+        parts = []
+        for direction in range(call.directions):
+            i = layer * call.directions + direction
+            c_0 = None if call.c_0 is None else call.c_0[i]
+            part, *state = unrolled(
+                call.cell, output, call.lengths, call.batch_sizes, call.h_0[i], c_0, *call.weights[i], direction == 1,
+                _variation(call, i),
+            )  # fmt: skip
+            parts.append(part)
+            states.append(state[: 1 if c_0 is None else 2])
+        output = torch.cat(parts, -1)
+    h_n, *c_n = (torch.stack(s) for s in zip(*states, strict=True))
+    return output, h_n, c_n[0] if c_n else None
+
+
+def _variation(call, i: int) -> Variation:
+    """Of layer and direction i; its mask is drawn here."""
+    mask, norms = None, (None, None) if call.norms is None else (call.norms[i][:3], call.norms[i][3:])
+    if call.recurrent_dropout > 0:
+        mask = torch.nn.functional.dropout(torch.ones_like(call.h_0[i]), call.recurrent_dropout)
+    bias = norms[1][0] if norms[1] else None
+    return Variation(mask, norms[0], bias, *call.zoneout, call.train)
 
 
 def _torchs(call, input: tuple[Tensor, ...], states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
