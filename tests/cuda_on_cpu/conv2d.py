@@ -34,8 +34,15 @@ class Tensor4(ctypes.Structure):
 _HEAD = (("shape", Conv2dShape), ("dtype", ctypes.c_int32))
 
 
+class Epilogue(ctypes.Structure):  # the CPU's; of zeros here
+    _fields_ = (("activation", ctypes.c_int32), ("negative_slope", ctypes.c_double), ("residual", ctypes.c_void_p))
+
+
 class Conv2dForward(ctypes.Structure):
-    _fields_ = (*_HEAD, ("input", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("output", Tensor4))
+    _fields_ = (
+        *_HEAD, ("input", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("output", Tensor4),
+        ("epilogue", Epilogue),
+    )  # fmt: skip
 
 
 class Conv2dInputGrad(ctypes.Structure):
