@@ -74,4 +74,6 @@ def _run_at_once(call, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | 
         call.input, call.lengths, call.batch_sizes, call.h_0, call.c_0, weights, call.weights[0].b_ih is not None,
         call.directions, [] if any(k is None for k in kept) else kept,
     )  # fmt: skip
+    if h_n.numel() == 0 and len(h_n) == 1:  # the strides that `run` gives, and the fake
+        h_n, c_n = h_n[0].unsqueeze(0), c_n if call.c_0 is None else c_n[0].unsqueeze(0)
     return output, h_n, None if call.c_0 is None else c_n
