@@ -1,5 +1,7 @@
 """The recipe transfer: its trainings, their resumption, and what its report says."""
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
@@ -51,6 +53,13 @@ def test_an_interrupted_recipe_goes_on_and_reports(options, tmp_path, monkeypatc
         assert f"]({picture})" in report
         with Image.open(tmp_path / "run" / picture) as image:
             assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 20
+
+
+def test_twins_run_on_torchs_operators_and_on_cvfasts(options, tmp_path):
+    recipes.start("transfer", replace(options, epochs=1, seeds=1, twin=True), tmp_path / "run")
+    for name, backend in {"native": "native", "cvfast": "auto"}.items():
+        assert load_checkpoint(tmp_path / "run" / name / "fine-tuned-0").meta["config"]["backend"] == backend
+    assert "within noise" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_options_that_cannot_be_are_refused(options):
