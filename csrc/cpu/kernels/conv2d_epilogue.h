@@ -42,7 +42,10 @@ void finish_block(const Correlation<S>& c, Block<S> block, int64_t channels, int
     finish_run<activation>(to, c.residual ? c.residual + (to - c.result) : nullptr, count,
                            static_cast<Compute<S>>(c.epilogue.negative_slope));
   };
-  // Along what is contiguous in memory; else one by one.
+  // Along what is contiguous in memory, as far as that goes; else one by one.
+  if (block.channel_stride == 1 && block.pixel_stride == channels) channels *= pixels, pixels = 1;
+  if (block.channel_stride == 1 && pixels == 1 && block.line_stride == channels) channels *= lines, lines = 1;
+  if (block.channel_stride != 1 && block.pixel_stride == 1 && block.line_stride == pixels) pixels *= lines, lines = 1;
   const bool by_channels = block.channel_stride == 1, by_pixels = !by_channels && block.pixel_stride == 1;
   const int64_t channel_runs = by_channels ? 1 : channels, pixel_runs = by_pixels ? 1 : pixels;
   const int64_t count = by_channels ? channels : by_pixels ? pixels : 1;
