@@ -94,7 +94,9 @@ def _part(arg):
 
 def prefers_torch(operator: str, args: tuple) -> Choice | None:
     """The measurement that speaks for torch's operator, if there is one for this call."""
-    if torch.is_grad_enabled() or torch.compiler.is_exporting():  # an export is for all shapes
+    if (
+        torch.is_grad_enabled() or torch.compiler.is_exporting()
+    ):  # an export is for all shapes; so is torch 2.11's compile
         return None
     first = args[0] if isinstance(args[0], Tensor) else args[1] if isinstance(args[0], str) else args[0].input
     if torch.compiler.is_compiling():  # which has loaded this module

@@ -842,7 +842,9 @@ def test_tune_measures_and_decides(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("no_choices")
 def test_choices_under_compile_and_export(tmp_path, monkeypatch):
-    """Known sizes are looked up; open ones stay open."""
+    """Known sizes are looked up; open ones stay open. torch 2.11 compiles as if it exported: nothing is looked up."""
+    exporting = torch.compile(lambda x: x + torch.compiler.is_exporting(), fullgraph=True, backend="eager")
+    never = bool(exporting(torch.zeros(1)))
     model = cvfast.accelerate(nn.Conv2d(3, 4, 3))
     monkeypatch.setattr(measure, "least_seconds", lambda *calls: [2e-3, 1e-3])
     cvfast.tune(model, X, file=tmp_path / "choices.json")
@@ -854,7 +856,7 @@ def test_choices_under_compile_and_export(tmp_path, monkeypatch):
             torch._dynamo.reset()
             backend = lambda graph, inputs, seen=seen: seen.append(graph.code) or graph  # noqa: E731
             torch.compile(model, fullgraph=True, backend=backend)(x)
-            assert ("torch.ops.cvfast.conv2d" in seen[0]) == (operator == "conv2d")
+            assert ("torch.ops.cvfast.conv2d" in seen[0]) == (operator == "conv2d" or never)
         program = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         assert program.module()(X[:1].expand(5, -1, -1, -1)).shape[0] == 5
 
