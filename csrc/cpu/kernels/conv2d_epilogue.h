@@ -1,6 +1,7 @@
 // What follows a convolution on its results while they are in the cache: activation(result + residual).
 #pragma once
 #include "conv2d_problem.h"
+#include "conv2d_winograd_transform.h"
 #include "sigmoid_tanh.h"
 
 namespace cvfast {
@@ -36,12 +37,28 @@ void finish_run(S* to, const S* residual, int64_t count, Compute<S> slope) {
   }
 }
 
+// Four neighbouring pixels, as a tile of Winograd's has them, of as many channels as fill a vector at a time.
+template <Activation activation, class S>
+void finish_quads(const Correlation<S>& c, Block<S> block, int64_t channels, int64_t lines) {
+  const FloatVector slopes = FloatVector{} + static_cast<float>(c.epilogue.negative_slope);
+  for (int64_t channel = 0; channel < channels; channel += quads)
+    for (int64_t line = 0; line < lines; ++line) {
+      S* to = block.data + channel * block.channel_stride + line * block.line_stride;
+      FloatVector x = load_quads(to, block.channel_stride);
+      if (c.residual) x += load_quads(c.residual + (to - c.result), block.channel_stride);
+      store_quads(activate<activation>(x, slopes), to, block.channel_stride);
+    }
+}
+
 template <Activation activation, class S>
 void finish_block(const Correlation<S>& c, Block<S> block, int64_t channels, int64_t lines, int64_t pixels) {
   const auto run = [&](S* to, int64_t count) {
     finish_run<activation>(to, c.residual ? c.residual + (to - c.result) : nullptr, count,
                            static_cast<Compute<S>>(c.epilogue.negative_slope));
   };
+  if constexpr (sizeof(Compute<S>) == sizeof(float))
+    if (block.pixel_stride == 1 && pixels == 4 && channels % quads == 0)
+      return finish_quads<activation>(c, block, channels, lines);
   // Along what is contiguous in memory, as far as that goes; else one by one.
   if (block.channel_stride == 1 && block.pixel_stride == channels) channels *= pixels, pixels = 1;
   if (block.channel_stride == 1 && pixels == 1 && block.line_stride == channels) channels *= lines, lines = 1;
