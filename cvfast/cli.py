@@ -282,8 +282,9 @@ def bench(ctx: typer.Context) -> None:
     raise typer.Exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *ctx.args], check=False).returncode)
 
 
+IMAGE_MODELS = [*list_models(task="classification"), *list_models(task="segmentation")]  # others take other inputs
 ModelOption = Annotated[
-    str, typer.Option(help=f"A checkpoint, the folder of a run, or one of: {', '.join(list_models())}.",
+    str, typer.Option(help=f"A checkpoint, the folder of a run, or one of: {', '.join(IMAGE_MODELS)}.",
                       show_default=False)
 ]  # fmt: skip
 
@@ -343,12 +344,12 @@ def _network(model: str, batch: int, threads: int | None) -> tuple[torch.nn.Modu
     """A model of the zoo (with fresh weights) or of a checkpoint, in eval mode, and that many images for it."""
     if threads is not None:
         torch.set_num_threads(threads)
-    if model in list_models():
-        return create_model(model).eval(), torch.rand(batch, 3, *input_size(model))
+    if model in IMAGE_MODELS:
+        return create_model(model, in_chans=3).eval(), torch.rand(batch, 3, *input_size(model))
     path = Path(model)
     if not path.exists():
-        raise typer.BadParameter(f"{model!r} is neither a checkpoint nor one of {', '.join(list_models())}",
-                                 param_hint="--model")  # fmt: skip
+        raise typer.BadParameter(f"{model!r} is neither a checkpoint nor one of {', '.join(IMAGE_MODELS)}; models that "
+                                 "take other inputs: cvfast.explain(model, *inputs)", param_hint="--model")  # fmt: skip
     classifier = engine.load_classifier(path)
     return classifier, torch.randint(256, (batch, *classifier.image_shape), dtype=torch.uint8)
 

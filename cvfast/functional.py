@@ -116,32 +116,19 @@ def _with_epilogue(
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv2d: unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
     if residual is not None:
-        _check_residual(residual, *args)
+        input, weight, _, *geometry, _ = args
+        _check_same("conv2d", "residual", residual, input)
+        expected = conv2d_size(input, weight, *geometry)
+        if tuple(residual.shape) != expected:
+            raise RuntimeError(
+                f"conv2d: residual has size {list(residual.shape)}, but the result has size {list(expected)}"
+            )
     if hasattr(chosen, "run_with_epilogue"):
         output = chosen.run_with_epilogue(residual, activation, negative_slope, *args)
         if output is not None:
             return output
     output = chosen.run(*args)
     return ACTIVATIONS[activation](output if residual is None else output + residual, negative_slope)
-
-
-def _check_residual(
-    residual: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> None:
-    """Raises RuntimeError if `residual` is not such as the result will be."""
-    _check_same("conv2d", "residual", residual, input)
-    expected = conv2d_size(input, weight, stride, padding, dilation)
-    if tuple(residual.shape) != expected:
-        raise RuntimeError(
-            f"conv2d: residual has size {list(residual.shape)}, but the result has size {list(expected)}"
-        )
 
 
 def conv2d_size(

@@ -100,6 +100,7 @@ def test_explain(run):
         result = cvfast("explain", "--model", model, "--batch", 2)
         assert result.exit_code == 0 and "conv1" in result.output and "µs" in result.output
     fails(2, "'lenet' is neither a checkpoint nor one of", "explain", "--model", "lenet")
+    fails(2, "'cnn_lstm' is neither a checkpoint nor one of", "explain", "--model", "cnn_lstm")
 
 
 def test_tune_keeps_choices_beside_the_checkpoint(run, tmp_path):
