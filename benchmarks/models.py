@@ -17,7 +17,10 @@ from cvfast.backend import use_backend
 from cvfast.testing import assert_as_accurate
 
 TORCHS = {getattr(cvfast.nn, name): getattr(nn, name) for name in ("Conv2d", "ConvTranspose2d", "MultiheadAttention")}
-ACCURATE = 1e-5  # relative error that a whole model may have where torch has less
+ACCURATE = 1e-5  # relative error that a whole model's result may have where torch's has less
+# And its gradients: a unit at 0 that rounding switches, a maximum that another pixel wins, change them by about the root
+# of their share; torch's own error, 1e-6 where none is switched, reaches 8e-3.
+ACCURATE_GRADIENTS = 1e-2
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Models(Subject):
 class ModelWork(Work):
     """What both directions share."""
 
+    bound: float  # the relative error that is allowed anyway
+
     @cached_property
     def data(self) -> list[Tensor]:
         torch.manual_seed(0)
@@ -82,7 +87,7 @@ class ModelWork(Work):
 
     def check(self, result: Tensor, who: str) -> None:
         native = self.judged_natively(torch.float32)
-        assert_as_accurate(result, native, self.exact, f"{who} on {self.case.name}", bound=ACCURATE)
+        assert_as_accurate(result, native, self.exact, f"{who} on {self.case.name}", bound=self.bound)
 
     @cached_property
     def exact(self) -> Tensor:
@@ -112,6 +117,8 @@ def converted(data: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 class InferenceWork(ModelWork):
     """A network in eval mode; cvfast's is accelerate(model, fuse=True)."""
+
+    bound = ACCURATE
 
     @cached_property
     def network(self) -> nn.Module:
@@ -153,6 +160,8 @@ class InferenceWork(ModelWork):
 
 class TrainingWork(ModelWork):
     """Steps of a network in training mode, judged by its first gradients; cvfast's is accelerate(model)."""
+
+    bound = ACCURATE_GRADIENTS
 
     def calls(self, who: str, memory_format: str, compile: bool = False) -> Calls:
         if compile:

@@ -45,6 +45,8 @@ def prepare(provider: Provider, work: Work) -> tuple[Prepared | None, float | No
         if provider.name in results.CVFAST + results.TORCH:
             raise
         return None, None, f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+    if result.shape != work.exact.shape:
+        return None, None, f"wrong result: shape {list(result.shape)}, expected {list(work.exact.shape)}"
     error = relative_error(result, work.exact)
     if provider.name in results.CVFAST:
         try:
@@ -124,7 +126,7 @@ def main(
     peak: Annotated[bool, typer.Option("--peak", help="only what one core does at most")] = False,
 ) -> None:  # fmt: skip
     """Times cvfast against torch and other engines on every case, in turns, and keeps the figures as CSV."""
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     if peak:
         console.print(_peak.table(_peak.measure()))
         return

@@ -138,6 +138,11 @@ def test_a_wrong_result_gets_no_time():
     assert measured.min_ms is None and measured.note == "wrong result: relative error 1.0e+00"
 
 
+def test_a_result_of_another_shape_gets_no_time():
+    (measured,) = run.measure(work(), "small", EFFORT, (Wrong("MNN", lambda: torch.zeros(2, 0)),))
+    assert measured.min_ms is None and measured.note == "wrong result: shape [2, 0], expected [1, 16, 8, 8]"
+
+
 def test_an_engine_that_fails_is_reported():
     def fail():
         raise OverflowError("no room")
