@@ -7,9 +7,8 @@
 
 namespace cvfast {
 
-// Channels-last dense and not contiguous at the same time: the twin of result_format in cvfast/ops/conv2d.py.
+// The twin of is_channels_last in cvfast/ops/conv2d.py: where both formats fit, the strides say which is meant.
 inline bool is_channels_last(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
   auto sizes = tensor.sizes();
   auto strides = tensor.strides();
   int64_t expected = 1;
@@ -18,7 +17,8 @@ inline bool is_channels_last(const Tensor& tensor) {
     if (strides[dim] != expected) return false;
     expected *= sizes[dim];
   }
-  return true;
+  if (!tensor.is_contiguous()) return true;
+  return sizes[1] * sizes[2] * sizes[3] > 1 && strides[1] == 1 && strides[3] == sizes[1];
 }
 
 // How a result [N, C, H, W] of first's dtype and device lies in memory, in the format that the operands ask for.
