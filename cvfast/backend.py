@@ -122,11 +122,19 @@ def select(operator: str, requested: str | None, *args) -> ModuleType:
     return module
 
 
+def is_certain(name: str) -> bool:
+    """Whether each call that the backend `name`, the first one of its operator, can run goes to it, unwatched."""
+    return _current in ("auto", name) and not _choices.torchs and select is _select
+
+
 def _why_not(name: str, module: ModuleType, args: tuple) -> list[str]:
     """`module.why_not` and what no kernel can do."""
     if name != "native" and forward_ad._current_level >= 0:
         return ["forward-mode derivatives are torch's"]
     return module.why_not(*args)
+
+
+_select = select
 
 
 def autocasts(device: str) -> bool:

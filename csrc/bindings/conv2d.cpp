@@ -9,6 +9,7 @@
 #include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
+#include "../cpu/result_memory.h"
 #include "conv2d_common.h"
 #include "thread_pool.h"
 
@@ -20,6 +21,20 @@ void prepare(const Tensor& result) {
   const int64_t bytes = result.numel() * result.element_size();
   prefer_huge_pages(result.mutable_data_ptr(), bytes);
   if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, bytes);  // NaN in every dtype
+}
+
+// An uninitialised result in memory that others have used before, where there is some; it cannot be resized.
+Tensor brief_result(const Ints& size, const Tensor& first, const Tensor& second) {
+  const ResultLayout r(size, first, second);
+  void* data = borrow_result(r.elements() * first.element_size());
+  if (!data) return empty_result(r);
+  AtenTensorHandle result;
+  const AOTITorchError error =
+      torch_from_blob(data, 4, r.size.data(), r.strides, 0, r.dtype, r.device_type, r.device_index, &result,
+                      aoti_torch_layout_strided(), nullptr, 0, [](void* memory, void*) { return_result(memory); }, nullptr);
+  if (error != AOTI_TORCH_SUCCESS) return_result(data);
+  TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(result);
 }
 
 struct Kernels {
@@ -53,7 +68,7 @@ Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const st
                              const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups) {
   check_operands(input, weight);
   Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
-  Tensor keep, output = empty_result(output_sizes(shape), input, weight);
+  Tensor keep, output = brief_result(output_sizes(shape), input, weight);
   Epilogue epilogue = {activation_of(activation), negative_slope, nullptr};
   if (residual.has_value()) {
     check_operands(*residual, input);

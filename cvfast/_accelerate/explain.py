@@ -119,9 +119,9 @@ def _not_fused(model: Module) -> dict[str, str]:
     """Modules whose chains are not proved, with the reason, where any module of the model is fused."""
     notes = {}
     modules = dict(model.named_modules())
-    if any(fuse.original(type(module)) for module in modules.values()):
+    if any(map(fuse.is_fused, modules.values())):
         for name, module in modules.items():
-            if fuse.original(type(module)) is None:
+            if not fuse.is_fused(module):
                 try:
                     fuse.make_plan(module)
                 except plain.NotPlain as reason:

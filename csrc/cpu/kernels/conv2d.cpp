@@ -44,7 +44,8 @@ constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
 template <class S>
 constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
     {"depthwise", depthwise_applies, weight_grad_depthwise<S>},
-    {"Winograd", winograd_applies, weight_grad_by_winograd<S>},
+    {"Winograd", winograd_applies, weight_grad_by_winograd<3, S>},
+    {"Winograd on phases", winograd_on_phases_applies, weight_grad_by_winograd<2, S>},
     {"direct", direct_applies, weight_grad_direct<S>},
     {"implicit GEMM", always, weight_grad_by_gemm<S>},
 };

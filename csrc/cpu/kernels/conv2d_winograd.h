@@ -459,14 +459,18 @@ Correlation<S> dilation_part(Correlation<S> c, int64_t y, int64_t x) {
 
 // Kernels of 3 or 4 taps with stride 2: at most two taps on each axis in a phase. The image of height x width pixels is the
 // result's phase. Measured: it pays to save a third of the products, with the pixels that partial tiles compute in vain taken
-// into account, and with so many tiles that the transform of the weights doesn't matter.
-inline bool winograd_on_phases_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
+// into account.
+inline bool winograd_on_phases_saves(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
   const auto two_taps = [](int64_t taps, int64_t stride) { return stride == 2 && (taps == 3 || taps == 4); };
   const int64_t taps = s.kernel_height * s.kernel_width, tiles = winograd_tiles(height, width);
   const int64_t products = (s.kernel_height + 6) * (s.kernel_width + 6) * tiles;  // 3 points and those of its taps, per phase
   return two_taps(s.kernel_height, s.stride_h) && two_taps(s.kernel_width, s.stride_w) && s.dilation_h == 1 &&
-         s.dilation_w == 1 && winograd_pays(s, dtype, height, width) && 3 * products <= 2 * taps * height * width &&
-         tiles >= (taps < 16 ? 16 : 4);
+         s.dilation_w == 1 && winograd_pays(s, dtype, height, width) && 3 * products <= 2 * taps * height * width;
+}
+// With so many tiles the transform of the weights doesn't matter.
+inline bool winograd_on_phases_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
+  const int64_t least_tiles = s.kernel_height * s.kernel_width < 16 ? 16 : 4;
+  return winograd_on_phases_saves(s, dtype, height, width) && winograd_tiles(height, width) >= least_tiles;
 }
 inline bool winograd_on_phases_applies(const Conv2dForward& p) {
   return winograd_on_phases_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
