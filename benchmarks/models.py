@@ -18,8 +18,8 @@ from cvfast.testing import assert_as_accurate
 
 TORCHS = {getattr(cvfast.nn, name): getattr(nn, name) for name in ("Conv2d", "ConvTranspose2d", "MultiheadAttention")}
 ACCURATE = 1e-5  # relative error that a whole model's result may have where torch's has less
-# And its gradients: a unit at 0 that rounding switches, a maximum that another pixel wins, change them by about the root
-# of their share; torch's own error, 1e-6 where none is switched, reaches 8e-3.
+# And its gradients: units that rounding switches, and maxima that another pixel wins, change them by about the root of
+# their share; torch's own error, 1e-6 where there are none, reaches 8e-3.
 ACCURATE_GRADIENTS = 1e-2
 
 

@@ -155,6 +155,15 @@ def report(operator: str, *args) -> dict[str, list[str]]:
     return reasons
 
 
+def algorithm(operator: str, name: str) -> str:
+    """How the last call of this thread, of `operator` on backend `name`, was computed; "" where there is one way.
+
+    Kernels of convolutions have several: "Winograd", "Winograd on phases", "direct", "depthwise", "implicit GEMM".
+    """
+    several = name == "ext" and operator in ("conv2d", "conv_transpose2d")
+    return _library.C.chosen_algorithm() if several else ""
+
+
 def name_of(operator: str, module: ModuleType) -> str:
     """The name of the backend whose module this is."""
     return next(name for name, m in BACKENDS[operator].items() if m is module)

@@ -796,6 +796,7 @@ def test_explain_tells_what_ran():
     ]
     first = explanation.rows[0]
     assert first.inputs == first.output == [[2, 16, 12, 12]] and first.type == "Conv2d"
+    assert [row.algorithm for row in explanation.rows] == ["Winograd", "implicit GEMM", "Winograd", "", ""]
     assert 0 < first.seconds < 1 and 0 < first.torch_seconds < 1
     assert "0.bn2 + add + 0.relu" in str(explanation) and "µs" in str(explanation)
     assert types(model) == before and chains.observer is None and "Watcher" not in repr(nn.Module.__call__)
