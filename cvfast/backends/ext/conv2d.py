@@ -46,12 +46,15 @@ def run_with_epilogue(
     residual: Tensor | None,
     activation: str,
     negative_slope: float,
+    pooling: str,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *options,
 ) -> Tensor | None:
     """activation(conv2d(...) + residual) in one pass; None where derivatives or tracers have to see the parts.
+
+    `pooling` must be "none" where a residual is given.
 
     bfloat16 and float16 would be rounded twice, so those are left to separate calls, too.
     """
@@ -66,7 +69,7 @@ def run_with_epilogue(
         return None
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
-    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, *options)
+    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options)
 
 
 run = partial(call, torch.ops.cvfast.conv2d.default)  # shapes and meaning as in cvfast.functional.conv2d
