@@ -27,6 +27,7 @@ __all__ = [
     "conv_transpose2d",
     "gru",
     "gru_cell",
+    "linear",
     "lstm",
     "lstm_cell",
     "packed_attention",
@@ -173,6 +174,39 @@ def prepared_conv2d(
     if call is None:
         return None
     return lambda input, residual=None: call(input, residual) if _backend.is_certain("ext") else None
+
+
+_ext_linear = _backend.BACKENDS["linear"]["ext"]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """The linear map input weight^T + bias, with torch.nn.functional.linear's meaning and arguments.
+
+    Args:
+        input: [*, I]; weight: [O, I] (or [I], which is torch's); bias: [O] or None.
+        backend: "auto" (cvfast's kernel where it was measured to be faster), "ext", "triton" or "native"; None: what
+            `cvfast.use_backend` or CVFAST_BACKEND says.
+
+    Returns:
+        [*, O], contiguous. dtypes: float32, float64, bfloat16, float16 on the CPU; others are torch's.
+
+    Raises:
+        RuntimeError: as torch's, for shapes or dtypes that do not fit; or where the named backend cannot run.
+        ValueError: unknown backend.
+    """
+    if backend is None and _backend.is_free() and _ext_linear.is_torchs(input, weight):
+        return torch.nn.functional.linear(input, weight, bias)
+    args = (input, weight, bias)
+    fits = (
+        input.dim() > 0
+        and weight.dim() == 2
+        and input.shape[-1] == weight.shape[1]
+        and weight.dtype is input.dtype
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype is input.dtype))
+    )
+    # What is wrong, or known to torch alone, torch says or does.
+    asked = backend if fits or backend is not None else "native"
+    return _backend.select("linear", asked, *args).run(*args)
 
 
 def conv2d_size(

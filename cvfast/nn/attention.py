@@ -53,7 +53,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             output = functional.scaled_dot_product_attention(q, k, v, mask, dropout, window=window)
             weights = None
         output = output.permute(0, 2, 1, 3) if self.batch_first else output.permute(2, 0, 1, 3)
-        output = self.out_proj(output.flatten(2))
+        output = functional.linear(output.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         elif need_weights and weights is None:
@@ -65,7 +65,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections, each of embed_dim; one product where all three inputs are the same tensor."""
-        linear = torch.nn.functional.linear
+        linear = functional.linear
         if self._qkv_same_embed_dim and query is key and key is value:
             return linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -137,7 +137,7 @@ class AdditiveAttention(torch.nn.Module):
 
     def project_keys(self, keys: Tensor) -> Tensor:
         """[B, S, A] from keys [B, S, K]."""
-        return torch.nn.functional.linear(keys, self.w_key)
+        return functional.linear(keys, self.w_key)
 
     def forward(
         self,
