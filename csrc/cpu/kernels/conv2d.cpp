@@ -17,6 +17,9 @@ struct Algorithm {
   const char* name;
   bool (*applies)(const Problem&);
   void (*run)(const Problem&, const ThreadPool&);
+  // Of an algorithm that takes packed weights.
+  Conv2dPacking (*packing)(const Problem&) = nullptr;
+  void (*pack)(const Problem&, PackedHeader&, const ThreadPool&) = nullptr;
 };
 
 template <class Problem>
@@ -27,10 +30,10 @@ bool always(const Problem&) { return true; }
 template <class S>
 constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"winograd", winograd_applies, correlate_by_winograd<3, S>},
-    {"winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>},
+    {"winograd", winograd_applies, correlate_by_winograd<3, S>, winograd_packing<3, S>, winograd_pack<3, S>},
+    {"winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, winograd_packing<2, S>, winograd_pack<2, S>},
     {"direct", direct_applies, correlate_direct<S>},
-    {"implicit_gemm", always, correlate_by_gemm<S>},
+    {"implicit_gemm", always, correlate_by_gemm<S>, gemm_packing<S>, gemm_pack<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
@@ -49,9 +52,9 @@ constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
 };
 
 template <class Problem>
-void run_first(const Algorithm<Problem>* algorithm, const Problem& problem, const ThreadPool& pool) {
+const Algorithm<Problem>& first_to_apply(const Algorithm<Problem>* algorithm, const Problem& problem) {
   while (!algorithm->applies(problem)) ++algorithm;
-  algorithm->run(problem, pool);
+  return *algorithm;
 }
 
 // Calls run(S{}) for the storage type S of `dtype`.
@@ -66,22 +69,39 @@ void with_storage_type(DType dtype, Run&& run) {
 }
 
 void forward(const Conv2dForward& problem, const ThreadPool& pool) {
-  with_storage_type(problem.dtype, [&](auto s) { run_first(forward_algorithms<decltype(s)>, problem, pool); });
+  with_storage_type(problem.dtype, [&](auto s) { first_to_apply(forward_algorithms<decltype(s)>, problem).run(problem, pool); });
 }
 
 void input_grad(const Conv2dInputGrad& problem, const ThreadPool& pool) {
-  with_storage_type(problem.dtype, [&](auto s) { run_first(input_grad_algorithms<decltype(s)>, problem, pool); });
+  with_storage_type(problem.dtype, [&](auto s) { first_to_apply(input_grad_algorithms<decltype(s)>, problem).run(problem, pool); });
 }
 
 void weight_grad(const Conv2dWeightGrad& problem, const ThreadPool& pool) {
-  with_storage_type(problem.dtype, [&](auto s) { run_first(weight_grad_algorithms<decltype(s)>, problem, pool); });
+  with_storage_type(problem.dtype, [&](auto s) { first_to_apply(weight_grad_algorithms<decltype(s)>, problem).run(problem, pool); });
+}
+
+Conv2dPacking packing(const Conv2dForward& problem) {
+  Conv2dPacking result = {};
+  with_storage_type(problem.dtype, [&](auto s) {
+    const auto& algorithm = first_to_apply(forward_algorithms<decltype(s)>, problem);
+    if (algorithm.packing) result = algorithm.packing(problem);
+  });
+  return result;
+}
+
+void pack(const Conv2dForward& problem, void* to, const ThreadPool& pool) {
+  PackedHeader& header = *static_cast<PackedHeader*>(to);
+  header = {packed_origin(problem, static_cast<PackedForm>(packing(problem).form)), true};
+  with_storage_type(problem.dtype, [&](auto s) {
+    first_to_apply(forward_algorithms<decltype(s)>, problem).pack(problem, header, pool);
+  });
 }
 
 }  // namespace
 
 namespace CVFAST_ISA {
 extern const Conv2dKernels conv2d;
-const Conv2dKernels conv2d = {forward, input_grad, weight_grad};
+const Conv2dKernels conv2d = {forward, input_grad, weight_grad, packing, pack};
 }  // namespace CVFAST_ISA
 
 }  // namespace cvfast
