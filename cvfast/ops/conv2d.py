@@ -165,14 +165,14 @@ def unfold(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.unflatten(dim, (size, -1))
 
 
-# Without derivatives: the form of packed weights that a call of conv2d takes (0: none that pays); the weight in that form.
+# Without derivatives: the form of packed weights that a call of conv2d takes (0: none pays); a weight in that form.
 packed_form_kernel, pack_kernel = (
     define_kernel("cvfast", f"{name}(Tensor input, Tensor weight, {_OPTIONS}) -> {result}")
     for name, result in (("conv2d_packed_form", "int"), ("conv2d_pack", "Tensor"))
 )
 
-# conv2d with its epilogue, without derivatives: activation(conv2d(...) + residual), residual as the result. `packed`: the
-# weight as conv2d_pack gave it.
+# conv2d with its epilogue, without derivatives: activation(conv2d(...) + residual), residual as the result. `packed`:
+# the weight as conv2d_pack gave it.
 epilogue_kernel = define_kernel(
     "cvfast",
     "conv2d_epilogue(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "

@@ -46,7 +46,8 @@ constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
 template <class S>
 constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
     {"depthwise", depthwise_applies, weight_grad_depthwise<S>},
-    {"winograd", winograd_applies, weight_grad_by_winograd<S>},
+    {"winograd", winograd_applies, weight_grad_by_winograd<3, S>},
+    {"winograd on phases", winograd_on_phases_applies, weight_grad_by_winograd<2, S>},
     {"direct", direct_applies, weight_grad_direct<S>},
     {"implicit_gemm", always, weight_grad_by_gemm<S>},
 };
