@@ -269,7 +269,8 @@ def test_residual_blocks(activation, shortcut):
     first, second = "conv1 + bn1", "conv2 + bn2"
     if known or not shortcut:  # what an unknown activation gives might be changed before the sum
         second += " + add"
-    assert fused(model)[""] == [first + " + relu" * known, second + " + relu" * known]
+    third = ["downsample.0 + downsample.1"] * shortcut
+    assert fused(model)[""] == [first + " + relu" * known, second + " + relu" * known, *third]
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             assert error(model(PICTURE), expected) < NEAR
@@ -288,7 +289,7 @@ def test_sequential(convolution, affine, groups):
     model = lively(nn.Sequential(*layers, nn.MaxPool2d(2)))
     expected = exact(model, PICTURE)
     cvfast.accelerate(model, fuse=True)
-    assert fused(model) == {"": ["0 + 1 + 2"]}
+    assert fused(model) == {"": ["0 + 1 + 2 + 3"]}
     with torch.no_grad():
         assert error(model(PICTURE), expected) < NEAR
         assert error(model.to(memory_format=torch.channels_last)(PICTURE), expected) < NEAR
@@ -349,6 +350,10 @@ def replaced_layer(model):
     model.conv2 = nn.Conv2d(16, 16, 1)
 
 
+def other_options(model):
+    model.conv1.padding, model.conv1.dilation = (2, 2), (2, 2)
+
+
 def no_norm(model):
     model.bn1 = nn.Identity()
 
@@ -370,8 +375,8 @@ def cast(model):
 
 
 CHANGES = [
-    changed_weight, swapped_data, new_parameter, loaded, other_statistics, other_eps, hook, pre_hook, replaced_layer,
-    no_norm, a_shortcut, parametrized, norm_in_training, cast,
+    changed_weight, swapped_data, new_parameter, loaded, other_statistics, other_eps, other_options, hook, pre_hook,
+    replaced_layer, no_norm, a_shortcut, parametrized, norm_in_training, cast,
 ]  # fmt: skip
 
 
@@ -386,6 +391,51 @@ def test_changes_after_fusion_are_seen(change):
     output = model(PICTURE)
     assert error(output, expected) < NEAR
     assert error(before, expected) > 1e-3 or change is cast
+
+
+@torch.no_grad()
+def test_nested_modules_are_part_of_the_graph_while_nobody_watches_them():
+    """A sum across modules is fused; a hook, another forward or class of a module within it is seen."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()))
+            self.inner.append(nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)))
+
+        def forward(self, x):
+            return x + self.inner(x)
+
+    class Reversed(nn.Sequential):
+        def forward(self, x):
+            return -super().forward(x)
+
+    model = lively(nn.Sequential(Around(), Around()))
+    cvfast.accelerate(model, fuse=True)
+    first, second = "inner.0.0 + inner.0.1 + inner.0.2", "inner.1.0 + inner.1.1 + add"
+    chains = [
+        " + ".join(f"{i}.{p}" if p != "add" else p for p in c.split(" + ")) for i in "01" for c in (first, second)
+    ]
+    assert fused(model)[""] == chains and fused(model)["0"] == [first, second]
+    inner = model[0].inner[1]
+    before = model(PICTURE)
+    torch.testing.assert_close(before, exact(model, PICTURE).float(), rtol=1e-4, atol=1e-4)
+    seen = []
+    handle = inner.register_forward_hook(lambda m, args, output: seen.append(output) or output * 2)
+    for _ in range(2):
+        assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
+    assert len(seen) == 4 and error(model(PICTURE), before) > 1e-3
+    handle.remove()
+    with_global = torch.nn.modules.module.register_module_forward_hook(lambda m, args, output: seen.append(m))
+    seen.clear()
+    model(PICTURE)
+    with_global.remove()
+    assert inner in seen and model[1].inner[0] in seen
+    inner.__class__ = Reversed
+    assert error(model(PICTURE), before) > 1e-3
+    inner.__class__ = nn.Sequential
+    inner.forward = lambda x: x
+    assert error(model(PICTURE), before) > 1e-3
 
 
 def test_hooks_of_blocks_and_layers_see_what_they_saw():
@@ -488,6 +538,75 @@ def test_what_is_not_proved_is_not_fused(cls, expected_chains):
     if cls is not Random:
         with torch.no_grad():
             assert error(model(PICTURE.clone()), expected) < NEAR
+
+
+class Pools(nn.Module):
+    """Pooling of 2x2 pixels in all its spellings, each after a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(4))
+        self.bn, self.relu = nn.BatchNorm2d(16), nn.ReLU()
+        self.max, self.average = nn.MaxPool2d(2), nn.AvgPool2d((2, 2), stride=2)
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=3)
+        x = self.max(self.relu(self.bn(self.convs[0](x))))
+        x = F.max_pool2d(torch.tanh(self.convs[1](x)), (2, 2), stride=2)
+        x = F.avg_pool2d(self.convs[2](x) + x, 2)
+        return self.average(self.convs[3](x))
+
+
+class PoolsOtherwise(nn.Module):
+    """Pooling that no chain can have: other windows, ceil_mode, indices, two users."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.max = nn.Conv2d(16, 16, 1), nn.MaxPool2d(2, ceil_mode=True)
+        self.indices, self.average = nn.MaxPool2d(2, return_indices=True), nn.AvgPool2d(2, divisor_override=3)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.conv(x), 2, stride=1) + self.max(self.conv(F.pad(x, (5, 5, 5, 5))))
+        x = (
+            self.average(self.conv(x))
+            + F.max_pool2d(self.conv(x), 2, 2, 1)[..., :5, :5]
+            + self.indices(self.conv(x))[0]
+        )
+        y = self.conv(x)
+        return F.max_pool2d(y, 2), y
+
+
+@torch.no_grad()
+def test_pooling_is_fused():
+    model = lively(Pools())
+    expected = exact(model, PICTURE)
+    cvfast.accelerate(model, fuse=True)
+    chains_found = [
+        "convs.0 + bn + relu + max",
+        "convs.1 + (tanh) + (max)",
+        "convs.2 + add + (average)",
+        "convs.3 + average",
+    ]
+    assert fused(model) == {"": chains_found}
+    assert error(model(PICTURE), expected) < NEAR
+    assert [row.fused for row in cvfast.explain(model, PICTURE).rows] == [
+        "bn + relu + max", "tanh + max", "add + average", "average",
+    ]  # fmt: skip
+    seen = []
+    hook = model.max.register_forward_hook(lambda *_: seen.append(1))
+    assert error(model(PICTURE), expected) < NEAR and seen == [1]
+    hook.remove()
+    model.max.stride = 1  # no longer what a chain knows: the layers run one by one
+    assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
+
+
+@torch.no_grad()
+def test_other_pooling_is_not_fused():
+    model = PoolsOtherwise().eval()
+    expected = model(PICTURE)
+    cvfast.accelerate(model, fuse=True)
+    assert fused(model) == {}
+    torch.testing.assert_close(model(PICTURE), expected)
 
 
 class Asked(Shape):
@@ -746,6 +865,7 @@ def test_explain_tells_what_ran():
     ]
     first = explanation.rows[0]
     assert first.inputs == first.output == [[2, 16, 12, 12]] and first.type == "Conv2d"
+    assert [row.algorithm for row in explanation.rows] == ["Winograd", "implicit GEMM", "Winograd", "", ""]
     assert 0 < first.seconds < 1 and 0 < first.torch_seconds < 1
     assert "0.bn2 + add + 0.relu" in str(explanation) and "µs" in str(explanation)
     assert types(model) == before and chains.observer is None and "Watcher" not in repr(nn.Module.__call__)

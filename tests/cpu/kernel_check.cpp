@@ -416,8 +416,8 @@ bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
   if (input_grad) height = (height + 1) / 2, width = (width + 1) / 2;
   const int64_t taps = s.kernel_height * s.kernel_width, tiles = (height + 3) / 4 * ((width + 3) / 4);
   const auto fits = [](int64_t kernel, int64_t stride) { return stride == 2 && (kernel == 3 || kernel == 4); };
-  return product != Product::weight_grad && fits(s.kernel_height, s.stride_h) && fits(s.kernel_width, s.stride_w) &&
-         tiles >= (taps < 16 ? 16 : 4) &&
+  const bool many = product == Product::weight_grad ? s.batch * tiles >= 16 : tiles >= (taps < 16 ? 16 : 4);
+  return fits(s.kernel_height, s.stride_h) && fits(s.kernel_width, s.stride_w) && many &&
          3 * (s.kernel_height + 6) * (s.kernel_width + 6) * tiles <= 2 * taps * height * width;
 }
 

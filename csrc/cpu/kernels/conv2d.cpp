@@ -1,11 +1,13 @@
 // 2-D convolution for one instruction set: compiled once for each with -DCVFAST_ISA=<name>, -DCVFAST_VECTOR_BYTES=<16, 32
 // or 64> and that instruction set's flags. Exports cvfast::<CVFAST_ISA>::conv2d and nothing else.
+#include "../chosen_algorithm.h"
 #include "../kernel_table.h"
 #include "conv2d_depthwise.h"
 #include "conv2d_depthwise_weight_grad.h"
 #include "conv2d_direct.h"
 #include "conv2d_direct_weight_grad.h"
 #include "conv2d_implicit_gemm.h"
+#include "conv2d_pooling.h"
 #include "conv2d_winograd.h"
 #include "conv2d_winograd_weight_grad.h"
 
@@ -13,10 +15,14 @@ namespace cvfast {
 namespace {
 
 template <class Problem>
+bool never(const Problem&) { return false; }
+
+template <class Problem>
 struct Algorithm {
   const char* name;
   bool (*applies)(const Problem&);
   void (*run)(const Problem&, const ThreadPool&);
+  bool (*pools)(const Problem&) = never;  // whether it can pool its own results, in the forward pass
   // Of an algorithm that takes packed weights.
   Conv2dPacking (*packing)(const Problem&) = nullptr;
   void (*pack)(const Problem&, PackedHeader&, const ThreadPool&) = nullptr;
@@ -24,38 +30,45 @@ struct Algorithm {
 
 template <class Problem>
 bool always(const Problem&) { return true; }
+inline bool without_dilation(const Conv2dForward& p) { return p.shape.dilation_h * p.shape.dilation_w == 1; }
 
 // For each of the three products and each storage type S: the first algorithm that applies is taken; the last one
 // always does.
 template <class S>
 constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"winograd", winograd_applies, correlate_by_winograd<3, S>, winograd_packing<3, S>, winograd_pack<3, S>},
-    {"winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, winograd_packing<2, S>, winograd_pack<2, S>},
-    {"direct", direct_applies, correlate_direct<S>},
-    {"implicit_gemm", always, correlate_by_gemm<S>, gemm_packing<S>, gemm_pack<S>},
+    {"Winograd", winograd_applies, correlate_by_winograd<3, S>, without_dilation, winograd_packing<3, S>, winograd_pack<3, S>},
+    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, always, winograd_packing<2, S>,
+     winograd_pack<2, S>},
+    {"direct", direct_applies, correlate_direct<S>, always},
+    {"implicit GEMM", always, correlate_by_gemm<S>, never, gemm_packing<S>, gemm_pack<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"winograd", winograd_applies, correlate_by_winograd<3, S>},
-    {"winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>},
+    {"Winograd", winograd_applies, correlate_by_winograd<3, S>},
+    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>},
     {"direct", direct_applies, correlate_direct<S>},
-    {"implicit_gemm", always, correlate_by_gemm<S>},
+    {"implicit GEMM", always, correlate_by_gemm<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
     {"depthwise", depthwise_applies, weight_grad_depthwise<S>},
-    {"winograd", winograd_applies, weight_grad_by_winograd<3, S>},
-    {"winograd on phases", winograd_on_phases_applies, weight_grad_by_winograd<2, S>},
+    {"Winograd", winograd_applies, weight_grad_by_winograd<3, S>},
+    {"Winograd on phases", winograd_on_phases_applies, weight_grad_by_winograd<2, S>},
     {"direct", direct_applies, weight_grad_direct<S>},
-    {"implicit_gemm", always, weight_grad_by_gemm<S>},
+    {"implicit GEMM", always, weight_grad_by_gemm<S>},
 };
 
 template <class Problem>
-const Algorithm<Problem>& first_to_apply(const Algorithm<Problem>* algorithm, const Problem& problem) {
+const Algorithm<Problem>& first_of(const Algorithm<Problem>* algorithm, const Problem& problem) {
   while (!algorithm->applies(problem)) ++algorithm;
+  set_chosen_algorithm(algorithm->name);
   return *algorithm;
+}
+template <class Problem>
+void run_first(const Algorithm<Problem>* algorithms, const Problem& problem, const ThreadPool& pool) {
+  first_of(algorithms, problem).run(problem, pool);
 }
 
 // Calls run(S{}) for the storage type S of `dtype`.
@@ -70,21 +83,27 @@ void with_storage_type(DType dtype, Run&& run) {
 }
 
 void forward(const Conv2dForward& problem, const ThreadPool& pool) {
-  with_storage_type(problem.dtype, [&](auto s) { first_to_apply(forward_algorithms<decltype(s)>, problem).run(problem, pool); });
+  with_storage_type(problem.dtype, [&]<class S>(S) {
+    const Algorithm<Conv2dForward>& algorithm = first_of(forward_algorithms<S>, problem);
+    if (problem.epilogue.pooling == Pooling::none || algorithm.pools(problem))
+      algorithm.run(problem, pool);
+    else
+      forward_then_pool<S>(problem, algorithm.run, pool);
+  });
 }
 
 void input_grad(const Conv2dInputGrad& problem, const ThreadPool& pool) {
-  with_storage_type(problem.dtype, [&](auto s) { first_to_apply(input_grad_algorithms<decltype(s)>, problem).run(problem, pool); });
+  with_storage_type(problem.dtype, [&](auto s) { run_first(input_grad_algorithms<decltype(s)>, problem, pool); });
 }
 
 void weight_grad(const Conv2dWeightGrad& problem, const ThreadPool& pool) {
-  with_storage_type(problem.dtype, [&](auto s) { first_to_apply(weight_grad_algorithms<decltype(s)>, problem).run(problem, pool); });
+  with_storage_type(problem.dtype, [&](auto s) { run_first(weight_grad_algorithms<decltype(s)>, problem, pool); });
 }
 
 Conv2dPacking packing(const Conv2dForward& problem) {
   Conv2dPacking result = {};
   with_storage_type(problem.dtype, [&](auto s) {
-    const auto& algorithm = first_to_apply(forward_algorithms<decltype(s)>, problem);
+    const auto& algorithm = first_of(forward_algorithms<decltype(s)>, problem);
     if (algorithm.packing) result = algorithm.packing(problem);
   });
   return result;
@@ -94,7 +113,7 @@ void pack(const Conv2dForward& problem, void* to, const ThreadPool& pool) {
   PackedHeader& header = *static_cast<PackedHeader*>(to);
   header = {packed_origin(problem, static_cast<PackedForm>(packing(problem).form)), true};
   with_storage_type(problem.dtype, [&](auto s) {
-    first_to_apply(forward_algorithms<decltype(s)>, problem).pack(problem, header, pool);
+    first_of(forward_algorithms<decltype(s)>, problem).pack(problem, header, pool);
   });
 }
 

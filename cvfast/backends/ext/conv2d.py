@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from cvfast import _library
 from cvfast._packed import packed
@@ -45,12 +49,15 @@ def run_with_epilogue(
     residual: Tensor | None,
     activation: str,
     negative_slope: float,
+    pooling: str,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *options,
 ) -> Tensor | None:
     """activation(conv2d(...) + residual) in one pass; None where derivatives or tracers have to see the parts.
+
+    `pooling` must be "none" where a residual is given.
 
     bfloat16 and float16 would be rounded twice, so those are left to separate calls, too.
     """
@@ -66,7 +73,38 @@ def run_with_epilogue(
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
     kept = _packed_weight(input, weight, options)
-    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, *options, kept)
+    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
+
+
+def prepare(
+    activation: str, negative_slope: float, pooling: str, weight: Tensor, bias: Tensor | None, *options
+) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
+    """`run_with_epilogue` for one weight and many inputs, its checks made once; None where it may not be taken.
+
+    The call (input, residual) returns None for what has to go through the checks of every call.
+    """
+    tensors = [t for t in (weight, bias) if t is not None]
+    if (
+        activation not in IN_KERNEL
+        or weight.dtype not in (torch.float32, torch.float64)
+        or not all(type(t) in (Tensor, Parameter) and t.is_cpu and t.dtype is weight.dtype for t in tensors)
+        or why_not(weight, weight, bias, *options)
+    ):
+        return None
+    kernel, dtype = epilogue_kernel, weight.dtype
+
+    def prepared(input: Tensor, residual: Tensor | None) -> Tensor | None:
+        if type(input) is not Tensor or input.dtype is not dtype or torch.is_grad_enabled() or watched(input):
+            return None
+        if forward_ad._current_level >= 0 or not (residual is None or type(residual) is Tensor):
+            return None
+        try:
+            kept = _packed_weight(input, weight, options)
+            return kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
+        except RuntimeError:  # what does not fit: other calls convert it, or find better words
+            return None
+
+    return prepared
 
 
 _LEAST_TO_PACK = 4096  # weights: fewer are packed as fast as the kept ones are looked up
@@ -90,5 +128,5 @@ def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
     if weight.numel() >= _LEAST_TO_PACK and input.is_cpu and not watched(input) and not derives(args):
         kept = _packed_weight(input, weight, options)
         if kept is not None:
-            return epilogue_kernel(*args, None, "none", 0.0, *options, kept)
+            return epilogue_kernel(*args, None, "none", 0.0, "none", *options, kept)
     return call(torch.ops.cvfast.conv2d.default, *args, *options)
