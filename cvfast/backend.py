@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from cvfast import _choices, _env, _library
+from cvfast import _choices, _env, _library, _packed
 from cvfast.backends.ext import additive_attention as ext_additive_attention
 from cvfast.backends.ext import attention as ext_attention
 from cvfast.backends.ext import conv2d as ext_conv2d
@@ -96,6 +96,7 @@ def set_precision(name: str) -> None:
         raise ValueError(f"unknown precision {name!r}; allowed: {', '.join(PRECISIONS)}")
     if _library.C is not None:
         _library.C.set_strict_precision(name == "strict")
+        _packed.free()  # other algorithms take other forms
 
 
 def checked_name(name: str) -> str:

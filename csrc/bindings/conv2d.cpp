@@ -11,6 +11,7 @@
 #include "../cpu/poison.h"
 #include "../cpu/result_memory.h"
 #include "conv2d_common.h"
+#include "cpu_tensors.h"
 #include "thread_pool.h"
 
 namespace {
@@ -73,7 +74,7 @@ Pooling pooling_of(std::string_view name) {
 Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                              const std::optional<Tensor>& residual, const std::string& activation, double negative_slope,
                              const std::string& pooling, const Ints& stride, const Ints& padding, const Ints& dilation,
-                             int64_t groups) {
+                             int64_t groups, const std::optional<Tensor>& packed) {
   check_operands(input, weight);
   Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
   Epilogue epilogue = {activation_of(activation), negative_slope, nullptr, pooling_of(pooling)};
@@ -95,9 +96,35 @@ Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const st
   }
   prepare(output);
   kernels().conv2d_forward({shape, dtype_of(input), tensor4(input), tensor4(weight),
-                            bias_data(bias, input, shape.out_channels, keep), tensor4(output), epilogue},
+                            bias_data(bias, input, shape.out_channels, keep), tensor4(output), epilogue,
+                            packed.has_value() ? packed->const_data_ptr() : nullptr},
                            thread_pool());
   return output;
+}
+
+// A call of which only the options, the weight and the result's format count.
+Conv2dForward call_to_pack_for(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                               const Ints& dilation, int64_t groups) {
+  check_operands(input, weight);
+  const Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
+  Tensor output = empty_result(output_sizes(shape), input, weight);
+  return {shape, dtype_of(input), tensor4(input), tensor4(weight), nullptr, tensor4(output)};
+}
+
+// Which form of packed weights the call takes; 0: none that pays.
+int64_t packed_form(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
+                    int64_t groups) {
+  return kernels().conv2d_packing(call_to_pack_for(input, weight, stride, padding, dilation, groups)).form;
+}
+
+// The weight in that form; opaque.
+Tensor pack(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
+            int64_t groups) {
+  const Conv2dForward call = call_to_pack_for(input, weight, stride, padding, dilation, groups);
+  const int64_t bytes = kernels().conv2d_packing(call).bytes;
+  const Tensor packed = empty_contiguous({bytes}, aoti_torch_dtype_uint8());
+  if (bytes > 0) kernels().conv2d_pack(call, packed.mutable_data_ptr(), thread_pool());
+  return packed;
 }
 
 }  // namespace
@@ -106,4 +133,6 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement_conv2d<Operators>(m); }
 STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   implement_conv2d<Operators>(m);
   m.impl("conv2d_epilogue", TORCH_BOX(&forward_with_epilogue));
+  m.impl("conv2d_packed_form", TORCH_BOX(&packed_form));
+  m.impl("conv2d_pack", TORCH_BOX(&pack));
 }

@@ -316,9 +316,18 @@ def _may_keep(sources: tuple[Tensor | None, ...]) -> bool:
     return not any([t is not None and t.is_inference() for t in sources])  # those have no version
 
 
-def forget(conv: Module) -> None:
-    """Drops the folded weights that are kept for `conv`."""
-    _kept.pop(conv, None)
+def forget(conv: Module | None = None) -> None:
+    """Drops the folded weights that are kept for `conv`; None: for all."""
+    if conv is None:
+        _kept.clear()
+    else:
+        _kept.pop(conv, None)
+
+
+def folded(conv: Module) -> list[Tensor]:
+    """The folded weight and bias that are kept for `conv`, if any are."""
+    kept = _kept.get(conv)
+    return [] if kept is None else [kept.weight, kept.bias]
 
 
 class _Ready:

@@ -43,6 +43,13 @@ struct Conv2dForward {
   const void* bias;
   Tensor4 output;
   Epilogue epilogue = {};
+  const void* packed = nullptr;  // what the kernels packed of these weights, or of others: then it is ignored
+};
+
+// The form in which a forward convolution reads its weights if somebody keeps them: a number that is the same for all calls
+// that can share them (0: none pays), and the bytes of it.
+struct Conv2dPacking {
+  int64_t form, bytes;
 };
 
 // grad_input [N, C, H, W] from grad_output [N, K, P, Q] and weight; with + bias [C] (contiguous, or nullptr) it is the
