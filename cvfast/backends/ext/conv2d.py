@@ -39,9 +39,6 @@ def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> 
     return []
 
 
-IN_KERNEL = ("none", "relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh")  # activations
-
-
 def run_with_epilogue(
     residual: Tensor | None,
     activation: str,
@@ -55,21 +52,23 @@ def run_with_epilogue(
     """activation(conv2d(...) + residual) in one pass; None where derivatives or tracers have to see the parts.
 
     `pooling` must be "none" where a residual is given.
-
-    bfloat16 and float16 would be rounded twice, so those are left to separate calls, too.
     """
-    tensors = [t for t in (input, weight, bias, residual) if t is not None]
-    if (
-        activation not in IN_KERNEL
-        or not all(t.is_cpu and t.dtype is input.dtype for t in tensors)
-        or input.dtype not in (torch.float32, torch.float64)
-        or watched(input)
-        or derives(tensors)
-    ):
+    if not runs_with_epilogue(input, weight, bias, residual):
         return None
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
     return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options)
+
+
+def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:
+    """Whether a kernel's epilogue may be used: on the CPU, in one dtype, and nobody has to see the parts."""
+    tensors = [input, *(t for t in operands if t is not None)]
+    return (
+        all([t.is_cpu and t.dtype is input.dtype for t in tensors])
+        and input.dtype in CPU_DTYPES
+        and not watched(input)
+        and not derives(tensors)
+    )
 
 
 run = partial(call, torch.ops.cvfast.conv2d.default)  # shapes and meaning as in cvfast.functional.conv2d
