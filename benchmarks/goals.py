@@ -15,6 +15,7 @@ class Goal:
     geomean, each: at least this ratio of the rivals' best time to cvfast's best.
     peak_share: at least this share of the peak in each case.
     error: at most this relative L2 error of cvfast in each case.
+    less_error_than: a provider whose relative L2 error is no smaller in any case.
     """
 
     text: str
@@ -25,11 +26,15 @@ class Goal:
     each: float | None = None
     peak_share: float | None = None
     error: float | None = None
+    less_error_than: str | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the figures of one group say. holds is None where there are none, or not all, to judge by."""
+    """What the figures of one group say. holds is None where there are none, or not all, to judge by.
+
+    A rival that competes and cannot do the case has a row that says so; one without a row was not asked.
+    """
 
     goal: Goal
     group: str
@@ -49,16 +54,29 @@ def _judge(goal: Goal, group: str, rows: list[Row]) -> Verdict:
         _check("least", goal.each, [ratio(case, goal.rivals) for case in cases], min),
         _check("least share of peak", goal.peak_share, _of_cvfast(cases, "peak_share"), min),
         _check("largest error", goal.error, _of_cvfast(cases, "relative_error"), max, at_most=True),
-    ]
+        _check(
+            f"error over {goal.less_error_than}'s", None if goal.less_error_than is None else 1.0,
+            [_error_ratio(case, goal.less_error_than) for case in cases], max, at_most=True,
+        ),
+    ]  # fmt: skip
     asked = [check for check in checks if check is not None]
     states = [holds for holds, _ in asked]
     holds = False if False in states else None if None in states else True
-    return Verdict(goal, group, holds, "; ".join(text for _, text in asked))
+    seen = "; ".join(text for _, text in asked)
+    present = {row.provider for case in cases for row in case}
+    if holds and (absent := [rival for rival in goal.rivals if rival not in present]):
+        return Verdict(goal, group, None, f"{seen}; {', '.join(absent)} did not compete")
+    return Verdict(goal, group, holds, seen)
 
 
 def _of_cvfast(cases: list[list[Row]], figure: str) -> list[float | None]:
     rows = [best(case, CVFAST) for case in cases]
     return [None if row is None else getattr(row, figure) for row in rows]
+
+
+def _error_ratio(case: list[Row], rival: str | None) -> float | None:
+    own, other = best(case, CVFAST), best(case, (rival,))
+    return None if own is None or other is None else own.relative_error / other.relative_error
 
 
 def _check(

@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.subject import Work
-from cvfast.testing import Sample
+from benchmarks.subject import Unable, Work
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 NOT_INSTALLED = "not installed: pip install cvfast[peers]"
 
 
@@ -30,10 +28,6 @@ class Prepared:
 
     run: Callable[[], object]
     output: Callable[[], Tensor]
-
-
-class Unable(Exception):
-    """Why a provider does not measure a case."""
 
 
 class Provider(ABC):
@@ -55,23 +49,8 @@ class Provider(ABC):
         """Everything that is done once. Unable, or the engine's own error, if the case can't be done."""
 
 
-def inference(function: Callable, sample: Sample) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return sample.call(function)
-
-    return run
-
-
-def training(function: Callable, sample: Sample) -> Callable[[], object]:
-    """Forward, and the gradients to every operand from a gradient of ones."""
-    sample = sample.requiring_grad()
-    cotangent = torch.ones_like(sample.call(function))
-    return lambda: torch.autograd.grad(sample.call(function), sample.tensors(), cotangent)
-
-
 class Eager(Provider):
-    """torch's or cvfast's own function in one memory format."""
+    """torch's or cvfast's own operators in one memory format."""
 
     trains = True
     devices = ("cpu", "cuda")
@@ -81,12 +60,8 @@ class Eager(Provider):
 
     def prepare(self, work: Work) -> Prepared:
         if self.memory_format not in work.subject.formats:
-            raise Unable(f"{work.subject.spec.name} knows no {self.memory_format}")
-        spec = work.subject.spec
-        function = spec.native if self.who == "torch" else lambda **k: spec.function(**k, backend="ext")
-        sample = work.case.sample(torch.float32, FORMATS[self.memory_format], work.device)
-        forward = inference(function, sample)
-        return Prepared(forward if work.direction == "forward" else training(function, sample), forward)
+            raise Unable(f"{work.subject.name} knows no {self.memory_format}")
+        return Prepared(*work.calls(self.who, self.memory_format))
 
 
 class Compiled(Provider):
@@ -101,16 +76,11 @@ class Compiled(Provider):
 
         torch._dynamo.reset()
         if work.direction == "training":
-            function = torch.compile(work.subject.spec.native)
-            run = training(function, work.sample)
-            run()
-            return Prepared(run, inference(function, work.sample))
+            prepared = Prepared(*work.calls("torch", "contiguous", compile=True))
+            prepared.run()  # compiles
+            return prepared
         model = torch.compile(work.model)
-
-        def run() -> Tensor:
-            with torch.no_grad():
-                return model(*work.data)
-
+        run = lambda: work.infer(model)  # noqa: E731
         with inductor.patch(freezing=True):
             run()  # compiles
         return Prepared(run, run)
@@ -214,7 +184,8 @@ class Ncnn(Peer):
         for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
             setattr(net.opt, option, False)
         for load, path in zip((net.load_param, net.load_model), self._convert(work), strict=True):
-            load(str(path))
+            if load(str(path)) != 0:
+                raise Unable("knows not all of its layers")
         samples = [[ncnn.Mat(array).clone() for array in arrays] for arrays in zip(*(t.numpy() for t in work.data))]  # noqa: B905
 
         def run() -> list:
@@ -238,7 +209,7 @@ class Ncnn(Peer):
             if pnnx is None:
                 raise Unable(NOT_INSTALLED)
             others = [f"{name}={work.file('.pnnx.' + name)}" for name in ("pnnxparam", "pnnxbin", "pnnxpy", "pnnxonnx")]
-            command = [pnnx, work.onnx(single=True), "fp16=0", "optlevel=0", f"ncnnparam={files[0]}",
+            command = [pnnx, work.onnx(single=True), "fp16=0", "optlevel=2", f"ncnnparam={files[0]}",
                        f"ncnnbin={files[1]}", f"ncnnpy={work.file('.ncnn.py')}", *others]  # fmt: skip
             subprocess.run(command, check=True, capture_output=True)
         return files

@@ -42,6 +42,8 @@ def group_tables(rows: Iterable[Row]) -> list[Table]:
             *map(_number, pair), _number(share),
         )  # fmt: skip
     for key, table in tables.items():
+        if len(ratios[key]) == 1:
+            continue
         table.add_section()
         columns = [[value for value in column if value is not None] for column in zip(*ratios[key], strict=True)]
         for name, reduce in (("geometric mean", geomean), ("worst", min)):

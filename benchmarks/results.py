@@ -44,6 +44,13 @@ _PARSERS = {"threads": int, "repeats": int} | dict.fromkeys(
 )
 
 
+def update(rows: list[Row], path: Path) -> None:
+    """Keeps the rows in the file, beside those of cases that were not measured this time."""
+    measured = {row.key for row in rows}
+    before = read(path) if path.exists() else []
+    write([*(row for row in before if row.key not in measured), *rows], path)
+
+
 def write(rows: Iterable[Row], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:

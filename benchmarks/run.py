@@ -2,7 +2,7 @@
 
 Providers take turns within one process, so that the machine's drifting speed meets all of them; the minimum and the
 median of the repeats are kept. No time is given for a result that is wrong: each provider's result is first compared
-with the float64 reference. Figures go to benchmarks/results/<operator>.csv.
+with the float64 reference. Figures go to benchmarks/results/<subject>.csv.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from rich.progress import track
 
 import cvfast
 from benchmarks import memory, overhead, report, results
-from benchmarks.providers import PROVIDERS, Prepared, Provider, Unable
+from benchmarks.providers import PROVIDERS, Prepared, Provider
 from benchmarks.results import Row
-from benchmarks.subject import Subject, Work
+from benchmarks.subject import Subject, Unable, Work, load
 from benchmarks.timing import QUICK, Effort, take_turns
 from cvfast import _library, _peak
-from cvfast.testing import SPECS, assert_as_accurate, relative_error
+from cvfast.testing import SPECS, relative_error
 
 DIRECTIONS = ("forward", "training")
 INACCURATE = "less accurate than torch"  # fails the run, once all figures are kept
 WRONG = 1e-2  # a relative error from here on is no rounding error
+SUBJECTS = [*SPECS, "model"]  # operators, and whole models
 OTHERS = {"memory": memory.main, "overhead": overhead.main}
 
 
@@ -37,19 +38,19 @@ def prepare(provider: Provider, work: Work) -> tuple[Prepared | None, float | No
     try:
         provider.check(work)
         prepared = provider.prepare(work)
-        result = work.ends(prepared.output())
+        result = work.judged(prepared.output())
     except Unable as reason:
         return None, None, str(reason)
     except Exception as error:
         if provider.name in results.CVFAST + results.TORCH:
             raise
         return None, None, f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+    if result.shape != work.exact.shape:
+        return None, None, f"wrong result: shape {list(result.shape)}, expected {list(work.exact.shape)}"
     error = relative_error(result, work.exact)
     if provider.name in results.CVFAST:
-        sample = work.ends_of_sample()
-        native, bound = sample.call(work.subject.spec.native), work.subject.spec.bound(sample, "ext", "output")
         try:
-            assert_as_accurate(result, native, work.exact, f"{provider.name} on {work.case}", bound=bound)
+            work.check(result, provider.name)
         except AssertionError as inaccurate:
             return None, error, f"{INACCURATE}: {inaccurate}"
     if not error < WRONG:
@@ -70,7 +71,7 @@ def measure(work: Work, group: str, effort: Effort, providers: tuple[Provider, .
     peak = max(turns.between, default=None)
     rows = []
     for name, (_, error, note) in outcomes.items():
-        row = Row(work.subject.spec.name, group, work.case.name, work.direction, work.threads, name, note=note)
+        row = Row(work.subject.name, group, work.case.name, work.direction, work.threads, name, note=note)
         if name in turns.seconds:
             seconds = turns.seconds[name]
             gflops = work.flops / min(seconds) / 1e9
@@ -89,10 +90,10 @@ def measure_subject(
 ) -> list[Row]:  # fmt: skip
     """The figures of all cases, with a bar that shows how far it is."""
     torch.set_num_threads(threads)
-    wanted = [(g, c, d) for g in groups for d in directions for c in subject.groups[g]]
+    wanted = [(g, c, d) for g in groups for d in directions for c in subject.cases(d).get(g, ())]
     rows: list[Row] = []
-    for group, case, direction in track(wanted, f"{subject.spec.name}, {threads} thread(s)", console=console):
-        rows += measure(Work(subject, case, direction, threads, device), group, effort, providers)
+    for group, case, direction in track(wanted, f"{subject.name}, {threads} thread(s)", console=console):
+        rows += measure(subject.work(case, direction, threads, device), group, effort, providers)
     return rows
 
 
@@ -113,7 +114,7 @@ def thread_counts(text: str) -> list[int]:
 
 def main(
     subjects: Annotated[list[str] | None, typer.Argument(
-        help=f"of {', '.join([*SPECS, *OTHERS])}; all operators if none is named")] = None,
+        help=f"of {', '.join([*SUBJECTS, *OTHERS])}; all operators if none is named")] = None,
     group: Annotated[list[str] | None, typer.Option(help="only these groups of cases")] = None,
     direction: Annotated[list[str] | None, typer.Option(help="forward, training; both if none is named")] = None,
     provider: Annotated[list[str] | None, typer.Option(help="only these providers; all if none is named")] = None,
@@ -125,18 +126,19 @@ def main(
     peak: Annotated[bool, typer.Option("--peak", help="only what one core does at most")] = False,
 ) -> None:  # fmt: skip
     """Times cvfast against torch and other engines on every case, in turns, and keeps the figures as CSV."""
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     if peak:
         console.print(_peak.table(_peak.measure()))
         return
-    names = chosen("subject", subjects, [*SPECS, *OTHERS]) if subjects else list(SPECS)
+    names = chosen("subject", subjects, [*SUBJECTS, *OTHERS]) if subjects else list(SPECS)
     directions = chosen("direction", direction, list(DIRECTIONS))
     providers = tuple(p for p in PROVIDERS if p.name in chosen("provider", provider, [p.name for p in PROVIDERS]))
     effort = Effort(0, repeats, repeats) if repeats else QUICK if quick else Effort()
     counts = thread_counts(threads)
     console.print(f"cvfast {cvfast.__version__}, torch {torch.__version__}, {_library.C.active_isa()}")
-    operators = {name: Subject.load(name) for name in names if name in SPECS}
-    wanted_groups = chosen("group", group, list(dict.fromkeys(g for s in operators.values() for g in s.groups)))
+    loaded = {name: load(name) for name in names if name in SUBJECTS}
+    known = dict.fromkeys(g for s in loaded.values() for d in directions for g in s.cases(d))
+    wanted_groups = chosen("group", group, list(known))
     if device == "cuda":  # torch's default rounds operands of convolutions to 10 bits
         torch.backends.cudnn.allow_tf32 = False
     inaccurate = False
@@ -144,13 +146,13 @@ def main(
         if name in OTHERS:
             OTHERS[name](console, quick)
             continue
-        subject, rows = operators[name], []
-        groups = [g for g in wanted_groups if g in subject.groups]
+        subject, rows = loaded[name], []
+        groups = [g for g in wanted_groups if any(g in subject.cases(d) for d in directions)]
         if not groups:
             continue
         for count in counts:
             of_count = measure_subject(subject, groups, directions, count, effort, providers, device, console)
-            results.write(of_count, results.FOLDER / f"{name}{'' if count == 1 else f'-{count}-threads'}.csv")
+            results.update(of_count, results.FOLDER / f"{name}{'' if count == 1 else f'-{count}-threads'}.csv")
             for table in (*report.group_tables(of_count), report.goals_table(subject.goals, of_count)):
                 console.print(table)
             rows += of_count

@@ -1,46 +1,158 @@
-"""What is measured: an operator with its cases file, and one case of it as the providers need it."""
+"""What is measured: a subject with its cases file, and one case of it as the providers need it."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.goals import Goal
-from cvfast.testing import SPECS, Case, OpSpec, Sample
+from cvfast.backend import use_backend
+from cvfast.testing import SPECS, Case, OpSpec, Sample, assert_as_accurate
 
 MODELS = Path(__file__).parent.parent / "build" / "benchmarks"  # what was converted for other engines, kept
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Calls = tuple[Callable[[], object], Callable[[], Tensor]]  # what to time; the result by which it is judged
+
+
+class Unable(Exception):
+    """Why a provider does not measure a case."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """An operator and what its cases file says: the names in capitals there, all but GROUPS optional."""
+class Subject(ABC):
+    """What its cases file says: the names in capitals there, all but GROUPS optional."""
 
-    spec: OpSpec
-    groups: dict[str, list[Case]]
+    name: str
+    groups: dict[str, list[Any]]
+    training_groups: dict[str, list[Any]] | None = None  # where training has cases of its own
     goals: tuple[Goal, ...] = ()
     data: tuple[str, ...] = ("input",)  # operands that are given at each call; the others are constants of a model
     formats: tuple[str, ...] = ("contiguous",)  # memory formats in which torch and cvfast compete
     batch_first: bool = False  # samples are independent along the first dimension of data and result
 
-    @classmethod
-    def load(cls, name: str) -> Subject:
-        module = importlib.import_module(f"benchmarks.cases.{name}")
-        optional = ("goals", "data", "formats", "batch_first")
-        given = {key: getattr(module, key.upper()) for key in optional if hasattr(module, key.upper())}
-        return cls(SPECS[name], module.GROUPS, **given)
+    def cases(self, direction: str) -> dict[str, list[Any]]:
+        """The cases by group."""
+        return self.groups if direction == "forward" or self.training_groups is None else self.training_groups
+
+    @abstractmethod
+    def work(self, case: Any, direction: str, threads: int, device: str = "cpu") -> Work:
+        """One case in one direction."""
+
+
+def load(name: str) -> Subject:
+    """The subject of this name: an operator's, or of the kind that its cases file calls SUBJECT."""
+    module = importlib.import_module(f"benchmarks.cases.{name}")
+    optional = ("training_groups", "goals", "data", "formats", "batch_first")
+    given = {key: getattr(module, key.upper()) for key in optional if hasattr(module, key.upper())}
+    return getattr(module, "SUBJECT", Operator)(name, module.GROUPS, **given)
+
+
+@dataclass(frozen=True)
+class Work(ABC):
+    """One case in one direction."""
+
+    subject: Subject
+    case: Any
+    direction: str
+    threads: int
+    device: str = "cpu"
+
+    @property
+    @abstractmethod
+    def data(self) -> list[Tensor]:
+        """What is given at each call."""
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The case as a network on torch's operators, in eval mode, which holds everything but the data."""
+
+    @property
+    @abstractmethod
+    def exact(self) -> Tensor:
+        """The float64 reference of the judged result."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> int:
+        """Operations of the definition."""
+
+    @abstractmethod
+    def calls(self, who: str, memory_format: str, compile: bool = False) -> Calls:
+        """The work as `who`, torch or cvfast, does it in one memory format; compile: by torch.compile, in training."""
+
+    @abstractmethod
+    def check(self, result: Tensor, who: str) -> None:
+        """Raises AssertionError if cvfast's judged result is less accurate than it must be."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> object:
+        """What a converted model hangs on, beside the case's name."""
+
+    @property
+    def batch(self) -> int:
+        return self.data[0].shape[0]
+
+    def judged(self, result: Tensor) -> Tensor:
+        """First and last sample of a batch; all of it where samples aren't independent."""
+        return result[:: max(1, self.batch - 1)] if self.subject.batch_first else result
+
+    def infer(self, model: nn.Module) -> Tensor:
+        """The result of a model on torch's operators."""
+        with torch.no_grad(), use_backend("native"):
+            return model(*self.data)
+
+    def file(self, suffix: str) -> Path:
+        """A file for this case's converted model; its name changes with the case and with torch, which exports it."""
+        text = repr((self.case.name, self.identity, torch.__version__))
+        folder = MODELS / self.subject.name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{self.case.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{suffix}"
+
+    def onnx(self, single: bool = False) -> Path:
+        """The case as an ONNX file, made once; single: for one sample of the batch."""
+        path = self.file("-single.onnx" if single else ".onnx")
+        if not path.exists():
+            data = tuple(tensor[:1] for tensor in self.data) if single else tuple(self.data)
+            part = path.with_suffix(".part")  # what is interrupted is not taken for a file
+            names = {"input_names": list(self.subject.data), "output_names": ["output"]}
+            fast = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)  # one operator that no other engine knows
+            with warnings.catch_warnings(), use_backend("native"):  # this exporter is quick, and said to go one day
+                warnings.simplefilter("ignore")
+                torch.onnx.export(self.model, data, part, dynamo=False, **names)
+            torch.backends.mha.set_fastpath_enabled(fast)
+            part.replace(path)
+        return path
+
+
+class Operator(Subject):
+    """An operator, whose OpSpec is called as it is."""
+
+    @property
+    def spec(self) -> OpSpec:
+        return SPECS[self.name]
+
+    def work(self, case: Case, direction: str, threads: int, device: str = "cpu") -> OperatorWork:
+        return OperatorWork(self, case, direction, threads, device)
 
 
 class ConstantModel(nn.Module):
     """The operator as a network of one layer: data comes in, everything else is kept as constants."""
 
-    def __init__(self, subject: Subject, sample: Sample) -> None:
+    def __init__(self, subject: Operator, sample: Sample) -> None:
         super().__init__()
         self.function, self.options, self.data = subject.spec.native, sample.options, subject.data
         self.absent = [name for name, tensor in sample.operands.items() if tensor is None]
@@ -53,23 +165,27 @@ class ConstantModel(nn.Module):
         return self.function(**operands, **dict.fromkeys(self.absent), **self.options)
 
 
-@dataclass(frozen=True)
-class Work:
-    """One case in one direction."""
+def inference(function: Callable, sample: Sample) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return sample.call(function)
 
-    subject: Subject
-    case: Case
-    direction: str
-    threads: int
-    device: str = "cpu"
+    return run
+
+
+def training(function: Callable, sample: Sample) -> Callable[[], object]:
+    """Forward, and the gradients to every operand from a gradient of ones."""
+    sample = sample.requiring_grad()
+    cotangent = torch.ones_like(sample.call(function))
+    return lambda: torch.autograd.grad(sample.call(function), sample.tensors(), cotangent)
+
+
+class OperatorWork(Work):
+    """An operator's case."""
 
     @cached_property
     def sample(self) -> Sample:
         return self.case.sample(torch.float32, device=self.device)
-
-    @property
-    def batch(self) -> int:
-        return self.sample.operands[self.subject.data[0]].shape[0]
 
     @cached_property
     def data(self) -> list[Tensor]:
@@ -79,39 +195,33 @@ class Work:
     def model(self) -> ConstantModel:
         return ConstantModel(self.subject, self.sample).eval()
 
-    def ends(self, tensor: Tensor) -> Tensor:
-        """First and last sample of a batch, by which results are judged; all of it where samples aren't independent."""
-        return tensor[:: max(1, self.batch - 1)] if self.subject.batch_first else tensor
+    def calls(self, who: str, memory_format: str, compile: bool = False) -> Calls:
+        spec = self.subject.spec
+        function = spec.native if who == "torch" else lambda **k: spec.function(**k, backend="ext")
+        function = torch.compile(function) if compile else function
+        sample = self.case.sample(torch.float32, FORMATS[memory_format], self.device)
+        forward = inference(function, sample)
+        return (forward if self.direction == "forward" else training(function, sample)), forward
 
-    def ends_of_sample(self) -> Sample:
-        operands = {n: self.ends(t) if n in self.subject.data else t for n, t in self.sample.operands.items()}
+    @cached_property
+    def judged_sample(self) -> Sample:
+        operands = {n: self.judged(t) if n in self.subject.data else t for n, t in self.sample.operands.items()}
         return replace(self.sample, operands=operands)
 
     @cached_property
     def exact(self) -> Tensor:
-        """The float64 reference of the judged samples."""
-        return self.ends_of_sample().to(torch.float64).call(self.subject.spec.reference)
+        return self.judged_sample.to(torch.float64).call(self.subject.spec.reference)
+
+    def check(self, result: Tensor, who: str) -> None:
+        """Held to the tolerance of the operator's tests."""
+        sample, spec = self.judged_sample, self.subject.spec
+        bound = spec.bound(sample, "ext", "output")
+        assert_as_accurate(result, sample.call(spec.native), self.exact, f"{who} on {self.case}", bound=bound)
 
     @cached_property
     def flops(self) -> int:
         return self.subject.spec.flops(self.sample) * (3 if self.direction == "training" else 1)
 
-    def file(self, suffix: str) -> Path:
-        """A file for this case's converted model; its name changes with the case and with torch, which exports it."""
-        text = repr((self.case.name, self.case.shapes, self.case.options, torch.__version__))
-        folder = MODELS / self.subject.spec.name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{self.case.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{suffix}"
-
-    def onnx(self, single: bool = False) -> Path:
-        """The case as an ONNX file, made once; single: for one sample of the batch."""
-        path = self.file("-single.onnx" if single else ".onnx")
-        if not path.exists():
-            data = tuple(tensor[:1] for tensor in self.data) if single else tuple(self.data)
-            part = path.with_suffix(".part")  # what is interrupted is not taken for a file
-            names = {"input_names": list(self.subject.data), "output_names": ["output"]}
-            with warnings.catch_warnings():  # this exporter is quick, and said to go one day
-                warnings.simplefilter("ignore")
-                torch.onnx.export(self.model, data, part, dynamo=False, **names)
-            part.replace(path)
-        return path
+    @property
+    def identity(self) -> object:
+        return self.case.shapes, self.case.options

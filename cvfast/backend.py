@@ -122,11 +122,19 @@ def select(operator: str, requested: str | None, *args) -> ModuleType:
     return module
 
 
+def is_certain(name: str) -> bool:
+    """Whether each call that the backend `name`, the first one of its operator, can run goes to it, unwatched."""
+    return _current in ("auto", name) and not _choices.torchs and select is _select
+
+
 def _why_not(name: str, module: ModuleType, args: tuple) -> list[str]:
     """`module.why_not` and what no kernel can do."""
     if name != "native" and forward_ad._current_level >= 0:
         return ["forward-mode derivatives are torch's"]
     return module.why_not(*args)
+
+
+_select = select
 
 
 def autocasts(device: str) -> bool:
@@ -145,6 +153,15 @@ def report(operator: str, *args) -> dict[str, list[str]]:
         measured = f"measured: {choice.seconds * 1e6:.0f} µs, torch {choice.torch_seconds * 1e6:.0f} µs"
         reasons = {name: found + [measured] * (name != "native") for name, found in reasons.items()}
     return reasons
+
+
+def algorithm(operator: str, name: str) -> str:
+    """How the last call of this thread, of `operator` on backend `name`, was computed; "" where there is one way.
+
+    Kernels of convolutions have several: "Winograd", "Winograd on phases", "direct", "depthwise", "implicit GEMM".
+    """
+    several = name == "ext" and operator in ("conv2d", "conv_transpose2d")
+    return _library.C.chosen_algorithm() if several else ""
 
 
 def name_of(operator: str, module: ModuleType) -> str:

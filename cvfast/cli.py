@@ -301,7 +301,7 @@ def explain(
     network, images = _network(model, batch, threads)
     with cvfast.use_backend(_usage(lambda: backends.checked_name(backend))):
         explanation = cvfast.explain(cvfast.accelerate(network, fuse=fuse), images)
-    Console().print(explanation)
+    Console(width=None if sys.stdout.isatty() else 200).print(explanation)
 
 
 @app.command()

@@ -6,7 +6,7 @@ mathematics is in cvfast/reference, the kernels are in csrc and cvfast/backends/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -159,6 +159,33 @@ def _with_epilogue(
     output = chosen.run(*args)
     output = ACTIVATIONS[activation](output if residual is None else output + residual, negative_slope)
     return POOLINGS[pooling](output)
+
+
+def prepared_conv2d(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    pooling: str = "none",
+) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
+    """conv2d for one weight and many inputs, for layers that know that their weight and options are as they were.
+
+    Returns a function of input and residual that does what conv2d does with all of these, in a third of the time that
+    a call takes beside the kernel; or that returns None for what conv2d itself has to be asked for (other dtypes or
+    dimensions, gradients, tracers, another backend, errors). None where every call would be so.
+    """
+    ext = _backend.BACKENDS["conv2d"]["ext"]
+    if isinstance(padding, str):
+        return None
+    call = ext.prepare(activation, negative_slope, pooling, weight, bias, stride, padding, dilation, groups)
+    if call is None:
+        return None
+    return lambda input, residual=None: call(input, residual) if _backend.is_certain("ext") else None
 
 
 def conv2d_size(

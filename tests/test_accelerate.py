@@ -272,7 +272,8 @@ def test_residual_blocks(activation, shortcut):
     first, second = "conv1 + bn1", "conv2 + bn2"
     if known or not shortcut:  # what an unknown activation gives might be changed before the sum
         second += " + add"
-    assert fused(model)[""] == [first + " + relu" * known, second + " + relu" * known]
+    third = ["downsample.0 + downsample.1"] * shortcut
+    assert fused(model)[""] == [first + " + relu" * known, second + " + relu" * known, *third]
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             assert error(model(PICTURE), expected) < NEAR
@@ -352,6 +353,10 @@ def replaced_layer(model):
     model.conv2 = nn.Conv2d(16, 16, 1)
 
 
+def other_options(model):
+    model.conv1.padding, model.conv1.dilation = (2, 2), (2, 2)
+
+
 def no_norm(model):
     model.bn1 = nn.Identity()
 
@@ -373,8 +378,8 @@ def cast(model):
 
 
 CHANGES = [
-    changed_weight, swapped_data, new_parameter, loaded, other_statistics, other_eps, hook, pre_hook, replaced_layer,
-    no_norm, a_shortcut, parametrized, norm_in_training, cast,
+    changed_weight, swapped_data, new_parameter, loaded, other_statistics, other_eps, other_options, hook, pre_hook,
+    replaced_layer, no_norm, a_shortcut, parametrized, norm_in_training, cast,
 ]  # fmt: skip
 
 
@@ -389,6 +394,51 @@ def test_changes_after_fusion_are_seen(change):
     output = model(PICTURE)
     assert error(output, expected) < NEAR
     assert error(before, expected) > 1e-3 or change is cast
+
+
+@torch.no_grad()
+def test_nested_modules_are_part_of_the_graph_while_nobody_watches_them():
+    """A sum across modules is fused; a hook, another forward or class of a module within it is seen."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()))
+            self.inner.append(nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)))
+
+        def forward(self, x):
+            return x + self.inner(x)
+
+    class Reversed(nn.Sequential):
+        def forward(self, x):
+            return -super().forward(x)
+
+    model = lively(nn.Sequential(Around(), Around()))
+    cvfast.accelerate(model, fuse=True)
+    first, second = "inner.0.0 + inner.0.1 + inner.0.2", "inner.1.0 + inner.1.1 + add"
+    chains = [
+        " + ".join(f"{i}.{p}" if p != "add" else p for p in c.split(" + ")) for i in "01" for c in (first, second)
+    ]
+    assert fused(model)[""] == chains and fused(model)["0"] == [first, second]
+    inner = model[0].inner[1]
+    before = model(PICTURE)
+    torch.testing.assert_close(before, exact(model, PICTURE).float(), rtol=1e-4, atol=1e-4)
+    seen = []
+    handle = inner.register_forward_hook(lambda m, args, output: seen.append(output) or output * 2)
+    for _ in range(2):
+        assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
+    assert len(seen) == 4 and error(model(PICTURE), before) > 1e-3
+    handle.remove()
+    with_global = torch.nn.modules.module.register_module_forward_hook(lambda m, args, output: seen.append(m))
+    seen.clear()
+    model(PICTURE)
+    with_global.remove()
+    assert inner in seen and model[1].inner[0] in seen
+    inner.__class__ = Reversed
+    assert error(model(PICTURE), before) > 1e-3
+    inner.__class__ = nn.Sequential
+    inner.forward = lambda x: x
+    assert error(model(PICTURE), before) > 1e-3
 
 
 def test_hooks_of_blocks_and_layers_see_what_they_saw():
@@ -818,6 +868,7 @@ def test_explain_tells_what_ran():
     ]
     first = explanation.rows[0]
     assert first.inputs == first.output == [[2, 16, 12, 12]] and first.type == "Conv2d"
+    assert [row.algorithm for row in explanation.rows] == ["Winograd", "implicit GEMM", "Winograd", "", ""]
     assert 0 < first.seconds < 1 and 0 < first.torch_seconds < 1
     assert "0.bn2 + add + 0.relu" in str(explanation) and "µs" in str(explanation)
     assert types(model) == before and chains.observer is None and "Watcher" not in repr(nn.Module.__call__)

@@ -9,6 +9,7 @@
 #include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
+#include "../cpu/result_memory.h"
 #include "conv2d_common.h"
 #include "thread_pool.h"
 
@@ -20,6 +21,20 @@ void prepare(const Tensor& result) {
   const int64_t bytes = result.numel() * result.element_size();
   prefer_huge_pages(result.mutable_data_ptr(), bytes);
   if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, bytes);  // NaN in every dtype
+}
+
+// An uninitialised result in memory that others have used before, where there is some; it cannot be resized.
+Tensor brief_result(const Ints& size, const Tensor& first, const Tensor& second) {
+  const ResultLayout r(size, first, second);
+  void* data = borrow_result(r.elements() * first.element_size());
+  if (!data) return empty_result(r);
+  AtenTensorHandle result;
+  const AOTITorchError error =
+      torch_from_blob(data, 4, r.size.data(), r.strides, 0, r.dtype, r.device_type, r.device_index, &result,
+                      aoti_torch_layout_strided(), nullptr, 0, [](void* memory, void*) { return_result(memory); }, nullptr);
+  if (error != AOTI_TORCH_SUCCESS) return_result(data);
+  TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(result);
 }
 
 struct Kernels {
@@ -77,9 +92,10 @@ Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const st
   if (pools != Pooling::none) {
     STD_TORCH_CHECK(!residual.has_value(), "cvfast conv2d: no pooling with a residual");
     sizes[2] /= 2, sizes[3] /= 2;
+    STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0, "cvfast conv2d: the result is too small to pool 2x2 pixels");
     shape.out_height = 2 * sizes[2], shape.out_width = 2 * sizes[3];
   }
-  Tensor keep, output = empty_result(sizes, input, weight);
+  Tensor keep, output = brief_result(sizes, input, weight);
   const Epilogue epilogue = {named("activation", activation, activations), negative_slope, residual_data(residual, output),
                              pools};
   Kernels::forward({shape, dtype_of(input), tensor4(input), tensor4(weight),
@@ -95,7 +111,7 @@ Tensor transpose_with_epilogue(const Tensor& input, const Tensor& weight, const 
   check_operands(input, weight);
   const Conv2dShape shape =
       transposed_shape(input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
-  Tensor keep, output = empty_result({shape.batch, shape.in_channels, shape.in_height, shape.in_width}, input, weight);
+  Tensor keep, output = brief_result({shape.batch, shape.in_channels, shape.in_height, shape.in_width}, input, weight);
   const Epilogue epilogue = {named("activation", activation, activations), negative_slope, residual_data(residual, output),
                              Pooling::none};
   Kernels::input_grad({shape, dtype_of(input), tensor4(input), tensor4(weight),

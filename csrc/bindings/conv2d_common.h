@@ -1,13 +1,14 @@
 // What the CPU's and the GPU's bindings of conv2d share: checks, shapes, allocation. No loops over elements.
 #pragma once
+#include <utility>
+
 #include "cvfast/conv2d.h"
 #include "tensor_common.h"
 
 namespace cvfast {
 
-// Channels-last dense and not contiguous at the same time: the twin of result_format in cvfast/ops/conv2d.py.
+// The twin of is_channels_last in cvfast/ops/conv2d.py: where both formats fit, the strides say which is meant.
 inline bool is_channels_last(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
   auto sizes = tensor.sizes();
   auto strides = tensor.strides();
   int64_t expected = 1;
@@ -16,27 +17,42 @@ inline bool is_channels_last(const Tensor& tensor) {
     if (strides[dim] != expected) return false;
     expected *= sizes[dim];
   }
-  return true;
+  if (!tensor.is_contiguous()) return true;
+  return sizes[1] * sizes[2] * sizes[3] > 1 && strides[1] == 1 && strides[3] == sizes[1];
 }
 
-// An uninitialised result [N, C, H, W] of first's dtype and device, in the format the operands ask for. The C function is
-// called directly because torch::stable::empty costs more than the rest of the binding.
-inline Tensor empty_result(const Ints& size, const Tensor& first, const Tensor& second) {
-  const int64_t c = size[1], h = size[2], w = size[3];
-  const bool channels_last = is_channels_last(first) || is_channels_last(second);
-  auto at_least_1 = [](int64_t extent) { return extent > 0 ? extent : 1; };
-  const int64_t width = at_least_1(w), plane = at_least_1(h) * width;
-  const int64_t contiguous_strides[] = {at_least_1(c) * plane, plane, width, 1};
-  const int64_t channels_last_strides[] = {h * w * c, 1, w * c, c};
+// How a result [N, C, H, W] of first's dtype and device lies in memory, in the format that the operands ask for.
+struct ResultLayout {
+  Ints size;
+  int64_t strides[4];
   int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(first.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(first.get(), &device_index));
+
+  ResultLayout(Ints sizes, const Tensor& first, const Tensor& second) : size(std::move(sizes)) {
+    const int64_t c = size[1], h = size[2], w = size[3];
+    auto at_least_1 = [](int64_t extent) { return extent > 0 ? extent : 1; };
+    const int64_t width = at_least_1(w), plane = at_least_1(h) * width;
+    if (is_channels_last(first) || is_channels_last(second))
+      strides[0] = h * w * c, strides[1] = 1, strides[2] = w * c, strides[3] = c;
+    else
+      strides[0] = at_least_1(c) * plane, strides[1] = plane, strides[2] = width, strides[3] = 1;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(first.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(first.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(first.get(), &device_index));
+  }
+
+  int64_t elements() const { return size[0] * size[1] * size[2] * size[3]; }
+};
+
+// An uninitialised result. The C function is called directly because torch::stable::empty costs more than the rest of the
+// binding.
+inline Tensor empty_result(const ResultLayout& r) {
   AtenTensorHandle result;
-  const int64_t* strides = channels_last ? channels_last_strides : contiguous_strides;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, size.data(), strides, dtype, device_type, device_index, &result));
+      aoti_torch_empty_strided(4, r.size.data(), r.strides, r.dtype, r.device_type, r.device_index, &result));
   return Tensor(result);
+}
+inline Tensor empty_result(const Ints& size, const Tensor& first, const Tensor& second) {
+  return empty_result(ResultLayout(size, first, second));
 }
 
 // The operators can be called without cvfast.functional, so what would make a kernel leave its memory is checked here.

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../cpu/chosen_algorithm.h"
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
 #include "../cpu/precision.h"
@@ -38,6 +39,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("strict_precision", &cvfast::strict_precision, "Whether only exact algorithms are taken.");
   m.def("set_strict_precision", &cvfast::set_strict_precision, py::arg("strict"),
         "Keeps CPU kernels to algorithms that form the sums of the definition itself: no Winograd.");
+  m.def("chosen_algorithm", &cvfast::chosen_algorithm,
+        "The algorithm that the last convolution called by this thread took; \"\" before the first.");
   m.def("multiply_adds", &multiply_adds, py::arg("isa"), py::arg("float64"), py::arg("steps"),
         py::call_guard<py::gil_scoped_release>(),
         "Multiplies and adds in registers of instruction set `isa` as fast as a core can, `steps` times some vectors; "

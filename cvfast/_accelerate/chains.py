@@ -1,8 +1,9 @@
 """Chains of a graph that can run as one: convolution, batch-norm, a tensor added, activation, pooling of 2x2 pixels.
 
-A chain is matched on the graph (`fuse_graph`) and run by `chain`, which looks at each call whether it may run as one:
+A chain is matched on the graph (`fuse_graph`) and run by a `Chain`, which looks at each call whether it may run as one:
 batch-norm must be in eval mode and nobody may watch the layers by hooks. If so, batch-norm's scale and shift are folded
 into the convolution's weights, which are kept until a parameter changes; if not, the layers run one after the other.
+What a call without gradients has found out is kept, too, and the next one checks that it is still so (`_Ready`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from cvfast import functional, nn
 from cvfast._accelerate import layers
+from cvfast._accelerate.plain import unwatched
 
 CONVOLUTIONS = (layers.Conv2d, layers.ConvTranspose2d, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -133,16 +135,34 @@ def _pooling_of_call(node: fx.Node) -> str | None:
 # Running a chain
 
 
-def chain(
-    conv: Module,
-    norm: BatchNorm2d | None,
-    activation: Module | Activation | None,
-    input: Tensor,
-    residual: Tensor | None = None,
-    pooling: Module | str | None = None,
-) -> Tensor:
+class Chain:
     """pooling(activation(norm(conv(input)) + residual)), in one step where that is the same."""
-    return (run if observer is None else observer)(conv, norm, activation, input, residual, pooling)
+
+    __name__ = __qualname__ = "chain"  # in the code that torch.fx writes
+
+    def __init__(
+        self,
+        conv: Module,
+        norm: BatchNorm2d | None,
+        activation: Module | Activation | None,
+        pooling: Module | str | None,
+    ) -> None:
+        self.layers, self.pooling = (conv, norm, activation), pooling
+        self.ready: _Ready | None = None
+
+    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if observer is not None:
+            return observer(*self.layers, input, residual, self.pooling)
+        if torch.compiler.is_compiling():
+            return run(*self.layers, input, residual, self.pooling)
+        ready = self.ready
+        if ready is not None and ready.holds():
+            output = ready.call(input, residual)
+            if output is not None:
+                return output
+        output = run(*self.layers, input, residual, self.pooling)
+        self.ready = None if torch.is_grad_enabled() else _Ready.make(*self.layers, self.pooling)
+        return output
 
 
 observer: Callable[..., Tensor] | None = None  # takes the place of `run` while somebody explains
@@ -237,14 +257,7 @@ def _is_added_in_place(conv: Module, input: Tensor, weight: Tensor, residual: Te
 
 def _unwatched(modules: list[Module]) -> bool:
     """Whether no hook would see what a chain leaves out."""
-    if _has_any_global_hook():
-        return False
-    for m in modules:
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return False
-        if "forward" in m.__dict__:
-            return False
-    return True
+    return not _has_any_global_hook() and all(map(unwatched, modules))
 
 
 def _foldable(conv: Module, norm: Module | None) -> bool:
@@ -267,12 +280,17 @@ def _sources(conv: Module, norm: BatchNorm2d) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
+def _state(sources: tuple[Tensor | None, ...]) -> list[int | None]:
+    """How often they were written to, and where they lie."""
+    return [None if t is None else t._version for t in sources] + [None if t is None else t.data_ptr() for t in sources]
+
+
 class _Kept(NamedTuple):
     """eps, and the sources with their versions and places, from which weight and bias were made."""
 
     eps: float
     sources: tuple[Tensor | None, ...]  # held, so that no other tensor takes their place in memory
-    state: list[tuple[int, int]]
+    state: list[int | None]
     weight: Tensor
     bias: Tensor
 
@@ -289,7 +307,7 @@ def _folded(conv: Module, norm: BatchNorm2d) -> tuple[Tensor, Tensor]:
     sources = _sources(conv, norm)
     if not _may_keep(sources):
         return _fold(conv, norm.eps, *sources)
-    state = [(t._version, t.data_ptr()) for t in sources if t is not None]
+    state = _state(sources)
     kept = _kept.get(conv)
     if kept is None or kept.state != state or kept.eps != norm.eps or not all(map(is_, kept.sources, sources)):
         with torch.inference_mode(False), torch.no_grad():
@@ -315,6 +333,80 @@ def _may_keep(sources: tuple[Tensor | None, ...]) -> bool:
 def forget(conv: Module) -> None:
     """Drops the folded weights that are kept for `conv`."""
     _kept.pop(conv, None)
+
+
+class _Ready:
+    """A chain's call with all that it found out about the layers, for inputs that need no derivative."""
+
+    @staticmethod
+    def make(
+        conv: Module, norm: Module | None, activation: Module | Activation | None, pooling: Module | str | None
+    ) -> _Ready | None:
+        """None where this is no single call of conv2d."""
+        known = _known(activation)
+        if isinstance(conv, torch.nn.ConvTranspose2d) or not runs_as_one(conv, norm, activation, pooling):
+            return None
+        if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
+            return None
+        sources = (conv.weight, conv.bias) if norm is None else _sources(conv, norm)
+        if not _may_keep(sources):
+            return None
+        state = _state(sources)  # before what is made of them
+        weight, bias = sources if norm is None else _folded(conv, norm)
+        name, slope = ("none", 0.0) if known is None else known
+        call = functional.prepared_conv2d(
+            weight,
+            bias,
+            *_options(conv),
+            activation=name,
+            negative_slope=slope,
+            pooling=_known_pooling(pooling) or "none",
+        )
+        return None if call is None else _Ready(conv, norm, activation, pooling, sources, state, call)
+
+    def __init__(
+        self,
+        conv: Module,
+        norm: Module | None,
+        activation: Module | Activation | None,
+        pooling: Module | str | None,
+        sources: tuple[Tensor | None, ...],
+        state: list[int | None],
+        call: Callable[[Tensor, Tensor | None], Tensor | None],
+    ) -> None:
+        self.call = call
+        self.modules = [m for m in (conv, norm, activation, pooling) if isinstance(m, Module)]
+        self.types = [type(m) for m in self.modules]
+        self.conv, self.norm = conv, norm
+        self.activation, self.known_activation = activation, _known(activation)
+        self.pooling, self.known_pooling = pooling, _known_pooling(pooling)
+        self.options = _options(conv)
+        self.eps = None if norm is None else norm.eps
+        self.sources, self.state = sources, state
+
+    def holds(self) -> bool:
+        """Whether all that was found out about the layers is still so."""
+        conv, norm = self.conv, self.norm
+        if [type(m) for m in self.modules] != self.types or not _unwatched(self.modules):
+            return False
+        if _options(conv) != self.options or conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
+            return False
+        if norm is None:
+            sources = (conv._parameters["weight"], conv._parameters["bias"])
+        elif norm.training or norm.eps != self.eps:
+            return False
+        else:
+            sources = _sources(conv, norm)
+        return (
+            all(map(is_, sources, self.sources))
+            and _state(sources) == self.state
+            and _known(self.activation) == self.known_activation
+            and _known_pooling(self.pooling) == self.known_pooling
+        )
+
+
+def _options(conv: Module) -> tuple:
+    return conv.stride, conv.padding, conv.dilation, conv.groups
 
 
 def _fold(
@@ -448,7 +540,7 @@ def _movable(links: list[fx.Node]) -> bool:
         node = node.next
         if node not in links:
             input = links[0].args[0]
-            return isinstance(input, fx.Node) and input.target is chain and len(input.users) == 1
+            return isinstance(input, fx.Node) and isinstance(input.target, Chain) and len(input.users) == 1
     return True
 
 
@@ -463,11 +555,11 @@ def _replace(graph: fx.Graph, root: Module, links: list[fx.Node]) -> Found:
     def part(node: fx.Node | None, of_call: Callable | None = None):
         if node is None or node.op != "call_module":
             return None if node is None else of_call(node)
-        return graph.get_attr(node.target)
+        return _module(node, root)
 
+    chain = Chain(part(conv), part(norm), part(activation, _of_call), part(pooling, _pooling_of_call))
     with graph.inserting_before(conv if add is None else links[-1]):
-        function, pool = part(activation, _of_call), part(pooling, _pooling_of_call)
-        new = graph.call_function(chain, (part(conv), part(norm), function, conv.args[0], residual, pool))
+        new = graph.call_function(chain, (conv.args[0], residual))
     links[-1].replace_all_uses_with(new)
     for node in reversed(links):
         graph.erase_node(node)

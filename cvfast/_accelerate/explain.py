@@ -30,9 +30,10 @@ class Row:
     """One call of a layer, of a chain of layers that ran as one, or of an operator by a module that is no layer.
 
     inputs, output: shapes of the tensors. backend: "ext", "triton" or "native" (torch's operators); "torch" for layers
-    that are torch's; "" for those that were not called. reason: why no cvfast kernel ran. seconds: of the call, the
-    least of several where the layer is cvfast's. torch_seconds: the same on torch's operators, layer by layer.
-    fused: the layers that ran as one.
+    that are torch's; "" for those that were not called. algorithm: of the kernel, where it has several, as
+    cvfast.backend.algorithm names them. reason: why no cvfast kernel ran. seconds: of the call, the least of several
+    where the layer is cvfast's. torch_seconds: the same on torch's operators, layer by layer. fused: the layers that
+    ran as one.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     inputs: list[list[int]] = field(default_factory=list)
     output: list[list[int]] = field(default_factory=list)
     backend: str = ""
+    algorithm: str = ""
     reason: str = ""
     seconds: float | None = None
     torch_seconds: float | None = None
@@ -60,12 +62,13 @@ class Explanation:
         table = Table(
             title="layer by layer", caption="\n".join(f"{n or 'model'}: {why}" for n, why in self.notes.items())
         )
-        for heading in ("layer", "type", "input", "output", "backend", "cvfast", "torch", "fused", "reason"):
+        for heading in ("layer", "type", "input", "output", "kernel", "cvfast", "torch", "fused", "reason"):
             table.add_column(heading, justify="right" if heading in ("cvfast", "torch") else "left", overflow="fold")
         for row in self.rows:
             own = row.backend not in ("", "torch")
             table.add_row(
-                row.name, row.type, _shapes(row.inputs), _shapes(row.output), row.backend,
+                row.name, row.type, _shapes(row.inputs), _shapes(row.output),
+                f"{row.backend}, {row.algorithm}" if row.algorithm else row.backend,
                 _time(row.seconds if own else None), _time(row.torch_seconds if own else row.seconds),
                 row.fused, row.reason,
             )  # fmt: skip
@@ -116,9 +119,9 @@ def _not_fused(model: Module) -> dict[str, str]:
     """Modules whose chains are not proved, with the reason, where any module of the model is fused."""
     notes = {}
     modules = dict(model.named_modules())
-    if any(fuse.original(type(module)) for module in modules.values()):
+    if any(map(fuse.is_fused, modules.values())):
         for name, module in modules.items():
-            if fuse.original(type(module)) is None:
+            if not fuse.is_fused(module):
                 try:
                     fuse.make_plan(module)
                 except plain.NotPlain as reason:
@@ -133,7 +136,7 @@ class _Watcher:
         self.names = {module: name for name, module in model.named_modules()}
         self.open: list[str] = []  # names of the modules that are being called
         self.rows: list[Row] = []
-        self.choices: list[tuple[str, str]] = []  # backend and reason, since the layer that is being called began
+        self.choices: list[tuple[str, str, str]] = []  # operator, backend, reason, since the layer being called began
         self.busy = False  # with a layer, whose parts are no rows of their own
         self.thread = get_ident()
 
@@ -153,10 +156,10 @@ class _Watcher:
         name, reasons = backend.name_of(operator, module), backend.report(operator, *args)
         first = next(iter(reasons))
         reason = "" if name == first else "; ".join(reasons[first]) or f"{name!r} was asked for"
-        self.choices.append((name, reason))
+        self.choices.append((operator, name, reason))
         if not self.busy and self.open and get_ident() == self.thread:  # a function that no layer called
             native = backend.BACKENDS[operator]["native"]
-            row = Row(self.open[-1], operator, _sizes(args), _sizes(module.run(*args)), name, reason)
+            row = Row(self.open[-1], operator, _sizes(args), _sizes(module.run(*args)), *self.chosen())
             row.seconds, row.torch_seconds = least_seconds(lambda: module.run(*args), lambda: native.run(*args))
             self.rows.append(row)
 
@@ -176,11 +179,11 @@ class _Watcher:
             seconds = time.perf_counter() - start
             row = Row(name, type(module).__name__, _sizes((args, kwargs)), _sizes(output), "torch", seconds=seconds)
             if isinstance(module, _CVFASTS):
-                row.backend, row.reason = self.chosen()
+                row.backend, row.algorithm, row.reason = self.chosen()
                 if not (module.training and parametrize.is_parametrized(module)):  # whose state changes at each call
                     row.seconds, row.torch_seconds = _compare(*[lambda: module.forward(*args, **kwargs)] * 2)
             elif self.choices:  # a layer of torch's, under cvfast.override()
-                row.backend, row.reason = self.chosen()
+                row.backend, row.algorithm, row.reason = self.chosen()
             elif isinstance(module, layers.SWAPPABLE):
                 row.reason = layers.why_kept(module) or "not accelerated"
             self.rows.append(row)
@@ -211,9 +214,12 @@ class _Watcher:
         finally:
             self.busy = False
 
-    def chosen(self) -> tuple[str, str]:
-        """Backend and reason of the layer's last choice; a layer that made none used torch's operators."""
-        return self.choices[-1] if self.choices else ("native", "it called none of cvfast's operators")
+    def chosen(self) -> tuple[str, str, str]:
+        """Backend, algorithm and reason of the last choice, whose call was the last; a layer without used torch's."""
+        if not self.choices:
+            return "native", "", "it called none of cvfast's operators"
+        operator, name, reason = self.choices[-1]
+        return name, backend.algorithm(operator, name), reason
 
 
 def _compare(ours: Callable[[], object], torchs: Callable[[], object]) -> list[float]:

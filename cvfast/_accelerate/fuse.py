@@ -1,9 +1,9 @@
 """Modules whose own forward runs its chains as one.
 
 Such a module changes its class to a subclass of its own (one per class), whose forward runs the rewritten graph as
-long as all that the graph depends on is as it was, and the module's own code otherwise. What a module's forward does
-with its submodules is all that changes; every submodule stays a module that is called, hooks included, unless it is in
-a chain.
+long as all that the graph depends on is as it was, and the module's own code otherwise. The graph reaches into
+submodules whose forwards are proved, too, while nobody watches them; other submodules stay modules that are called,
+hooks included, unless they are in a chain.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import fx
 from torch.nn import Module
 
 from cvfast._accelerate import plain
 from cvfast._accelerate.chains import CONVOLUTIONS, Found, forget, fuse_graph
+from cvfast._accelerate.plain import original
 
 _PLAN = "_cvfast_plan"
 
@@ -59,20 +58,16 @@ def unfuse(model: Module) -> None:
 
 
 def _unfuse_one(module: Module) -> None:
-    before = original(type(module))
-    if before is not None:
-        module.__class__ = before
+    if is_fused(module):
+        module.__class__ = original(type(module))
         module.__dict__.pop(_PLAN, None)
     if isinstance(module, CONVOLUTIONS):
         forget(module)
 
 
-def original(cls: type[Module]) -> type[Module] | None:
-    """The class that a fused module had before; None for others."""
-    return cls.__dict__.get("_cvfast_original")
-
-
-_OWN = ("__call__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+def is_fused(module: Module) -> bool:
+    """Whether `module` runs chains."""
+    return original(type(module)) is not type(module)
 
 
 def make_plan(module: Module) -> Plan:
@@ -80,12 +75,7 @@ def make_plan(module: Module) -> Plan:
     cls = type(module)
     if not module._modules or not any(isinstance(m, CONVOLUTIONS) for m in module.modules()):
         return Plan(cls.forward, plain.Facts(), [])
-    if "forward" in module.__dict__:
-        raise plain.NotPlain("its forward was replaced on this very module")
-    own = [name for name in _OWN if getattr(cls, name, None) is not getattr(Module, name, None)]
-    if own or isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
-        raise plain.NotPlain("its class has its own way of being called or copied")
-    graph, facts = plain.trace(module)
+    graph, facts = plain.trace(module, lambda m: isinstance(m, CONVOLUTIONS))
     chains = fuse_graph(graph, module)
     code = graph.python_code("self")
     namespace = dict(code.globals)

@@ -2,7 +2,8 @@
 
 torch.fx records one run with stand-ins for the inputs. That the record holds for all inputs is proved from the source:
 the code is straight, and what it asks (`if`) or loops over hangs on the module's own attributes alone, which are
-watched from then on. Code that does anything else is not plain.
+watched from then on. Code that does anything else is not plain. Submodules that are plain, too, are part of the graph
+of the module around them, as long as nobody watches their calls.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import FunctionType
 import torch
 from torch import Tensor, fx
 from torch.nn import Module, ModuleList, Sequential
+from torch.nn.modules.module import _has_any_global_hook
 
 _CONSTANTS = (type(None), bool, int, float, str)
 _TORCH = (torch, torch.nn.functional)
@@ -29,12 +31,33 @@ class NotPlain(Exception):
     """Why a module's forward is left as it is."""
 
 
+def original(cls: type[Module]) -> type[Module]:
+    """The class that a module of class `cls` had before it was fused; `cls` itself for others."""
+    return cls.__dict__.get("_cvfast_original", cls)
+
+
+def unwatched(module: Module) -> bool:
+    """Whether nobody sees a call of `module`, by hooks of its own or in the place of its forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 @dataclass
 class Facts:
-    """What a graph depends on besides the input: the modules that lie in a module, and the values of attributes."""
+    """What a graph depends on besides the input.
+
+    children: the modules that lie in a module. values: of attributes. inlined: submodules whose forwards are part of
+    the graph, so that nobody may watch them, with their classes.
+    """
 
     children: list[tuple[Module, tuple[Module | None, ...]]] = field(default_factory=list)
     values: list[tuple[Module, str, object]] = field(default_factory=list)
+    inlined: list[tuple[Module, type[Module]]] = field(default_factory=list)
 
     def watch_children(self, module: Module) -> None:
         if all(module is not watched for watched, _ in self.children):
@@ -42,23 +65,44 @@ class Facts:
 
     def hold(self) -> bool:
         """Whether all is as it was."""
-        return all(tuple(module._modules.values()) == children for module, children in self.children) and all(
-            getattr(module, name, NotPlain) == value for module, name, value in self.values
-        )
+        for module, children in self.children:
+            if tuple(module._modules.values()) != children:
+                return False
+        for module, name, value in self.values:
+            if getattr(module, name, NotPlain) != value:
+                return False
+        for module, cls in self.inlined:
+            if not unwatched(module) or original(type(module)) is not cls:
+                return False
+        return not (self.inlined and _has_any_global_hook())
 
 
-def trace(module: Module) -> tuple[fx.Graph, Facts]:
-    """The graph of `module`'s own forward, in which every submodule is one node, and what it depends on.
+_OWN = ("__call__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
 
-    Raises NotPlain if the graph might differ from one input to the next.
+
+def _prove(module: Module, facts: Facts) -> None:
+    """Raises NotPlain if the graph of `module`'s own forward might differ from one input to the next."""
+    cls = original(type(module))
+    if "forward" in module.__dict__:
+        raise NotPlain("its forward was replaced on this very module")
+    own = [name for name in _OWN if getattr(cls, name, None) is not getattr(Module, name, None)]
+    if own or isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
+        raise NotPlain("its class has its own way of being called or copied")
+    facts.watch_children(module)
+    if cls.forward is not Sequential.forward:
+        _Proof(module, facts).function(cls.forward)
+
+
+def trace(module: Module, matters: Callable[[Module], bool]) -> tuple[fx.Graph, Facts]:
+    """The graph of `module`'s own forward, and what it depends on.
+
+    Submodules are one node each, but for those that are plain and hold a module that `matters`: these are parts of the
+    graph. Raises NotPlain if the graph might differ from one input to the next.
     """
     facts = Facts()
-    facts.watch_children(module)
-    function = type(module).forward
-    if function is not Sequential.forward:
-        _Proof(module, facts).function(function)
+    _prove(module, facts)
     try:
-        return _Tracer(module).trace(module), facts
+        return _Tracer(module, facts, matters).trace(module), facts
     except NotPlain:
         raise
     except Exception as error:  # whatever the code does to a stand-in
@@ -81,11 +125,34 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # as parameters are: a number read from one would be fixed in the graph
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, facts: Facts, matters: Callable[[Module], bool]) -> None:
         super().__init__()
+        self._facts, self._matters = facts, matters
         self._known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
     def is_leaf_module(self, module: Module, qualified_name: str) -> bool:
+        return True
+
+    def call_module(self, module: Module, forward: Callable, args: tuple, kwargs: dict):
+        if not self._inlines(module):
+            return super().call_module(module, forward, args, kwargs)
+        return original(type(module)).forward(module, *args, **kwargs)
+
+    def _inlines(self, module: Module) -> bool:
+        """Whether `module` becomes part of the graph; if so, `facts` has what that depends on."""
+        if any(module is known for known, _ in self._facts.inlined):
+            return True
+        if self._matters(module) or not any(map(self._matters, module.modules())) or not unwatched(module):
+            return False
+        facts = Facts()
+        try:
+            _prove(module, facts)
+        except NotPlain:
+            return False
+        for watched, _ in facts.children:
+            self._facts.watch_children(watched)
+        self._facts.values += facts.values
+        self._facts.inlined.append((module, original(type(module))))
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -21,12 +21,19 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """As torch sees it: where both formats fit (one channel, or one pixel), the strides say which is meant."""
+    if not tensor.is_contiguous(memory_format=torch.channels_last):
+        return False
+    if not tensor.is_contiguous():
+        return True
+    _, channels, height, width = tensor.shape
+    return channels * height * width > 1 and tensor.stride(1) == 1 and tensor.stride(3) == channels
+
+
 def result_format(first: Tensor, second: Tensor) -> torch.memory_format:
-    """Memory format of a result: channels_last if an operand is so and is not contiguous at the same time."""
-    for operand in (first, second):
-        if operand.is_contiguous(memory_format=torch.channels_last) and not operand.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
+    """Memory format of a result: channels_last if one of the operands is."""
+    return torch.channels_last if is_channels_last(first) or is_channels_last(second) else torch.contiguous_format
 
 
 def empty_result(size: Sequence[int], first: Tensor, second: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ WIDE_CASES = (  # more vectors, tiles and blocks; not for interpreters
     case("3x3-padding-2", (1, 40, 13, 11), (33, 40, 3, 3), padding=2),
     case("3x3-padding-3", (1, 17, 9, 8), (20, 17, 3, 3), padding=3),
     case("1x1-wide", (2, 70, 13, 17), (90, 70, 1, 1)),
-    case("4x4-stride2-wide", (2, 40, 16, 15), (36, 20, 4, 4), stride=2, padding=1, groups=2),
+    case("4x4-stride2-wide", (4, 40, 16, 15), (36, 20, 4, 4), stride=2, padding=1, groups=2),
     case("3x3-stride2-wide", (1, 24, 32, 31), (33, 24, 3, 3), stride=2, padding=1),
 )
 
@@ -115,12 +115,16 @@ ERRORS = (
 )
 
 
-def _winograd_on_phases(kernel_height: int, kernel_width: int, height: int, width: int) -> bool:
-    """Whether Winograd's F(4x4, 2x2) takes a convolution with stride 2; height x width: a phase of the result."""
+def _winograd_on_phases(kernel_height: int, kernel_width: int, height: int, width: int, batch: int | None) -> bool:
+    """Whether Winograd's F(4x4, 2x2) takes a convolution with stride 2; height x width: a phase of the result.
+
+    batch: that of a gradient to the weight, None for the others.
+    """
     taps, tiles = kernel_height * kernel_width, -(-height // 4) * -(-width // 4)
+    enough = tiles >= (4 if taps == 16 else 16) if batch is None else batch * tiles >= 16
     return (
         {kernel_height, kernel_width} <= {3, 4}
-        and tiles >= (4 if taps == 16 else 16)
+        and enough
         and 3 * (kernel_height + 6) * (kernel_width + 6) * tiles <= 2 * taps * height * width
     )
 
@@ -203,10 +207,11 @@ class Conv2dSpec(OpSpec):
         if not possible:
             return 0.0
         height, width = self._tiled_image(sample, result).shape[-2:]
-        if stride == (2, 2) and result != "weight":
+        if stride == (2, 2):
             if result == self.finer_result:
                 height, width = (height + 1) // 2, (width + 1) // 2
-            taken = _winograd_on_phases(*weight.shape[2:], height, width)
+            batch = sample.operands["input"][..., 0, 0, 0].numel() if result == "weight" else None
+            taken = _winograd_on_phases(*weight.shape[2:], height, width, batch)
         else:
             tiles = -(-height // (4 * dilation[0])) * -(-width // (4 * dilation[1]))
             taken = weight.shape[2:] == (3, 3) and stride == (1, 1) and height * width >= 16

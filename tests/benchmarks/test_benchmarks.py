@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from benchmarks import memory, plot, providers, report, results, run
 from benchmarks.cases.conv2d import GROUPS, MEMORY_GOAL_MB
+from benchmarks.cases.model import gan, inference
 from benchmarks.goals import Goal, judge
 from benchmarks.results import Row
-from benchmarks.subject import Subject, Work
+from benchmarks.subject import Work, load, training
 from benchmarks.timing import Effort, take_turns
 from cvfast import _library, _peak
 from cvfast.cli import app
-from cvfast.testing import SPECS
 
 EFFORT = Effort(0, 2, 2)
 CASE = GROUPS["small"][0]
@@ -49,7 +49,7 @@ def bench(*arguments: str):
 
 
 def work(direction: str = "forward") -> Work:
-    return Work(Subject.load("conv2d"), CASE, direction, 1)
+    return load("conv2d").work(CASE, direction, 1)
 
 
 def test_the_best_formats_are_compared():
@@ -77,10 +77,11 @@ def test_goals_are_judged(asked, holds, seen):
     assert (verdict.holds, verdict.seen) == (holds, seen)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", run.SUBJECTS)
 def test_the_goals_name_groups_that_there_are(name):
-    subject = Subject.load(name)
-    assert {group for goal in subject.goals for group in goal.groups} <= set(subject.groups)
+    subject = load(name)
+    for goal in subject.goals:
+        assert set(goal.groups) <= set(subject.cases(goal.direction))
 
 
 def test_rows_survive_the_csv_file(tmp_path):
@@ -137,6 +138,11 @@ def test_a_wrong_result_gets_no_time():
     assert measured.min_ms is None and measured.note == "wrong result: relative error 1.0e+00"
 
 
+def test_a_result_of_another_shape_gets_no_time():
+    (measured,) = run.measure(work(), "small", EFFORT, (Wrong("MNN", lambda: torch.zeros(2, 0)),))
+    assert measured.min_ms is None and measured.note == "wrong result: shape [2, 0], expected [1, 16, 8, 8]"
+
+
 def test_an_engine_that_fails_is_reported():
     def fail():
         raise OverflowError("no room")
@@ -173,7 +179,7 @@ def test_only_torch_and_cvfast_train():
 
 def test_training_forms_all_gradients():
     sample = work().sample
-    grads = providers.training(torch.nn.functional.conv2d, sample)()
+    grads = training(torch.nn.functional.conv2d, sample)()
     assert [g.shape for g in grads] == [t.shape for t in sample.tensors()]
 
 
@@ -233,3 +239,69 @@ def test_memory_does_not_grow_with_the_number_of_shapes():
     """1000 different shapes, forward and backward, in a process of their own."""
     assert memory.growth_mb("cvfast", 1000) <= MEMORY_GOAL_MB
     assert memory.growth_mb("torch", 200) > MEMORY_GOAL_MB  # which keeps kernels: growth is seen
+
+
+SMALL_MODEL = inference("dcgan_generator", 2, 8, latent=8, width=4, image_size=8)
+SMALL_STEP = gan(4, 8, width=4)
+
+
+@pytest.mark.parametrize("provider", providers.PROVIDERS, ids=lambda p: p.name)
+def test_every_provider_measures_a_model_or_says_why_not(provider):
+    (measured,) = run.measure(load("model").work(SMALL_MODEL, "forward", 1), "g", EFFORT, (provider,))
+    if measured.min_ms is None:
+        assert measured.note == providers.NOT_INSTALLED or provider.name == "torch.compile"
+        return
+    assert measured.relative_error < 1e-4 and measured.gflops > 0 and not measured.note
+
+
+def test_a_training_step_is_measured_and_judged_by_its_gradients():
+    competitors = tuple(p for p in providers.PROVIDERS if p.name in results.CVFAST + results.TORCH)
+    work = load("model").work(SMALL_STEP, "training", 1)
+    rows = run.measure(work, "g", EFFORT, competitors)
+    assert all(r.min_ms > 0 and r.relative_error < 1e-5 for r in rows)
+    assert len(work.exact) == sum(p.numel() for p in work.network.parameters())
+    (compiled,) = run.measure(work, "g", EFFORT, (providers.Compiled(),))
+    assert compiled.note == "inference only, of whole models"
+
+
+def test_a_training_step_changes_every_part():
+    work = load("model").work(SMALL_STEP, "training", 1)
+    before = [p.clone() for p in work.model.parameters()]
+    step, _ = work.calls("torch", "contiguous")
+    model = next(cell.cell_contents for cell in step.__closure__ if isinstance(cell.cell_contents, torch.nn.ModuleDict))
+    step()
+    assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_torch_gets_its_own_layers():
+    work = load("model").work(SMALL_MODEL, "forward", 1)
+    assert {type(m) for m in work.model.modules() if "Conv" in type(m).__name__} == {torch.nn.ConvTranspose2d}
+    assert work.network.state_dict().keys() == work.model.state_dict().keys()
+
+
+def test_a_goal_stays_open_where_a_rival_did_not_compete():
+    goal = Goal("text", ("g",), "forward", ("MNN", "OpenVINO"), each=1.0)
+    (verdict,) = judge((goal,), ROWS[:5])
+    assert verdict.holds is None and verdict.seen.endswith("OpenVINO did not compete")
+
+
+def test_errors_of_a_rival_are_compared():
+    rows = [row("a", "cvfast contiguous", 1.0, relative_error=2e-6), row("a", "MNN", 2.0, relative_error=1e-6)]
+    (verdict,) = judge((Goal("text", ("g",), "forward", ("MNN",), less_error_than="MNN"),), rows)
+    assert verdict.holds is False and verdict.seen == "error over MNN's 2 (at most 1)"
+
+
+def test_a_run_of_some_cases_keeps_the_figures_of_the_others(tmp_path):
+    results.write(ROWS, tmp_path / "figures.csv")
+    again = replace(ROWS[0], min_ms=9.0)
+    results.update([again], tmp_path / "figures.csv")
+    assert results.read(tmp_path / "figures.csv") == [*(r for r in ROWS if r.case == "b"), again]
+
+
+def test_the_command_measures_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    names = [word for name in (*results.CVFAST, *results.TORCH) for word in ("--provider", name)]
+    result = bench("model", "--quick", "--group", "cnn-b1", *names)
+    assert result.exit_code == 0, result.output
+    assert "cnn-1x3x32x32" in result.output and "goals" in result.output
+    assert [r.group for r in results.read(tmp_path / "model.csv")] == ["cnn-b1"] * 4

@@ -156,3 +156,29 @@ def test_transposed_stands_in_for_torchs():
     assert "cvfast_kernels::conv_transpose2d" in {event.key for event in profile.key_averages()}
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel"),
+    [
+        ((2, 1, 8, 8), (4, 1, 3, 3)),
+        ((2, 5, 1, 1), (4, 5, 1, 1)),
+        ((2, 1, 1, 1), (4, 1, 1, 1)),
+        ((1, 1, 8, 8), (1, 1, 3, 3)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("converted", ["neither", "image", "kernel", "both"])
+def test_where_both_memory_formats_fit_the_result_lies_as_torchs(image, kernel, converted):
+    """Grey images and single pixels: the strides say which format is meant."""
+    x, weight = torch.randn(image), torch.randn(kernel)
+    if converted in ("image", "both"):
+        x = x.to(memory_format=torch.channels_last)
+    if converted in ("kernel", "both"):
+        weight = weight.to(memory_format=torch.channels_last)
+    padding = kernel[-1] // 2
+    expected = torch.nn.functional.conv2d(x, weight, padding=padding).stride()
+    assert cvfast.functional.conv2d(x, weight, padding=padding, backend="ext").stride() == expected
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = cvfast.functional.conv2d(mode.from_tensor(x), mode.from_tensor(weight), padding=padding, backend="ext")
+    assert fake.stride() == expected

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -264,3 +268,41 @@ def test_wrong_epilogue(options, error, match):
     (input, weight, bias, _), case_options = operands("winograd", torch.float32, torch.contiguous_format)
     with pytest.raises(error, match=match):
         cvfast.functional.conv2d(input, weight, bias, **case_options, **options)
+
+
+def brief(value: float, channels: int) -> torch.Tensor:
+    """A result of 4 * channels KiB that is `value` everywhere, in the kept memory where that has room."""
+    input = torch.full((1, 1, 32, 32), value)
+    return cvfast.functional.conv2d(input, torch.ones(channels, 1, 1, 1), activation="relu", backend="ext")
+
+
+def test_results_in_kept_memory_do_not_meet(poisoned):
+    """More than the memory holds, in four threads, given back in any order; their places are used again."""
+
+    def hold(seed: int) -> int:
+        order, held, places = random.Random(seed), [], set()
+        for i in range(300):
+            value = float(1 + i + 1000 * seed)
+            held.append((value, brief(value, order.choice((1, 4, 5, 63, 64, 129)))))
+            places.add(held[-1][1].data_ptr())
+            if len(held) > 150:
+                value, result = held.pop(order.randrange(len(held)))
+                assert bool((result == value).all())
+        assert all(bool((result == value).all()) for value, result in held)
+        return len(places)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(hold, range(4))) < 1200
+    first, second = (brief(value, 64).data_ptr() for value in (1.0, 2.0))
+    assert first == second
+
+
+def test_kept_memory_in_a_forked_child():
+    """Both go on with memory of their own, although the parent's is in use when it forks."""
+    held = brief(3.0, 64)
+    child = os.fork()
+    if child == 0:
+        right = bool((held == 3).all()) and bool((brief(4.0, 64) == 4).all())
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert bool((held == 3).all())

@@ -12,10 +12,10 @@ from cvfast.testing.conv2d import WINOGRAD_ERROR
 CHANNELS, PIXELS = 32, 24
 
 
-def results(input, weight, grad, conv2d) -> tuple[torch.Tensor, ...]:
-    """Output, input gradient and weight gradient of a 3x3 convolution with padding 1."""
+def results(input, weight, grad, conv2d, stride: int = 1) -> tuple[torch.Tensor, ...]:
+    """Output, input gradient and weight gradient of a convolution with padding 1."""
     input, weight = input.detach().requires_grad_(), weight.detach().requires_grad_()
-    output = conv2d(input, weight, padding=1)
+    output = conv2d(input, weight, stride=stride, padding=1)
     return output.detach(), *torch.autograd.grad(output, (input, weight), grad)
 
 
@@ -70,21 +70,26 @@ def test_one_large_pixel():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_weight_gradient_with_a_bad_pixel_is_the_exact_algorithms(value, memory_format):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_weight_gradient_with_a_bad_pixel_is_the_exact_algorithms(value, memory_format, stride):
     """One NaN or Inf in the input or in the output's gradient: the weights' gradient is what strict precision gives."""
     for which in (0, 2):
         tensors = [t.contiguous(memory_format=memory_format) for t in operands()]
+        tensors[2] = tensors[2][..., ::stride, ::stride].contiguous(memory_format=memory_format)
         tensors[which][1, 3, 6, 5] = value
         with cvfast.use_backend("ext"):
-            fast = results(*tensors, cvfast.functional.conv2d)[2]
+            fast = results(*tensors, cvfast.functional.conv2d, stride)[2]
             cvfast.set_precision("strict")
             try:
-                exact = results(*tensors, cvfast.functional.conv2d)[2]
+                exact = results(*tensors, cvfast.functional.conv2d, stride)[2]
             finally:
                 cvfast.set_precision("fast")
-        touched = torch.zeros(CHANNELS, CHANNELS, 1, 1, dtype=torch.bool)
-        touched[(slice(None), 3) if which == 0 else 3] = True
-        assert torch.equal(fast.isfinite(), ~touched.expand_as(fast))
+        touched = torch.zeros(CHANNELS, CHANNELS, 3, 3, dtype=torch.bool)
+        if which == 0:  # with stride 2 the pixel (6, 5) meets the middle line's outer taps alone
+            touched[(slice(None), 3) if stride == 1 else (slice(None), 3, 1, slice(0, 3, 2))] = True
+        else:
+            touched[3] = True
+        assert torch.equal(fast.isfinite(), ~touched)
         torch.testing.assert_close(fast, exact, rtol=0, atol=0, equal_nan=True)
 
 
@@ -103,6 +108,20 @@ def test_phases_on_channels_of_very_different_scale(kernel):
         norm = torch.linalg.vector_norm
         error = norm(fast.double() - exact, dim=(0, 2, 3)) / norm(exact, dim=(0, 2, 3))
         assert error.max() <= WINOGRAD_ERROR
+
+
+@pytest.mark.parametrize("kernel", [3, 4])
+def test_weight_gradient_by_phases_on_channels_of_very_different_scale(kernel):
+    """The bound holds for each pair of channels by itself."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-3, 3, CHANNELS)[:, None, None]
+    input, grad = (torch.randn(2, CHANNELS, size, size, generator=generator) * scale for size in (32, 16))
+    weight = torch.zeros(CHANNELS, CHANNELS, kernel, kernel)
+    with cvfast.use_backend("ext"):
+        fast = results(input, weight, grad, cvfast.functional.conv2d, stride=2)[2]
+    exact = results(input.double(), weight.double(), grad.double(), reference.conv2d, stride=2)[2]
+    norm = torch.linalg.vector_norm
+    assert (norm(fast.double() - exact, dim=(2, 3)) / norm(exact, dim=(2, 3))).max() <= WINOGRAD_ERROR
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -1,5 +1,6 @@
 // 2-D convolution for one instruction set: compiled once for each with -DCVFAST_ISA=<name>, -DCVFAST_VECTOR_BYTES=<16, 32
 // or 64> and that instruction set's flags. Exports cvfast::<CVFAST_ISA>::conv2d and nothing else.
+#include "../chosen_algorithm.h"
 #include "../kernel_table.h"
 #include "conv2d_depthwise.h"
 #include "conv2d_depthwise_weight_grad.h"
@@ -33,30 +34,32 @@ inline bool without_dilation(const Conv2dForward& p) { return p.shape.dilation_h
 template <class S>
 constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"winograd", winograd_applies, correlate_by_winograd<3, S>, without_dilation},
-    {"winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, always},
+    {"Winograd", winograd_applies, correlate_by_winograd<3, S>, without_dilation},
+    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, always},
     {"direct", direct_applies, correlate_direct<S>, always},
-    {"implicit_gemm", always, correlate_by_gemm<S>},
+    {"implicit GEMM", always, correlate_by_gemm<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"winograd", winograd_applies, correlate_by_winograd<3, S>},
-    {"winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>},
+    {"Winograd", winograd_applies, correlate_by_winograd<3, S>},
+    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>},
     {"direct", direct_applies, correlate_direct<S>},
-    {"implicit_gemm", always, correlate_by_gemm<S>},
+    {"implicit GEMM", always, correlate_by_gemm<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
     {"depthwise", depthwise_applies, weight_grad_depthwise<S>},
-    {"winograd", winograd_applies, weight_grad_by_winograd<S>},
+    {"Winograd", winograd_applies, weight_grad_by_winograd<3, S>},
+    {"Winograd on phases", winograd_on_phases_applies, weight_grad_by_winograd<2, S>},
     {"direct", direct_applies, weight_grad_direct<S>},
-    {"implicit_gemm", always, weight_grad_by_gemm<S>},
+    {"implicit GEMM", always, weight_grad_by_gemm<S>},
 };
 
 template <class Problem>
 const Algorithm<Problem>& first_of(const Algorithm<Problem>* algorithm, const Problem& problem) {
   while (!algorithm->applies(problem)) ++algorithm;
+  set_chosen_algorithm(algorithm->name);
   return *algorithm;
 }
 template <class Problem>

@@ -14,8 +14,8 @@
 // An element of M is one chain of multiply-adds per block of channels, added in order; a tile's bits depend on its patch
 // alone. Numbers that are not finite would spread over a tile: such results are computed again by the definition.
 #pragma once
-#include "../cache_size.h"
 #include "../precision.h"
+#include "conv2d_winograd_prefetch.h"
 #include "conv2d_winograd_weights.h"
 
 namespace cvfast {
@@ -159,11 +159,15 @@ void transform_patches(const TiledImages<S, Pixels, Points>& images, int64_t fir
 // ---- Products ----
 
 // m [rows, width] (+)= v [rows, depth] * u [depth, width], rows cut evenly into tiles of registers.
-inline void point_product(int64_t rows, int64_t depth, Matrix<const float> v, const float* u, float* m, bool add) {
+// after_tile() is called after each.
+template <class AfterTile = Nothing>
+void point_product(int64_t rows, int64_t depth, Matrix<const float> v, const float* u, float* m, bool add,
+                   AfterTile&& after_tile = {}) {
   for (int64_t row = 0; row < rows;) {
     const int64_t count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
     tile_product_rows<float>(count, Matrix<const float>{v.data + row * v.row_stride, v.row_stride, v.col_stride}, u,
                              winograd_width, depth, m + row * winograd_width, winograd_width, add);
+    after_tile();
     row += count;
   }
 }
@@ -284,7 +288,7 @@ template <class S, int Taps>
 WinogradPlan winograd_plan(const Winograd<S, Taps>& w, int64_t threads) {
   WinogradPlan p;
   const int64_t tiles = w.source.tiles(), tile_bytes = w.source.elements(1) * static_cast<int64_t>(sizeof(float));
-  const int64_t most = max(winograd_least_tiles, l2_cache_bytes() / tile_bytes);
+  const int64_t most = max(winograd_least_tiles, l2_cache_bytes() / 2 / tile_bytes);  // the other half: U and M
   p.chunks = ceil_div(tiles, most);
   p.chunk_tiles = ceil_div(tiles, p.chunks);
   p.chunk_per_thread = threads == 1 || p.chunks >= 2 * threads;
@@ -332,9 +336,9 @@ void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int6
 
 // M of one block: its products, added to those of the blocks before. Those that the phase's taps leave 0 are not computed;
 // the first block, alone in the gradient to the input, stores zeros instead.
-template <class S, int Taps>
+template <class S, int Taps, class AfterTile>
 void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t tiles, const float* v, int64_t v_stride, const float* u,
-                    float* m, int64_t m_stride) {
+                    float* m, int64_t m_stride, AfterTile&& after_tile) {
   const int64_t phase = block / w.source.channel_blocks;
   const int64_t used_y = w.used_points(w.taps_y[phase]), used_x = w.used_points(w.taps_x[phase]);
   for (int64_t y = 0; y < w.points; ++y)
@@ -342,7 +346,7 @@ void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t tiles, co
       const int64_t point = y * w.points + x;
       if (y < used_y && x < used_x)
         point_product(tiles, w.source.block_channels(block), Matrix<const float>{v + point * v_stride, w.source.block_width, 1},
-                      u + point * w.u_point_stride(), m + point * m_stride, block > 0);
+                      u + point * w.u_point_stride(), m + point * m_stride, block > 0, after_tile);
       else if (block == 0)
         zero_matrix(Matrix<float>{m + point * m_stride, winograd_width, 1}, tiles, winograd_width);
     }
@@ -357,24 +361,32 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
   const int64_t m_elements = w.points * w.points * m_stride;
   const Access access = access_of(w.phase.result_channel_stride, w.phase.result_x_stride);
   const bool in_scratch = w.c.pools() || w.c.rounds_last() || access == Access::any;
+  const bool prefetch = images_are_large<S>(w.c.shape);
+  const int64_t next_tiles = prefetch && p.chunk_per_thread ? min(source.tiles() - first - tiles, p.chunk_tiles) : 0;
   parallel_for(pool, w.c.groups * w.panels * ranges, [&](int64_t begin, int64_t end) {
+    const int64_t calls = w.points * w.points * source.blocks * ceil_div(p.range_tiles, tile_rows);  // per piece of work
+    TilePrefetcher<S> next_source = source_prefetcher(w, first + tiles, next_tiles, calls * (end - begin));
     constexpr int64_t tile_elements = (winograd_outputs * winograd_outputs + 1) * winograd_width;
     float* m = scratch<float>(ScratchUse::worker, m_elements + tile_elements + w.u_block_stride());
     float *tile_results = m + m_elements, *own_u = tile_results + tile_elements;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i % ranges * p.range_tiles, count = min(tiles - tile, p.range_tiles);
       const int64_t panel = i / ranges % w.panels, group = i / ranges / w.panels;
+      const int64_t out = panel * winograd_width, outs = min(w.c.out_channels - out, winograd_width);
+      TilePrefetcher<S> results =
+          result_prefetcher(w, first + tile, prefetch ? count : 0, group * w.c.out_channels + out, outs, calls);
+      const auto fetch = [&] { results(), next_source(); };
       for (int64_t block = 0; block < source.blocks; ++block) {
         const float* u = packed + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();
         if (!packed) transform_weights(w, group, panel, block, own_u), u = own_u;
         const float* block_v =
             v + (group * source.blocks + block) * source.block_stride(tiles) + tile * source.block_width;
-        block_products(w, block, count, block_v, source.point_stride(tiles), u, m, m_stride);
+        block_products(w, block, count, block_v, source.point_stride(tiles), u, m, m_stride, fetch);
       }
       const auto finish = access == Access::channels ? result_tiles<S, Taps, Access::channels>
                           : access == Access::line   ? result_tiles<S, Taps, Access::line>
                                                      : result_tiles<S, Taps, Access::any>;
-      finish(w, group, first + tile, count, panel * winograd_width, m, m_stride, in_scratch ? tile_results : nullptr);
+      finish(w, group, first + tile, count, out, m, m_stride, in_scratch ? tile_results : nullptr);
     }
   });
 }
@@ -463,14 +475,18 @@ Correlation<S> dilation_part(Correlation<S> c, int64_t y, int64_t x) {
 
 // Kernels of 3 or 4 taps with stride 2: at most two taps on each axis in a phase. The image of height x width pixels is the
 // result's phase. Measured: it pays to save a third of the products, with the pixels that partial tiles compute in vain taken
-// into account, and with so many tiles that the transform of the weights doesn't matter.
-inline bool winograd_on_phases_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
+// into account.
+inline bool winograd_on_phases_saves(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
   const auto two_taps = [](int64_t taps, int64_t stride) { return stride == 2 && (taps == 3 || taps == 4); };
   const int64_t taps = s.kernel_height * s.kernel_width, tiles = winograd_tiles(height, width);
   const int64_t products = (s.kernel_height + 6) * (s.kernel_width + 6) * tiles;  // 3 points and those of its taps, per phase
   return two_taps(s.kernel_height, s.stride_h) && two_taps(s.kernel_width, s.stride_w) && s.dilation_h == 1 &&
-         s.dilation_w == 1 && winograd_pays(s, dtype, height, width) && 3 * products <= 2 * taps * height * width &&
-         tiles >= (taps < 16 ? 16 : 4);
+         s.dilation_w == 1 && winograd_pays(s, dtype, height, width) && 3 * products <= 2 * taps * height * width;
+}
+// With so many tiles the transform of the weights doesn't matter.
+inline bool winograd_on_phases_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
+  const int64_t least_tiles = s.kernel_height * s.kernel_width < 16 ? 16 : 4;
+  return winograd_on_phases_saves(s, dtype, height, width) && winograd_tiles(height, width) >= least_tiles;
 }
 inline bool winograd_on_phases_applies(const Conv2dForward& p) {
   return winograd_on_phases_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);

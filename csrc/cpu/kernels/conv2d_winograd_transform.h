@@ -7,7 +7,7 @@
 // b = 3/2 are exact in binary and give about half the error of the usual 1 and 2. Those of F(4x4, 2x2) are +-c, +-d and
 // infinity; c = 3/8 and d = 5/4 give 0.4 of the error of 0, +-1, 2 and infinity.
 //
-// The gradient to the 3x3 kernel follows from the same bilinear form: with the gradient o of the 4x4 results it is
+// The gradient to the kernel follows from the same bilinear form: with the gradient o of the 4x4 results it is
 // G^T [(A o A^T) * (B^T d B)] G, summed over tiles before the outer transform.
 //
 // Every statement below has one way only to be contracted to fused multiply-adds, so that all instruction sets with a
@@ -83,7 +83,7 @@ inline void transform_line(const FloatVector (&o)[4], FloatVector (&t)[6]) {
   t[5] = o[3];
 }
 
-// G^T on six vectors; the results lack the factors kernel_scale.
+// G^T on six vectors; the results lack the factors kernel_scale<3>.
 inline void transform_sums(const FloatVector (&m)[6], FloatVector (&g)[3]) {
   const FloatVector even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
   const FloatVector first = m[0] + ratio_a * even_a, last = m[5] + (scale_a * square_a) * even_a;
@@ -91,6 +91,7 @@ inline void transform_sums(const FloatVector (&m)[6], FloatVector (&g)[3]) {
   g[1] = odd_a - (point_a / point_b) * odd_b;
   g[2] = last + (scale_b * square_b) * even_b;
 }
+template <int Taps>
 constexpr float kernel_scale[3] = {scale_zero, scale_a * point_a, 1};
 
 // ---- F(4x4, 2x2) ----
@@ -132,6 +133,27 @@ inline void transform_products(const FloatVector (&m)[5], FloatVector (&o)[4]) {
 }
 template <>
 constexpr float result_scale<2>[4] = {scale_c, scale_c * point_c, scale_c * square_c, scale_c * square_c * point_c};
+
+// A on four vectors.
+inline void transform_line(const FloatVector (&o)[4], FloatVector (&t)[5]) {
+  const FloatVector even_c = o[0] + square_c * o[2], odd_c = o[1] + square_c * o[3];
+  const FloatVector even_d = o[0] + square_d * o[2], odd_d = o[1] + square_d * o[3];
+  t[0] = even_c + point_c * odd_c;
+  t[1] = even_c - point_c * odd_c;
+  t[2] = even_d + point_d * odd_d;
+  t[3] = even_d - point_d * odd_d;
+  t[4] = o[3];
+}
+
+// G^T on five vectors; the results lack the factors kernel_scale<2>. The first one does not need the product at infinity.
+inline void transform_sums(const FloatVector (&m)[5], FloatVector (&g)[2]) {
+  const FloatVector even_c = m[0] + m[1], odd_c = m[0] - m[1], even_d = m[2] + m[3], odd_d = m[2] - m[3];
+  const FloatVector finite = even_c - even_d;
+  g[0] = odd_c - (point_c / point_d) * odd_d;
+  g[1] = finite + 1 / (scale_c * point_c) * m[4];
+}
+template <>
+constexpr float kernel_scale<2>[3] = {scale_c, scale_c * point_c};
 
 // ---- Four vectors seen as columns of 4x4 blocks: lane 4 q + j of vector i is element (i, j) of block q. ----
 

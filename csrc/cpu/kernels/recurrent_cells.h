@@ -5,7 +5,8 @@
 // `saved` is what the derivative will need; `grad` the derivative to the distinct ones among X's and R's gates: that of
 // R's gate g is number g, that of X's gate g number x_slot(g).
 //
-// The loops around do not know the cell: they call it through CellKind, whole rows or tiles at a time.
+// The loops around do not know the cell: they call it through CellKind, whole rows or tiles at a time. forward takes N vectors
+// at once (see `interleaves`).
 #pragma once
 #include "cvfast/recurrent.h"
 #include "sigmoid_tanh.h"
@@ -17,15 +18,26 @@ template <class T>
 struct LstmCell {
   using Element = T;
   using V = Vector<T>;
-  static constexpr int gates = 4, vectors = 1, saved = 5, grads = 4;  // vectors: of hidden units in a panel
+  static constexpr int gates = 4, vectors = 1, saved = 5, grads = 4, interleaved = 2;  // vectors: of hidden units in a panel
   static constexpr bool has_c = true;
   static constexpr int x_slot(int gate) { return gate; }
 
-  [[gnu::always_inline]] static V forward(const V (&x)[gates], const V (&h)[gates], V& c, V (&keep)[saved]) {
-    const V i = sigmoid<T>(x[0] + h[0]), f = sigmoid<T>(x[1] + h[1]), g = tanh<T>(x[2] + h[2]), o = sigmoid<T>(x[3] + h[3]);
-    c = f * c + i * g;
-    keep[0] = i, keep[1] = f, keep[2] = g, keep[3] = o, keep[4] = c;
-    return o * tanh<T>(c);
+  template <int N>
+  [[gnu::always_inline]] static void forward(const V (&x)[N][gates], const V (&h)[N][gates], V (&c)[N], V (&result)[N],
+                                             V (&keep)[N][saved]) {
+    V ifo[3 * N], g[N], t[N];
+    for (int n = 0; n < N; ++n) {
+      ifo[3 * n] = x[n][0] + h[n][0], ifo[3 * n + 1] = x[n][1] + h[n][1], ifo[3 * n + 2] = x[n][3] + h[n][3];
+      g[n] = x[n][2] + h[n][2];
+    }
+    sigmoids<T>(ifo, ifo);
+    tanhs<T>(g, g);
+    for (int n = 0; n < N; ++n) c[n] = ifo[3 * n + 1] * c[n] + ifo[3 * n] * g[n];
+    tanhs<T>(c, t);
+    for (int n = 0; n < N; ++n) {
+      result[n] = ifo[3 * n + 2] * t[n];
+      keep[n][0] = ifo[3 * n], keep[n][1] = ifo[3 * n + 1], keep[n][2] = g[n], keep[n][3] = ifo[3 * n + 2], keep[n][4] = c[n];
+    }
   }
 
   // The derivative to the previous h that does not go through R. dh: to h'; dc: to c', becomes that to the previous c.
@@ -45,14 +57,22 @@ template <class T>
 struct GruCell {
   using Element = T;
   using V = Vector<T>;
-  static constexpr int gates = 3, vectors = 1, saved = 4, grads = 4;
+  static constexpr int gates = 3, vectors = 1, saved = 4, grads = 4, interleaved = 2;
   static constexpr bool has_c = false;
   static constexpr int x_slot(int gate) { return gate < 2 ? gate : 3; }
 
-  [[gnu::always_inline]] static V forward(const V (&x)[gates], const V (&h)[gates], V& previous_h, V (&keep)[saved]) {
-    const V r = sigmoid<T>(x[0] + h[0]), z = sigmoid<T>(x[1] + h[1]), n = tanh<T>(x[2] + r * h[2]);
-    keep[0] = r, keep[1] = z, keep[2] = n, keep[3] = h[2];
-    return n + z * (previous_h - n);
+  template <int N>
+  [[gnu::always_inline]] static void forward(const V (&x)[N][gates], const V (&h)[N][gates], V (&previous_h)[N],
+                                             V (&result)[N], V (&keep)[N][saved]) {
+    V rz[2 * N], candidate[N];
+    for (int n = 0; n < N; ++n) rz[2 * n] = x[n][0] + h[n][0], rz[2 * n + 1] = x[n][1] + h[n][1];
+    sigmoids<T>(rz, rz);
+    for (int n = 0; n < N; ++n) candidate[n] = x[n][2] + rz[2 * n] * h[n][2];
+    tanhs<T>(candidate, candidate);
+    for (int n = 0; n < N; ++n) {
+      result[n] = candidate[n] + rz[2 * n + 1] * (previous_h[n] - candidate[n]);
+      keep[n][0] = rz[2 * n], keep[n][1] = rz[2 * n + 1], keep[n][2] = candidate[n], keep[n][3] = h[n][2];
+    }
   }
 
   [[gnu::always_inline]] static V backward(const V (&keep)[saved], V previous_h, V dh, V&, V (&grad)[grads]) {
@@ -70,14 +90,19 @@ template <class T, bool Relu>
 struct RnnCell {
   using Element = T;
   using V = Vector<T>;
-  static constexpr int gates = 1, vectors = 4, saved = 1, grads = 1;
+  static constexpr int gates = 1, vectors = 4, saved = 1, grads = 1, interleaved = 4;
   static constexpr bool has_c = false;
   static constexpr int x_slot(int gate) { return gate; }
 
-  [[gnu::always_inline]] static V forward(const V (&x)[gates], const V (&h)[gates], V&, V (&keep)[saved]) {
-    const V sum = x[0] + h[0];
-    keep[0] = Relu ? (sum < T{0} ? V{} : sum) : tanh<T>(sum);  // in this order a NaN stays one
-    return keep[0];
+  template <int N>
+  [[gnu::always_inline]] static void forward(const V (&x)[N][gates], const V (&h)[N][gates], V (&)[N], V (&result)[N],
+                                             V (&keep)[N][saved]) {
+    for (int n = 0; n < N; ++n) result[n] = x[n][0] + h[n][0];
+    if constexpr (!Relu) tanhs<T>(result, result);
+    for (int n = 0; n < N; ++n) {
+      if constexpr (Relu) result[n] = result[n] < T{0} ? V{} : result[n];  // in this order a NaN stays one
+      keep[n][0] = result[n];
+    }
   }
 
   [[gnu::always_inline]] static V backward(const V (&keep)[saved], V, V dh, V&, V (&grad)[grads]) {
@@ -116,30 +141,62 @@ struct ForwardStep {
   int64_t units, units_stride;  // those there are from the item's first one on: units - item * units_stride
 };
 
+// A vector of hidden units of a step.
+struct Place {
+  int64_t item, unit;
+};
+
+template <class Cell, int N, class T = typename Cell::Element>
+[[gnu::always_inline]] inline void take_forward(const ForwardStep<T>& s, const Place (&places)[N]) {
+  Vector<T> x[N][Cell::gates], r[N][Cell::gates], keep[N][Cell::saved], memory[N], result[N];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const auto [item, unit] = places[n];
+#pragma GCC unroll 4
+    for (int g = 0; g < Cell::gates; ++g) {
+      const int64_t at = g * s.gate_stride + unit;
+      x[n][g] = load_as<Vector<T>>(s.x + item * s.x_stride + at) + load_as<Vector<T>>(s.b_ih + item * s.b_stride + at);
+      r[n][g] = load_as<Vector<T>>(s.r + item * s.r_stride + at);
+      if (Cell::x_slot(g) != g) r[n][g] += load_as<Vector<T>>(s.b_hh + item * s.b_stride + at);
+    }
+    memory[n] = load_as<Vector<T>>(s.memory + item * s.memory_stride + unit);
+  }
+  Cell::template forward<N>(x, r, memory, result, keep);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const auto [item, unit] = places[n];
+    store_as(s.result + item * s.result_stride + unit, result[n]);
+    if constexpr (Cell::has_c) store_as(s.memory + item * s.memory_stride + unit, memory[n]);
+    const int64_t count = s.units - item * s.units_stride - unit;
+    if (s.saved && count > 0)
+#pragma GCC unroll 8
+      for (int i = 0; i < Cell::saved; ++i)
+        store_units<T>(keep[n][i], s.saved + item * s.saved_stride + i * s.hidden + unit, count);
+  }
+}
+
 template <class Cell, class T = typename Cell::Element>
 void forward_step(const ForwardStep<T>& step) {
-  constexpr int L = lanes<T>;
+  constexpr int N = interleaves<T> ? Cell::interleaved : 1;
   const ForwardStep<T> s = step;
-  for (int64_t item = 0; item < s.items; ++item)
-    for (int64_t unit = 0; unit < s.vectors * L; unit += L) {
-      Vector<T> x[Cell::gates], r[Cell::gates], keep[Cell::saved];
+  Place places[N], after = {0, 0};
+  auto next = [&]() -> Place {
+    const Place here = after;
+    after.unit += lanes<T>;
+    if (after.unit == s.vectors * lanes<T>) after = {after.item + 1, 0};
+    return here;
+  };
+  int64_t left = s.items * s.vectors;
+  for (; left >= N; left -= N) {
 #pragma GCC unroll 4
-      for (int g = 0; g < Cell::gates; ++g) {
-        const int64_t at = g * s.gate_stride + unit;
-        x[g] = load_as<Vector<T>>(s.x + item * s.x_stride + at) + load_as<Vector<T>>(s.b_ih + item * s.b_stride + at);
-        r[g] = load_as<Vector<T>>(s.r + item * s.r_stride + at);
-        if (Cell::x_slot(g) != g) r[g] += load_as<Vector<T>>(s.b_hh + item * s.b_stride + at);
-      }
-      T* at = s.memory + item * s.memory_stride + unit;
-      Vector<T> memory = load_as<Vector<T>>(at);
-      store_as(s.result + item * s.result_stride + unit, Cell::forward(x, r, memory, keep));
-      if constexpr (Cell::has_c) store_as(at, memory);
-      const int64_t count = s.units - item * s.units_stride - unit;
-      if (s.saved && count > 0)
-#pragma GCC unroll 8
-        for (int i = 0; i < Cell::saved; ++i)
-          store_units<T>(keep[i], s.saved + item * s.saved_stride + i * s.hidden + unit, count);
-    }
+    for (int n = 0; n < N; ++n) places[n] = next();
+    take_forward<Cell>(s, places);
+  }
+  Place last[1];
+  for (; left > 0; --left) {
+    last[0] = next();
+    take_forward<Cell>(s, last);
+  }
 }
 
 // b_ih += b_hh [count] for a gate whose X and R enter as their sum.

@@ -73,7 +73,7 @@ U float_to_bf16(F value) {
   const U bits = bit_cast<U>(value);
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U quiet_nan = (bits >> 16) | 0x40u;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+  return value != value ? quiet_nan : rounded;
 }
 
 template <class F, class U>
@@ -126,6 +126,10 @@ inline void store_vector(FloatVector v, Bf16* to) {
 #if defined(__F16C__)
 inline float to_compute(F16 v) { return _cvtsh_ss(v.bits); }
 inline void from_compute(float v, F16* to) { to->bits = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+#if defined(__AVX512F__)
+inline FloatVector load_vector(const F16* from) { return _mm512_cvtph_ps(load_as<__m256i>(from)); }
+inline void store_vector(FloatVector v, F16* to) { store_as(to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+#else
 inline FloatVector load_vector(const F16* from) {
   FloatVector v;
   for (int i = 0; i < lanes<float>; i += 8)
@@ -139,6 +143,7 @@ inline void store_vector(FloatVector v, F16* to) {
                      _mm256_cvtps_ph(_mm256_loadu_ps(reinterpret_cast<const float*>(&v) + i),
                                      _MM_FROUND_TO_NEAREST_INT));
 }
+#endif
 #else
 inline float to_compute(F16 v) { return f16_to_float<float, uint32_t>(v.bits); }
 inline void from_compute(float v, F16* to) { to->bits = static_cast<uint16_t>(float_to_f16<float, uint32_t>(v)); }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from cvfast import _library
 from cvfast.ops.card import autocast_dtype, call, derives, watched
@@ -58,6 +61,35 @@ def run_with_epilogue(
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
     return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options)
+
+
+def prepare(
+    activation: str, negative_slope: float, pooling: str, weight: Tensor, bias: Tensor | None, *options
+) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
+    """`run_with_epilogue` for one weight and many inputs, its checks made once; None where it may not be taken.
+
+    The call (input, residual) returns None for what has to go through the checks of every call.
+    """
+    tensors = [t for t in (weight, bias) if t is not None]
+    if (
+        weight.dtype not in CPU_DTYPES
+        or not all(type(t) in (Tensor, Parameter) and t.is_cpu and t.dtype is weight.dtype for t in tensors)
+        or why_not(weight, weight, bias, *options)
+    ):
+        return None
+    kernel, dtype = epilogue_kernel, weight.dtype
+
+    def prepared(input: Tensor, residual: Tensor | None) -> Tensor | None:
+        if type(input) is not Tensor or input.dtype is not dtype or torch.is_grad_enabled() or watched(input):
+            return None
+        if forward_ad._current_level >= 0 or not (residual is None or type(residual) is Tensor):
+            return None
+        try:
+            return kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options)
+        except RuntimeError:  # what does not fit: other calls convert it, or find better words
+            return None
+
+    return prepared
 
 
 def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:
