@@ -42,9 +42,6 @@ def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> 
     return []
 
 
-IN_KERNEL = ("none", "relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh")  # activations
-
-
 def run_with_epilogue(
     residual: Tensor | None,
     activation: str,
@@ -58,17 +55,8 @@ def run_with_epilogue(
     """activation(conv2d(...) + residual) in one pass; None where derivatives or tracers have to see the parts.
 
     `pooling` must be "none" where a residual is given.
-
-    bfloat16 and float16 would be rounded twice, so those are left to separate calls, too.
     """
-    tensors = [t for t in (input, weight, bias, residual) if t is not None]
-    if (
-        activation not in IN_KERNEL
-        or not all(t.is_cpu and t.dtype is input.dtype for t in tensors)
-        or input.dtype not in (torch.float32, torch.float64)
-        or watched(input)
-        or derives(tensors)
-    ):
+    if not runs_with_epilogue(input, weight, bias, residual):
         return None
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
@@ -85,8 +73,7 @@ def prepare(
     """
     tensors = [t for t in (weight, bias) if t is not None]
     if (
-        activation not in IN_KERNEL
-        or weight.dtype not in (torch.float32, torch.float64)
+        weight.dtype not in CPU_DTYPES
         or not all(type(t) in (Tensor, Parameter) and t.is_cpu and t.dtype is weight.dtype for t in tensors)
         or why_not(weight, weight, bias, *options)
     ):
@@ -105,6 +92,17 @@ def prepare(
             return None
 
     return prepared
+
+
+def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:
+    """Whether a kernel's epilogue may be used: on the CPU, in one dtype, and nobody has to see the parts."""
+    tensors = [input, *(t for t in operands if t is not None)]
+    return (
+        all([t.is_cpu and t.dtype is input.dtype for t in tensors])
+        and input.dtype in CPU_DTYPES
+        and not watched(input)
+        and not derives(tensors)
+    )
 
 
 _LEAST_TO_PACK = 4096  # weights: fewer are packed as fast as the kept ones are looked up
