@@ -48,13 +48,14 @@ def conv2d(
     activation: str = "none",
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
+    pooling: str = "none",
     backend: str | None = None,
 ) -> Tensor:
     """2-D convolution (cross-correlation), with torch.nn.functional.conv2d's meaning and arguments, and an epilogue.
 
-    activation(conv2d(input, weight, bias) + residual): on the CPU, in float32 and float64, sum and activation ("gelu"
-    excepted) are computed while the results are in the cache, where no gradient is asked for; elsewhere by torch's
-    operators, differentiable as those are.
+    activation(conv2d(input, weight, bias) + residual), pooled if asked for: on the CPU, in float32 and float64, sum,
+    activation ("gelu" excepted) and, without a residual, pooling are computed while the results are in the cache, where
+    no gradient is asked for; elsewhere by torch's operators, differentiable as those are.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; contiguous and channels_last are both read in place.
@@ -65,12 +66,15 @@ def conv2d(
         groups: divides C and K.
         activation: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "sigmoid" or "tanh".
         negative_slope: leaky_relu's factor of negative numbers.
-        residual: of the result's shape, dtype and device; added before the activation.
+        residual: of the result's shape before pooling, of its dtype and device; added before the activation.
+        pooling: "none", "max" or "average" of 2x2 pixels with stride 2, after the activation, as
+            torch.nn.functional.max_pool2d and avg_pool2d; a line or column that is left over is dropped.
         backend: "auto", "ext", "triton" or "native"; None: what `cvfast.use_backend` or CVFAST_BACKEND says.
 
     Returns:
         [N, K, P, Q] (or [K, P, Q]) with P = floor((H + 2*padding - dilation*(R - 1) - 1) / stride) + 1, Q likewise;
-        channels_last if input or weight is. dtypes: float32, float64, bfloat16, float16 on the CPU; others are torch's.
+        with pooling half of that, rounded down; channels_last if input or weight is.
+        dtypes: float32, float64, bfloat16, float16 on the CPU; others are torch's.
 
     Raises:
         RuntimeError: as torch's, for shapes, dtypes or options that do not fit; or where the named backend cannot run.
@@ -88,12 +92,12 @@ def conv2d(
     _check_conv2d(batched, weight, bias, stride, padding, dilation, groups)
     args = (batched, weight, bias, stride, padding, dilation, groups)
     chosen = _backend.select("conv2d", backend, *args)
-    if residual is None and activation == "none":
+    if residual is None and activation == "none" and pooling == "none":
         output = chosen.run(*args)
     else:
         if dims == 3 and residual is not None:
             residual = residual.unsqueeze(0)
-        output = _with_epilogue(chosen, residual, activation, negative_slope, args)
+        output = _with_epilogue(chosen, residual, activation, negative_slope, pooling, args)
     return output if dims == 4 else output.squeeze(0)
 
 
@@ -109,26 +113,39 @@ ACTIVATIONS = {
 }
 
 
+POOLINGS = {  # of 2x2 pixels
+    "none": lambda x: x,
+    "max": lambda x: torch.nn.functional.max_pool2d(x, 2),
+    "average": lambda x: torch.nn.functional.avg_pool2d(x, 2),
+}
+
+
 def _with_epilogue(
-    chosen: ModuleType, residual: Tensor | None, activation: str, negative_slope: float, args: tuple
+    chosen: ModuleType, residual: Tensor | None, activation: str, negative_slope: float, pooling: str, args: tuple
 ) -> Tensor:
     """A backend's conv2d with its epilogue: in one pass if the backend has that, else by torch's operators."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv2d: unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    if pooling not in POOLINGS:
+        raise ValueError(f"conv2d: unknown pooling {pooling!r}; allowed: {', '.join(POOLINGS)}")
+    input, weight, _, *geometry, _ = args
+    expected = conv2d_size(input, weight, *geometry)
+    if pooling != "none" and min(expected[2:]) < 2:
+        raise RuntimeError(f"conv2d: the result's size {list(expected)} is too small to pool 2x2 pixels")
     if residual is not None:
-        input, weight, _, *geometry, _ = args
         _check_same("conv2d", "residual", residual, input)
-        expected = conv2d_size(input, weight, *geometry)
         if tuple(residual.shape) != expected:
             raise RuntimeError(
                 f"conv2d: residual has size {list(residual.shape)}, but the result has size {list(expected)}"
             )
     if hasattr(chosen, "run_with_epilogue"):
-        output = chosen.run_with_epilogue(residual, activation, negative_slope, *args)
+        pooled = pooling if residual is None else "none"
+        output = chosen.run_with_epilogue(residual, activation, negative_slope, pooled, *args)
         if output is not None:
-            return output
+            return output if pooled == pooling else POOLINGS[pooling](output)
     output = chosen.run(*args)
-    return ACTIVATIONS[activation](output if residual is None else output + residual, negative_slope)
+    output = ACTIVATIONS[activation](output if residual is None else output + residual, negative_slope)
+    return POOLINGS[pooling](output)
 
 
 def prepared_conv2d(
@@ -141,6 +158,7 @@ def prepared_conv2d(
     *,
     activation: str = "none",
     negative_slope: float = 0.01,
+    pooling: str = "none",
 ) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
     """conv2d for one weight and many inputs, for layers that know that their weight and options are as they were.
 
@@ -151,7 +169,7 @@ def prepared_conv2d(
     ext = _backend.BACKENDS["conv2d"]["ext"]
     if isinstance(padding, str):
         return None
-    call = ext.prepare(activation, negative_slope, weight, bias, stride, padding, dilation, groups)
+    call = ext.prepare(activation, negative_slope, pooling, weight, bias, stride, padding, dilation, groups)
     if call is None:
         return None
     return lambda input, residual=None: call(input, residual) if _backend.is_certain("ext") else None

@@ -289,7 +289,7 @@ def test_sequential(convolution, affine, groups):
     model = lively(nn.Sequential(*layers, nn.MaxPool2d(2)))
     expected = exact(model, PICTURE)
     cvfast.accelerate(model, fuse=True)
-    assert fused(model) == {"": ["0 + 1 + 2"]}
+    assert fused(model) == {"": ["0 + 1 + 2 + 3"]}
     with torch.no_grad():
         assert error(model(PICTURE), expected) < NEAR
         assert error(model.to(memory_format=torch.channels_last)(PICTURE), expected) < NEAR
@@ -538,6 +538,75 @@ def test_what_is_not_proved_is_not_fused(cls, expected_chains):
     if cls is not Random:
         with torch.no_grad():
             assert error(model(PICTURE.clone()), expected) < NEAR
+
+
+class Pools(nn.Module):
+    """Pooling of 2x2 pixels in all its spellings, each after a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(4))
+        self.bn, self.relu = nn.BatchNorm2d(16), nn.ReLU()
+        self.max, self.average = nn.MaxPool2d(2), nn.AvgPool2d((2, 2), stride=2)
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=3)
+        x = self.max(self.relu(self.bn(self.convs[0](x))))
+        x = F.max_pool2d(torch.tanh(self.convs[1](x)), (2, 2), stride=2)
+        x = F.avg_pool2d(self.convs[2](x) + x, 2)
+        return self.average(self.convs[3](x))
+
+
+class PoolsOtherwise(nn.Module):
+    """Pooling that no chain can have: other windows, ceil_mode, indices, two users."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.max = nn.Conv2d(16, 16, 1), nn.MaxPool2d(2, ceil_mode=True)
+        self.indices, self.average = nn.MaxPool2d(2, return_indices=True), nn.AvgPool2d(2, divisor_override=3)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.conv(x), 2, stride=1) + self.max(self.conv(F.pad(x, (5, 5, 5, 5))))
+        x = (
+            self.average(self.conv(x))
+            + F.max_pool2d(self.conv(x), 2, 2, 1)[..., :5, :5]
+            + self.indices(self.conv(x))[0]
+        )
+        y = self.conv(x)
+        return F.max_pool2d(y, 2), y
+
+
+@torch.no_grad()
+def test_pooling_is_fused():
+    model = lively(Pools())
+    expected = exact(model, PICTURE)
+    cvfast.accelerate(model, fuse=True)
+    chains_found = [
+        "convs.0 + bn + relu + max",
+        "convs.1 + (tanh) + (max)",
+        "convs.2 + add + (average)",
+        "convs.3 + average",
+    ]
+    assert fused(model) == {"": chains_found}
+    assert error(model(PICTURE), expected) < NEAR
+    assert [row.fused for row in cvfast.explain(model, PICTURE).rows] == [
+        "bn + relu + max", "tanh + max", "add + average", "average",
+    ]  # fmt: skip
+    seen = []
+    hook = model.max.register_forward_hook(lambda *_: seen.append(1))
+    assert error(model(PICTURE), expected) < NEAR and seen == [1]
+    hook.remove()
+    model.max.stride = 1  # no longer what a chain knows: the layers run one by one
+    assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
+
+
+@torch.no_grad()
+def test_other_pooling_is_not_fused():
+    model = PoolsOtherwise().eval()
+    expected = model(PICTURE)
+    cvfast.accelerate(model, fuse=True)
+    assert fused(model) == {}
+    torch.testing.assert_close(model(PICTURE), expected)
 
 
 class Asked(Shape):

@@ -63,14 +63,29 @@ Activation activation_of(std::string_view name) {
   STD_TORCH_CHECK(false, "cvfast conv2d: unknown activation ", std::string(name));
 }
 
+Pooling pooling_of(std::string_view name) {
+  if (name == "none") return Pooling::none;
+  if (name == "max") return Pooling::max;
+  if (name == "average") return Pooling::average;
+  STD_TORCH_CHECK(false, "cvfast conv2d: unknown pooling ", std::string(name));
+}
+
 Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                              const std::optional<Tensor>& residual, const std::string& activation, double negative_slope,
-                             const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups) {
+                             const std::string& pooling, const Ints& stride, const Ints& padding, const Ints& dilation,
+                             int64_t groups) {
   check_operands(input, weight);
   Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
-  Tensor keep, output = brief_result(output_sizes(shape), input, weight);
-  Epilogue epilogue = {activation_of(activation), negative_slope, nullptr};
+  Epilogue epilogue = {activation_of(activation), negative_slope, nullptr, pooling_of(pooling)};
+  Ints sizes = output_sizes(shape);
+  if (epilogue.pooling != Pooling::none) {
+    sizes[2] /= 2, sizes[3] /= 2;
+    STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0, "cvfast conv2d: the result is too small to pool 2x2 pixels");
+    shape.out_height = 2 * sizes[2], shape.out_width = 2 * sizes[3];
+  }
+  Tensor keep, output = brief_result(sizes, input, weight);
   if (residual.has_value()) {
+    STD_TORCH_CHECK(epilogue.pooling == Pooling::none, "cvfast conv2d: no pooling with a residual");
     check_operands(*residual, input);
     for (int i = 0; i < 4; ++i)
       STD_TORCH_CHECK(residual->size(i) == output.size(i) &&

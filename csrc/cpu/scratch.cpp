@@ -43,8 +43,8 @@ class Buffer {
 }  // namespace
 
 void* thread_scratch(ScratchUse use, int64_t bytes) {
-  thread_local Buffer worker, caller;
-  return (use == ScratchUse::worker ? worker : caller).request(bytes);
+  thread_local Buffer buffers[3];
+  return buffers[static_cast<int>(use)].request(bytes);
 }
 
 }  // namespace cvfast

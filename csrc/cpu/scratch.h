@@ -5,8 +5,9 @@
 
 namespace cvfast {
 
-// worker: the blocks of the piece of work at hand. caller: what one call prepares for all of its workers.
-enum class ScratchUse { worker, caller };
+// worker: the blocks of the piece of work at hand. caller: what one call prepares for all of its workers. unpooled: results
+// of a call within the call, to be pooled.
+enum class ScratchUse { worker, caller, unpooled };
 
 // `bytes` of uninitialised memory, aligned to 64 bytes, valid until this thread's next request for the same use.
 // A thread keeps one buffer per use; one beyond 32 MiB is given back at the next smaller request. May throw

@@ -1,4 +1,4 @@
-"""Chains of a graph that can run as one: convolution, batch-norm, a tensor added, activation.
+"""Chains of a graph that can run as one: convolution, batch-norm, a tensor added, activation, pooling of 2x2 pixels.
 
 A chain is matched on the graph (`fuse_graph`) and run by a `Chain`, which looks at each call whether it may run as one:
 batch-norm must be in eval mode and nobody may watch the layers by hooks. If so, batch-norm's scale and shift are folded
@@ -88,30 +88,68 @@ def _of_call(node: fx.Node) -> Activation | None:
     return Activation(name) if name and len(node.args) == 1 and not kwargs else None
 
 
+# What torch's poolings take after their input, and what it must be: a set, or None where anything will do.
+_MAX_POOL = {
+    "kernel_size": (2, (2, 2)), "stride": (None, 2, (2, 2)), "padding": (0, (0, 0)), "dilation": (1, (1, 1)),
+    "ceil_mode": (False,), "return_indices": (False,),
+}  # fmt: skip
+_AVERAGE_POOL = {
+    "kernel_size": (2, (2, 2)), "stride": (None, 2, (2, 2)), "padding": (0, (0, 0)),
+    "ceil_mode": (False,), "count_include_pad": None, "divisor_override": (None,),
+}  # fmt: skip
+_POOLING_CALLS = {
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), ("max", _MAX_POOL)),
+    F.avg_pool2d: ("average", _AVERAGE_POOL),
+}
+_POOLING_MODULES = {torch.nn.MaxPool2d: ("max", _MAX_POOL), torch.nn.AvgPool2d: ("average", _AVERAGE_POOL)}
+
+
+def _pooling_of_module(module: Module) -> str | None:
+    """ "max" or "average" if it pools 2x2 pixels with stride 2, as functional.conv2d knows it."""
+    name, options = _POOLING_MODULES.get(type(module), (None, {}))
+    own = module.__dict__
+    return name if all([allowed is None or own[o] in allowed for o, allowed in options.items()]) else None
+
+
+def _pooling_of_call(node: fx.Node) -> str | None:
+    """Of a node call_function whose first argument is the chain."""
+    name, options = _POOLING_CALLS.get(node.target, (None, {}))
+    given = dict(zip(options, node.args[1:], strict=False), **node.kwargs)
+    freeze = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
+    fits = [o in options and (options[o] is None or freeze(v) in options[o]) for o, v in given.items()]
+    return name if name and all(fits) and len(node.args) <= 1 + len(options) else None
+
+
 # Running a chain
 
 
 class Chain:
-    """activation(norm(conv(input)) + residual), in one step where that is the same."""
+    """pooling(activation(norm(conv(input)) + residual)), in one step where that is the same."""
 
     __name__ = __qualname__ = "chain"  # in the code that torch.fx writes
 
-    def __init__(self, conv: Module, norm: BatchNorm2d | None, activation: Module | Activation | None) -> None:
-        self.layers = (conv, norm, activation)
+    def __init__(
+        self,
+        conv: Module,
+        norm: BatchNorm2d | None,
+        activation: Module | Activation | None,
+        pooling: Module | str | None,
+    ) -> None:
+        self.layers, self.pooling = (conv, norm, activation), pooling
         self.ready: _Ready | None = None
 
     def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if observer is not None:
-            return observer(*self.layers, input, residual)
+            return observer(*self.layers, input, residual, self.pooling)
         if torch.compiler.is_compiling():
-            return run(*self.layers, input, residual)
+            return run(*self.layers, input, residual, self.pooling)
         ready = self.ready
         if ready is not None and ready.holds():
             output = ready.call(input, residual)
             if output is not None:
                 return output
-        output = run(*self.layers, input, residual)
-        self.ready = None if torch.is_grad_enabled() else _Ready.make(*self.layers)
+        output = run(*self.layers, input, residual, self.pooling)
+        self.ready = None if torch.is_grad_enabled() else _Ready.make(*self.layers, self.pooling)
         return output
 
 
@@ -124,29 +162,44 @@ def run(
     activation: Module | Activation | None,
     input: Tensor,
     residual: Tensor | None = None,
+    pooling: Module | str | None = None,
 ) -> Tensor:
-    if not runs_as_one(conv, norm, activation) or (norm is not None and input.dim() != 4):  # which batch-norm refuses
-        return separately(conv, norm, activation, input, residual)
+    if not runs_as_one(conv, norm, activation, pooling) or (norm is not None and input.dim() != 4):  # which it refuses
+        return separately(conv, norm, activation, input, residual, pooling)
     weight, bias = (conv.weight, conv.bias) if norm is None else _folded(conv, norm)
-    return _convolve(conv, input, weight, bias, _known(activation), residual)
+    return _convolve(conv, input, weight, bias, _known(activation), residual, _known_pooling(pooling))
 
 
-def runs_as_one(conv: Module, norm: BatchNorm2d | None, activation: Module | Activation | None) -> bool:
-    if activation is not None and _known(activation) is None:
+def runs_as_one(
+    conv: Module,
+    norm: BatchNorm2d | None,
+    activation: Module | Activation | None,
+    pooling: Module | str | None = None,
+) -> bool:
+    if (activation is not None and _known(activation) is None) or (pooling is not None and not _known_pooling(pooling)):
         return False
-    return _unwatched([m for m in (conv, norm, activation) if isinstance(m, Module)]) and _foldable(conv, norm)
+    modules = [m for m in (conv, norm, activation, pooling) if isinstance(m, Module)]
+    return _unwatched(modules) and _foldable(conv, norm)
 
 
 def _known(activation: Module | Activation | None) -> Activation | None:
     return _of_module(activation) if isinstance(activation, Module) else activation
 
 
-def separately(conv: Module, norm: Module | None, activation, input: Tensor, residual: Tensor | None) -> Tensor:
+def _known_pooling(pooling: Module | str | None) -> str | None:
+    return _pooling_of_module(pooling) if isinstance(pooling, Module) else pooling
+
+
+def separately(
+    conv: Module, norm: Module | None, activation, input: Tensor, residual: Tensor | None, pooling=None
+) -> Tensor:
     """The same by calling one layer after the other."""
     output = conv(input) if norm is None else norm(conv(input))
     if residual is not None:
         output = output + residual
-    return output if activation is None else activation(output)
+    if activation is not None:
+        output = activation(output)
+    return pooling(output) if isinstance(pooling, Module) else functional.POOLINGS[pooling or "none"](output)
 
 
 def _convolve(
@@ -156,11 +209,14 @@ def _convolve(
     bias: Tensor | None,
     activation: Activation | None,
     residual: Tensor | None,
+    pooling: str | None,
 ) -> Tensor:
-    """activation(conv's operation with this weight and bias + residual)."""
+    """activation(conv's operation with this weight and bias + residual), pooled."""
     if _is_added_in_place(conv, input, weight, residual):
         name, slope = ("none", 0.0) if activation is None else activation
-        return conv._conv_forward(input, weight, bias, activation=name, negative_slope=slope, residual=residual)
+        return conv._conv_forward(
+            input, weight, bias, activation=name, negative_slope=slope, residual=residual, pooling=pooling or "none"
+        )
     if isinstance(conv, torch.nn.ConvTranspose2d):
         output = functional.conv_transpose2d(
             input, weight, bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
@@ -170,7 +226,7 @@ def _convolve(
     if residual is not None:
         same = residual.shape == output.shape and residual.dtype == output.dtype
         output = output.add_(residual) if same else output + residual
-    return output if activation is None else activation(output)
+    return functional.POOLINGS[pooling or "none"](output if activation is None else activation(output))
 
 
 def _is_added_in_place(conv: Module, input: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
@@ -269,10 +325,12 @@ class _Ready:
     """A chain's call with all that it found out about the layers, for inputs that need no derivative."""
 
     @staticmethod
-    def make(conv: Module, norm: Module | None, activation: Module | Activation | None) -> _Ready | None:
+    def make(
+        conv: Module, norm: Module | None, activation: Module | Activation | None, pooling: Module | str | None
+    ) -> _Ready | None:
         """None where this is no single call of conv2d."""
         known = _known(activation)
-        if isinstance(conv, torch.nn.ConvTranspose2d) or not runs_as_one(conv, norm, activation):
+        if isinstance(conv, torch.nn.ConvTranspose2d) or not runs_as_one(conv, norm, activation, pooling):
             return None
         if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
             return None
@@ -282,22 +340,32 @@ class _Ready:
         state = _state(sources)  # before what is made of them
         weight, bias = sources if norm is None else _folded(conv, norm)
         name, slope = ("none", 0.0) if known is None else known
-        call = functional.prepared_conv2d(weight, bias, *_options(conv), activation=name, negative_slope=slope)
-        return None if call is None else _Ready(conv, norm, activation, sources, state, call)
+        call = functional.prepared_conv2d(
+            weight,
+            bias,
+            *_options(conv),
+            activation=name,
+            negative_slope=slope,
+            pooling=_known_pooling(pooling) or "none",
+        )
+        return None if call is None else _Ready(conv, norm, activation, pooling, sources, state, call)
 
     def __init__(
         self,
         conv: Module,
         norm: Module | None,
         activation: Module | Activation | None,
+        pooling: Module | str | None,
         sources: tuple[Tensor | None, ...],
         state: list[int | None],
         call: Callable[[Tensor, Tensor | None], Tensor | None],
     ) -> None:
         self.call = call
-        self.modules = [m for m in (conv, norm, activation) if isinstance(m, Module)]
+        self.modules = [m for m in (conv, norm, activation, pooling) if isinstance(m, Module)]
         self.types = [type(m) for m in self.modules]
-        self.conv, self.norm, self.activation, self.known = conv, norm, activation, _known(activation)
+        self.conv, self.norm = conv, norm
+        self.activation, self.known_activation = activation, _known(activation)
+        self.pooling, self.known_pooling = pooling, _known_pooling(pooling)
         self.options = _options(conv)
         self.eps = None if norm is None else norm.eps
         self.sources, self.state = sources, state
@@ -318,7 +386,8 @@ class _Ready:
         return (
             all(map(is_, sources, self.sources))
             and _state(sources) == self.state
-            and _known(self.activation) == self.known
+            and _known(self.activation) == self.known_activation
+            and _known_pooling(self.pooling) == self.known_pooling
         )
 
 
@@ -360,9 +429,10 @@ class Found(NamedTuple):
     norm: str | None
     residual: bool
     activation: str | None
+    pooling: str | None
 
     def __str__(self) -> str:
-        parts = [self.norm, "add" if self.residual else None, self.activation]
+        parts = [self.norm, "add" if self.residual else None, self.activation, self.pooling]
         return " + ".join([self.conv, *(p for p in parts if p is not None)])
 
 
@@ -400,6 +470,7 @@ def _links(conv: fx.Node, root: Module) -> list[fx.Node]:
     extend(lambda node: _is_norm(node, root))
     extend(lambda node: _residual(node, links[-1]) is not None)
     extend(lambda node: _activation(node, root) is not None)
+    extend(lambda node: _pooling(node, root) is not None)
     return links
 
 
@@ -408,10 +479,13 @@ def _is_norm(node: fx.Node, root: Module) -> bool:
     return type(norm) is BatchNorm2d and _one_argument(node) and not norm.training and norm.running_mean is not None
 
 
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+
+
 def _residual(node: fx.Node, end: fx.Node) -> fx.Node | None:
     """What `node` adds to the chain that ends at `end`; None if it doesn't add a tensor."""
     first_only = node.target in (operator.iadd, "add_")
-    if node.target not in (operator.add, operator.iadd, torch.add, "add", "add_") or len(node.args) != 2 or node.kwargs:
+    if node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
         return None
     left, right = node.args
     if left is end and isinstance(right, fx.Node) and right is not end:
@@ -426,9 +500,16 @@ def _activation(node: fx.Node, root: Module) -> Activation | None:
     return _of_call(node) if node.op in ("call_function", "call_method") else None
 
 
+def _pooling(node: fx.Node, root: Module) -> str | None:
+    module = _module(node, root)
+    if module is not None:
+        return _pooling_of_module(module) if _one_argument(node) else None
+    return _pooling_of_call(node) if node.op == "call_function" else None
+
+
 def _addition(links: list[fx.Node]) -> fx.Node | None:
     """The node that adds a tensor to the chain."""
-    return next((n for n in links if n.op != "call_module" and n.target not in _CALLS), None)
+    return next((n for n in links if n.op != "call_module" and n.target in _ADDITIONS), None)
 
 
 def _movable(links: list[fx.Node]) -> bool:
@@ -451,19 +532,28 @@ def _movable(links: list[fx.Node]) -> bool:
 
 def _replace(graph: fx.Graph, root: Module, links: list[fx.Node]) -> Found:
     conv, *rest = links
-    norm = next((n for n in rest if _is_norm(n, root)), None)
+    norm, activation, pooling = (
+        next((n for n in rest if is_such(n, root)), None) for is_such in (_is_norm, _activation, _pooling)
+    )
     add = _addition(rest)
-    last = rest[-1] if rest[-1] not in (norm, add) else None
     residual = None if add is None else _residual(add, conv if norm is None else norm)
-    if last is None or last.op != "call_module":
-        activation = None if last is None else _of_call(last)
-    else:
-        activation = _module(last, root)
-    run_chain = Chain(_module(conv, root), None if norm is None else _module(norm, root), activation)
+
+    def part(node: fx.Node | None, of_call: Callable | None = None):
+        if node is None or node.op != "call_module":
+            return None if node is None else of_call(node)
+        return _module(node, root)
+
+    chain = Chain(part(conv), part(norm), part(activation, _of_call), part(pooling, _pooling_of_call))
     with graph.inserting_before(conv if add is None else links[-1]):
-        new = graph.call_function(run_chain, (conv.args[0], residual))
+        new = graph.call_function(chain, (conv.args[0], residual))
     links[-1].replace_all_uses_with(new)
     for node in reversed(links):
         graph.erase_node(node)
-    name = None if last is None else str(last.target) if last.op == "call_module" else f"({_of_call(last).name})"
-    return Found(conv.target, None if norm is None else norm.target, add is not None, name)
+
+    def name(node: fx.Node | None, of_call: Callable) -> str | None:
+        if node is None or node.op == "call_module":
+            return None if node is None else str(node.target)
+        return f"({of_call(node)})"
+
+    names = name(activation, lambda node: _of_call(node).name), name(pooling, _pooling_of_call)
+    return Found(conv.target, None if norm is None else norm.target, add is not None, *names)

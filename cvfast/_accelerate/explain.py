@@ -189,15 +189,15 @@ class _Watcher:
             self.rows.append(row)
         return output
 
-    def chain(self, conv, norm, activation, input: Tensor, residual: Tensor | None) -> Tensor:
+    def chain(self, conv, norm, activation, input: Tensor, residual: Tensor | None, pooling) -> Tensor:
         """In place of chains.run."""
-        arguments = (conv, norm, activation, input, residual)
-        if self.busy or get_ident() != self.thread or not chains.runs_as_one(conv, norm, activation):
+        arguments = (conv, norm, activation, input, residual, pooling)
+        if self.busy or get_ident() != self.thread or not chains.runs_as_one(conv, norm, activation, pooling):
             return chains.run(*arguments)
         with self.layer():
             output = chains.run(*arguments)
             row = Row(self.names[conv], type(conv).__name__, _sizes((input, residual)), _sizes(output), *self.chosen())
-            parts = (norm, "add" if residual is not None else None, activation)
+            parts = (norm, "add" if residual is not None else None, activation, pooling)
             row.fused = " + ".join(self.names.get(p) or getattr(p, "name", p) for p in parts if p is not None)
             row.seconds, row.torch_seconds = _compare(
                 lambda: chains.run(*arguments), lambda: chains.separately(*arguments)

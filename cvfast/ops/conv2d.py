@@ -172,11 +172,12 @@ def unfold(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.unflatten(dim, (size, -1))
 
 
-# conv2d with its epilogue, without derivatives: activation(conv2d(...) + residual), residual as the result.
+# conv2d with its epilogue, without derivatives: activation(conv2d(...) + residual), residual as the result; where there
+# is no residual, that pooled ("none", "max", "average").
 epilogue_kernel = define_kernel(
     "cvfast",
     "conv2d_epilogue(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
-    f"float negative_slope, {_OPTIONS}) -> Tensor",
+    f"float negative_slope, str pooling, {_OPTIONS}) -> Tensor",
 )
 
 register(

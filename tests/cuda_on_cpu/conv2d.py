@@ -35,7 +35,10 @@ _HEAD = (("shape", Conv2dShape), ("dtype", ctypes.c_int32))
 
 
 class Epilogue(ctypes.Structure):  # the CPU's; of zeros here
-    _fields_ = (("activation", ctypes.c_int32), ("negative_slope", ctypes.c_double), ("residual", ctypes.c_void_p))
+    _fields_ = (
+        ("activation", ctypes.c_int32), ("negative_slope", ctypes.c_double), ("residual", ctypes.c_void_p),
+        ("pooling", ctypes.c_int32),
+    )  # fmt: skip
 
 
 class Conv2dForward(ctypes.Structure):

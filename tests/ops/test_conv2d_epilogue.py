@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cvfast
-from cvfast.functional import ACTIVATIONS
+from cvfast.functional import ACTIVATIONS, POOLINGS
 from cvfast.testing import assert_as_accurate
 from tests.conftest import isas
 
@@ -32,6 +32,14 @@ CASES = {
     "few-pixels": ((1, 130, 4, 4), (70, 130, 4, 4), {}),
     "no-samples": ((0, 4, 5, 5), (3, 4, 3, 3), {}),
 }
+POOLED = {  # what matters to pooling besides: the last line and column, lines longer than vectors, few channels
+    "direct-odd": ((2, 3, 15, 14), (7, 3, 4, 4), {}),
+    "plane-odd": ((1, 1, 31, 41), (1, 1, 3, 3), {"padding": 1}),
+    "few-channels": ((3, 5, 7, 6), (2, 5, 1, 1), {}),
+    "wide": ((1, 2, 9, 77), (3, 2, 3, 3), {}),
+    "1x1-wide": ((1, 33, 8, 75), (40, 33, 1, 1), {}),
+    "one-pixel": ((1, 4, 3, 3), (3, 4, 2, 2), {}),
+}
 BACKENDS = [("ext", isa) for isa in isas()] + [("native", None)]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -39,7 +47,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 def operands(name: str, dtype: torch.dtype, memory_format: torch.memory_format):
     """Input, weight, bias and residual of a case, and its options."""
     generator = torch.Generator().manual_seed(0)
-    input_size, weight_size, options = CASES[name]
+    input_size, weight_size, options = (CASES | POOLED)[name]
     input, weight = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (input_size, weight_size))
     bias = torch.randn(weight_size[0], generator=generator, dtype=torch.float64)
     size = cvfast.functional.conv2d(input, weight, **options).shape
@@ -71,6 +79,67 @@ def test_epilogue_follows_the_convolution(case, memory_format, dtype, backend, i
                 assert_as_accurate(result, function(total, 0.2), exact, activation, bound=4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize(("backend", "isa"), BACKENDS, indirect=["isa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", [*CASES, *POOLED])
+def test_pooling_follows_the_activation(case, memory_format, dtype, backend, isa, poisoned):
+    (input, weight, bias, _), options = operands(case, dtype, FORMATS[memory_format])
+    call = lambda x, w, b, **more: cvfast.functional.conv2d(x, w, b, **options, backend=backend, **more)  # noqa: E731
+    plain = call(input, weight, bias)
+    for activation in ("none", "relu", "leaky_relu", "tanh"):
+        for pooling in ("max", "average"):
+            arguments = {"activation": activation, "negative_slope": -0.2, "pooling": pooling}
+            if min(plain.shape[2:]) < 2:
+                with pytest.raises(RuntimeError, match="too small to pool"):
+                    call(input, weight, bias, **arguments)
+                continue
+            result = call(input, weight, bias, **arguments)
+            expected = POOLINGS[pooling](ACTIVATIONS[activation](plain, -0.2))
+            strides = zip(result.shape, result.stride(), expected.stride(), strict=True)
+            assert result.numel() == 0 or all(ours == torchs for size, ours, torchs in strides if size > 1)
+            if pooling == "max" and activation in ("none", "relu"):
+                assert torch.equal(result, expected), activation
+            else:
+                exact = POOLINGS[pooling](ACTIVATIONS[activation](plain.double(), -0.2))
+                assert_as_accurate(
+                    result, expected, exact, f"{activation}, {pooling}", bound=4 * torch.finfo(dtype).eps
+                )
+
+
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", ["winograd", "direct", "direct-columns", "1x1"])
+def test_pooling_keeps_nan_and_infinity(case, memory_format, isa):
+    """NaN wins over every number, as torch's max_pool2d has it, and is left by relu."""
+    (input, weight, bias, _), options = operands(case, torch.float32, FORMATS[memory_format])
+    input[0, 0, 0, 0], input[0, 1, 5, 5], input[0, 2, 8, 8] = float("nan"), float("inf"), -float("inf")
+    plain = cvfast.functional.conv2d(input, weight, bias, **options, backend="ext")
+    for pooling in ("max", "average"):
+        result = cvfast.functional.conv2d(
+            input, weight, bias, **options, activation="relu", pooling=pooling, backend="ext"
+        )
+        expected = POOLINGS[pooling](torch.relu(plain))
+        assert expected.isnan().any() and expected.isinf().any() and expected.isfinite().any()
+        torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", ["winograd", "winograd-dilated", "direct", "direct-columns", "1x1"])
+def test_pooling_same_bits(case, threads):
+    """For any number of threads, a sample alone or in its batch, both memory formats and any strides."""
+    (input, weight, bias, _), options = operands(case, torch.float32, torch.contiguous_format)
+    input = torch.cat((input, input.flip(2), input + 1))
+    call = lambda x: cvfast.functional.conv2d(x, weight, bias, **options, activation="silu", pooling="average")  # noqa: E731
+    threads(1)
+    expected = call(input)
+    strided = torch.zeros(*input.shape[:3], 2 * input.shape[3])[..., ::2].copy_(input)
+    for other in (input.contiguous(memory_format=torch.channels_last), strided):
+        assert torch.equal(call(other), expected)
+    assert torch.equal(call(input[1:2]), expected[1:2])
+    threads(2)
+    assert torch.equal(call(input), expected) and torch.equal(call(input[1]), expected[1])
+
+
 def test_one_pass_where_no_gradient_is_asked_for(monkeypatch):
     """The test above does run the kernel's epilogue; with gradients the parts are called, and differentiated twice."""
     calls = []
@@ -81,6 +150,10 @@ def test_one_pass_where_no_gradient_is_asked_for(monkeypatch):
     (input, weight, bias, residual), options = operands("winograd", torch.float32, torch.contiguous_format)
     cvfast.functional.conv2d(input, weight, bias, **options, activation="relu", residual=residual)
     assert calls == ["relu"]
+    result = cvfast.functional.conv2d(input, weight, bias, **options, residual=residual, pooling="max")
+    assert calls.pop() == "none" and torch.equal(
+        result, POOLINGS["max"](cvfast.functional.conv2d(input, weight, bias, **options) + residual)
+    )
     weight.requires_grad_()
     output = cvfast.functional.conv2d(input, weight, bias, **options, activation="tanh", residual=residual)
     (first,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
@@ -92,7 +165,9 @@ def test_gradients_of_the_epilogue():
     (input, weight, bias, residual), options = operands("direct", torch.float64, torch.contiguous_format)
     tensors = [t[..., :6, :6].detach().clone() if t is input else t.detach().clone() for t in (input, weight, bias)]
     tensors.append(residual[..., :2, :2].clone())
-    function = lambda x, w, b, r: cvfast.functional.conv2d(x, w, b, **options, activation="silu", residual=r)  # noqa: E731
+    function = lambda x, w, b, r: cvfast.functional.conv2d(  # noqa: E731
+        x, w, b, **options, activation="silu", residual=r, pooling="average"
+    )
     tensors = [t.requires_grad_() for t in tensors]
     torch.autograd.gradcheck(function, tensors, fast_mode=True)
     torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
@@ -111,7 +186,8 @@ def test_compiles_and_exports():
 
     class Layer(torch.nn.Module):
         def forward(self, x, r):
-            return cvfast.functional.conv2d(x, weight, bias, **options, activation="relu", residual=r)
+            x = cvfast.functional.conv2d(x, weight, bias, **options, activation="relu", residual=r)
+            return cvfast.functional.conv2d(x, weight[:, :1].repeat(1, 35, 1, 1), bias, pooling="max")
 
     expected = Layer()(input, residual)
     torch.testing.assert_close(torch.compile(Layer(), backend="aot_eager", fullgraph=True)(input, residual), expected)
@@ -122,6 +198,7 @@ def test_compiles_and_exports():
     ("options", "error", "match"),
     [
         ({"activation": "swish"}, ValueError, "unknown activation 'swish'; allowed: none, relu, relu6"),
+        ({"pooling": "min"}, ValueError, "unknown pooling 'min'; allowed: none, max, average"),
         (
             {"residual": torch.zeros(2, 35, 11, 9)},
             RuntimeError,

@@ -7,6 +7,7 @@
 #include "conv2d_direct.h"
 #include "conv2d_direct_weight_grad.h"
 #include "conv2d_implicit_gemm.h"
+#include "conv2d_pooling.h"
 #include "conv2d_winograd.h"
 #include "conv2d_winograd_weight_grad.h"
 
@@ -14,23 +15,28 @@ namespace cvfast {
 namespace {
 
 template <class Problem>
+bool never(const Problem&) { return false; }
+
+template <class Problem>
 struct Algorithm {
   const char* name;
   bool (*applies)(const Problem&);
   void (*run)(const Problem&, const ThreadPool&);
+  bool (*pools)(const Problem&) = never;  // whether it can pool its own results, in the forward pass
 };
 
 template <class Problem>
 bool always(const Problem&) { return true; }
+inline bool without_dilation(const Conv2dForward& p) { return p.shape.dilation_h * p.shape.dilation_w == 1; }
 
 // For each of the three products and each storage type S: the first algorithm that applies is taken; the last one
 // always does.
 template <class S>
 constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"Winograd", winograd_applies, correlate_by_winograd<3, S>},
-    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>},
-    {"direct", direct_applies, correlate_direct<S>},
+    {"Winograd", winograd_applies, correlate_by_winograd<3, S>, without_dilation},
+    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, always},
+    {"direct", direct_applies, correlate_direct<S>, always},
     {"implicit GEMM", always, correlate_by_gemm<S>},
 };
 template <class S>
@@ -51,10 +57,14 @@ constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
 };
 
 template <class Problem>
-void run_first(const Algorithm<Problem>* algorithm, const Problem& problem, const ThreadPool& pool) {
+const Algorithm<Problem>& first_of(const Algorithm<Problem>* algorithm, const Problem& problem) {
   while (!algorithm->applies(problem)) ++algorithm;
   set_chosen_algorithm(algorithm->name);
-  algorithm->run(problem, pool);
+  return *algorithm;
+}
+template <class Problem>
+void run_first(const Algorithm<Problem>* algorithms, const Problem& problem, const ThreadPool& pool) {
+  first_of(algorithms, problem).run(problem, pool);
 }
 
 // Calls run(S{}) for the storage type S of `dtype`.
@@ -69,7 +79,13 @@ void with_storage_type(DType dtype, Run&& run) {
 }
 
 void forward(const Conv2dForward& problem, const ThreadPool& pool) {
-  with_storage_type(problem.dtype, [&](auto s) { run_first(forward_algorithms<decltype(s)>, problem, pool); });
+  with_storage_type(problem.dtype, [&]<class S>(S) {
+    const Algorithm<Conv2dForward>& algorithm = first_of(forward_algorithms<S>, problem);
+    if (problem.epilogue.pooling == Pooling::none || algorithm.pools(problem))
+      algorithm.run(problem, pool);
+    else
+      forward_then_pool<S>(problem, algorithm.run, pool);
+  });
 }
 
 void input_grad(const Conv2dInputGrad& problem, const ThreadPool& pool) {

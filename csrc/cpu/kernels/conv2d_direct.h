@@ -139,7 +139,7 @@ DirectPlan direct_plan(const Correlation<S>& c, int64_t threads) {
   const int64_t line_elements = p.y.planes() * p.x.planes() * p.pitch * (channels / p.pixel_size);
   const int64_t most = p.y.most_positions(direct_image_bytes / (line_elements * static_cast<int64_t>(sizeof(T))));
   const int64_t wanted = ceil_div(2 * threads, max<int64_t>(1, s.batch * p.group_blocks));
-  p.band = even_block(p.y.positions, threads > 1 ? min(most, ceil_div(p.y.positions, wanted)) : most, 1);
+  p.band = even_block(p.y.positions, threads > 1 ? min(most, ceil_div(p.y.positions, wanted)) : most, c.pools() ? 2 : 1);
   p.bands = ceil_div(p.y.positions, p.band);
   p.image_elements = p.y.length(p.band) * line_elements;
   p.plane_size = p.y.length(p.band) * p.pitch;
@@ -365,16 +365,18 @@ bool try_plane_product(const DirectPlan& p, const DirectProduct<T>& d, const Axi
   return true;
 }
 
-// Where the products put a band's results: in `to` if it has the compute type and fitting strides, else in `scratch`.
+// Where the products put a band's results: in `to` if it takes them as they are, in the compute type and with fitting strides,
+// else in `scratch`.
 template <class S, class T>
-Block<T> direct_results(const DirectPlan& p, const Phase<S>& phase, Block<S> to, int64_t out_channels, T* scratch) {
+Block<T> direct_results(const DirectPlan& p, const Phase<S>& phase, Block<S> to, int64_t out_channels, bool pools,
+                        T* scratch) {
   const int64_t pixels = phase.patches.x.positions;
   if constexpr (__is_same(S, T)) {
     // A tile of one line's pixels needs enough chains side by side to hide the latency of a multiply-add.
     const bool full = min<int64_t>(out_channels, tile_rows) * ceil_div(pixels, lanes<T>) >= 6 && pixels >= lanes<T>;
     const bool fits = p.channels_are_cols ? to.channel_stride == 1 && p.packed_channels == out_channels
                                           : to.pixel_stride == 1 && full && phase.patches.columns() <= block_depth;
-    if (fits) return to;
+    if (fits && !pools) return to;
   }
   if (p.channels_are_cols) {
     const int64_t pixel_stride = p.group_block * p.packed_channels;
@@ -427,9 +429,9 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
       pack_direct_weights(p, c, phase.patches, group, weights + group * phase.patches.columns() * p.packed_channels);
   }
 
-  const int64_t image_elements = p.image_elements + p.shared + lanes<T>;
+  const int64_t image_elements = p.image_elements + p.shared + lanes<T>, beyond = c.pools() ? 2 * lanes<T> : 0;
   parallel_for(pool, c.batch * p.bands * p.group_blocks, [&](int64_t begin, int64_t end) {
-    T* image = scratch<T>(ScratchUse::worker, image_elements + p.result_elements);
+    T* image = scratch<T>(ScratchUse::worker, image_elements + p.result_elements + beyond);
     T* result = image + image_elements;
     zero_matrix(Matrix<T>{image, 0, 1}, 1, image_elements);
     for (int64_t i = begin; i < end; ++i) {
@@ -445,10 +447,11 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
         if (lines <= 0) continue;
         const int64_t depth = phase.patches.columns();
         const T* weights = packed + phase.taps_before * c.in_channels * all_channels;
-        const Block<S> to = {phase.result + sample * phase.result_batch_stride + position * phase.result_y_stride +
+        const int64_t line = c.pools() ? position / 2 : position;  // of the result
+        const Block<S> to = {phase.result + sample * phase.result_batch_stride + line * phase.result_y_stride +
                                  first_group * c.out_channels * phase.result_channel_stride,
                              phase.result_channel_stride, phase.result_y_stride, phase.result_x_stride};
-        const Block<T> from = direct_results(p, phase, to, c.out_channels, result);
+        const Block<T> from = direct_results(p, phase, to, c.out_channels, c.pools(), result);
         const bool in_place = static_cast<void*>(from.data) == to.data;
         for (int64_t group = 0; group < groups; ++group) {
           Block<T> group_result = from;
@@ -466,19 +469,18 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
           else if (!try_plane_product(p, product, y, x))
             direct_product(p, product, Range{0, depth});
         }
-        const auto finish = [&] { finish_with_epilogue(c, to, groups * c.out_channels, lines, pixels); };
         if (in_place) {
-          finish();
+          finish_with_epilogue(c, to, groups * c.out_channels, lines, pixels);
           continue;
         }
         const bool together = p.packed_channels == c.out_channels;  // the groups' channels are neighbours
         for (int64_t group = 0; group < (together ? 1 : groups); ++group)
-          copy_planes(Block<const T>{from.data + group * p.packed_channels * from.channel_stride, from.channel_stride,
-                                     from.line_stride, from.pixel_stride},
-                      Block<S>{to.data + group * c.out_channels * to.channel_stride, to.channel_stride, to.line_stride,
-                               to.pixel_stride},
-                      (together ? groups : 1) * c.out_channels, lines, pixels);
-        finish();
+          store_results(c,
+                        Block<T>{from.data + group * p.packed_channels * from.channel_stride, from.channel_stride,
+                                 from.line_stride, from.pixel_stride},
+                        Block<S>{to.data + group * c.out_channels * to.channel_stride, to.channel_stride, to.line_stride,
+                                 to.pixel_stride},
+                        (together ? groups : 1) * c.out_channels, lines, pixels);
       }
     }
   });

@@ -26,6 +26,7 @@ struct Correlation {
   const S* residual;  // strides as the result's; or nullptr
   Epilogue epilogue;
 
+  bool pools() const { return epilogue.pooling != Pooling::none; }
   int64_t phases_y() const { return input_grad ? min(shape.stride_h, shape.in_height) : 1; }
   int64_t phases_x() const { return input_grad ? min(shape.stride_w, shape.in_width) : 1; }
 };

@@ -124,8 +124,12 @@ void transform_block(const TiledImages<S, Pixels, Points>& images, int64_t first
   const int64_t channels = images.block_channels(block);
   const int64_t first_channel = group * images.channels + images.first_channel(block);
   const auto one = [&](int64_t t, int64_t channel) {
-    transform_patch<S, access, Pixels, Points>(phase, images.tile_at(first + t), first_channel + channel, channels - channel,
-                                               v + t * images.block_width + channel, point_stride);
+    const WinogradTile at = images.tile_at(first + t);
+    const auto transform = [&](const PhaseImages<S>& seen) {
+      transform_patch<S, access, Pixels, Points>(seen, at, first_channel + channel, channels - channel,
+                                                 v + t * images.block_width + channel, point_stride);
+    };
+    images.dilated() ? transform(phase.part(at, images.dilation_y, images.dilation_x)) : transform(phase);
   };
   // Along what is contiguous in memory.
   if constexpr (access == Access::channels) {
@@ -143,7 +147,7 @@ void transform_patches(const TiledImages<S, Pixels, Points>& images, int64_t fir
                        const ThreadPool& pool) {
   constexpr int64_t tile_block = 16;
   const int64_t tile_blocks = ceil_div(tiles, tile_block), blocks = images.groups * images.blocks;
-  const Access access = access_of(images.phase[0].stride[1], images.phase[0].stride[3]);
+  const Access access = access_of(images.phase[0].stride[1], images.phase[0].stride[3] * images.dilation_x);
   const auto transform = access == Access::channels ? transform_block<S, Access::channels, Pixels, Points>
                          : access == Access::line   ? transform_block<S, Access::line, Pixels, Points>
                                                     : transform_block<S, Access::any, Pixels, Points>;
@@ -195,13 +199,14 @@ float exact_pixel(const Correlation<S>& c, const Phase<S>& phase, int64_t group,
   return c.bias ? sum + to_compute(c.bias[group * c.out_channels + out]) : sum;
 }
 
-template <class S>
-void store_exactly(const Correlation<S>& c, const Phase<S>& phase, int64_t group, WinogradTile tile, int64_t out) {
-  S* to = phase.result + tile.n * phase.result_batch_stride + (group * c.out_channels + out) * phase.result_channel_stride;
-  for (int64_t y = tile.y; y < min(tile.y + winograd_outputs, phase.patches.y.positions); ++y)
-    for (int64_t x = tile.x; x < min(tile.x + winograd_outputs, phase.patches.x.positions); ++x)
-      from_compute(exact_pixel(c, phase, group, tile.n, y, x, out),
-                   to + y * phase.result_y_stride + x * phase.result_x_stride);
+// A tile's lines x pixels results of output channel `out`, into the tile's block.
+template <class S, class To>
+void store_exactly(const Correlation<S>& c, const Phase<S>& phase, int64_t group, WinogradTile tile, int64_t out,
+                   int64_t lines, int64_t pixels, Block<To> to) {
+  for (int64_t y = 0; y < lines; ++y)
+    for (int64_t x = 0; x < pixels; ++x)
+      from_compute(exact_pixel(c, phase, group, tile.n, tile.y + y, tile.x + x, out),
+                   to.data + y * to.line_stride + x * to.pixel_stride);
 }
 
 // Four neighbours of a line for as many channels as a vector has lanes.
@@ -228,17 +233,13 @@ void store_part_of_line(const FloatVector (&o)[4], S* to, int64_t channel_stride
   }
 }
 
-// A^T m A + bias for one tile and the output channels [out, out + lanes) of a group, of which `channels` exist.
-template <class S, int Taps, Access access>
+// A^T m A + bias for one tile, lines x pixels results, and the output channels [out, out + lanes) of a group, of which
+// `channels` exist; `to` is theirs.
+template <class S, int Taps, Access access, class To>
 void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile tile, int64_t out, int64_t channels,
-                      const float* m, int64_t point_stride) {
+                      int64_t lines, int64_t pixels, const float* m, int64_t point_stride, Block<To> to) {
   constexpr int points = winograd_inputs<Taps>;
-  const Phase<S>& phase = w.phase;
-  const int64_t y_stride = phase.result_y_stride, x_stride = phase.result_x_stride;
   const int64_t first = group * w.c.out_channels + out;
-  const int64_t lines = min<int64_t>(w.height() - tile.y, 4), pixels = min<int64_t>(w.width() - tile.x, 4);
-  S* to = phase.result + tile.n * phase.result_batch_stride + first * phase.result_channel_stride + tile.y * y_stride +
-          tile.x * x_stride;
   channels = min<int64_t>(channels, lanes<float>);
   const FloatVector bias = w.c.bias ? load_first(w.c.bias + first, channels) : FloatVector{};
   FloatVector columns[points][4];
@@ -260,13 +261,16 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile ti
 #pragma GCC unroll 4
     for (int x = 0; x < 4; ++x) o[x] = (result_scale<Taps>[y] * result_scale<Taps>[x]) * o[x] + bias, sum += o[x];
     if (whole)
-      store_line<S, access>(o, to + y * y_stride, phase.result_channel_stride, x_stride);
+      store_line<To, access>(o, to.data + y * to.line_stride, to.channel_stride, to.pixel_stride);
     else if (y < lines)
-      store_part_of_line<S, access>(o, to + y * y_stride, phase.result_channel_stride, x_stride, pixels, channels);
+      store_part_of_line<To, access>(o, to.data + y * to.line_stride, to.channel_stride, to.pixel_stride, pixels, channels);
   }
   const FloatVector zero = sum - sum;  // not 0 where something isn't finite
   for (int64_t i = 0; i < channels; ++i)
-    if (zero[i] != 0) store_exactly(w.c, phase, group, tile, out + i);
+    if (zero[i] != 0) {
+      const Block<To> channel = {to.data + i * to.channel_stride, to.channel_stride, to.line_stride, to.pixel_stride};
+      store_exactly(w.c, w.phase, group, tile, out + i, lines, pixels, channel);
+    }
 }
 
 // ---- Work ----
@@ -303,20 +307,34 @@ inline ThreadPool calling_thread() {
   return {1, [](int64_t n, void (*body)(void*, int64_t, int64_t), void* state) { body(state, 0, n); }};
 }
 
+// `in_scratch`: room for a tile's results, where they are not stored as they are; or nullptr.
 template <class S, int Taps, Access access>
 void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int64_t tiles, int64_t out, const float* m,
-                  int64_t point_stride) {
+                  int64_t point_stride, float* in_scratch) {
   const int64_t outs = min(w.c.out_channels - out, winograd_width);
   const Phase<S>& phase = w.phase;
+  const int64_t unit = w.c.pools() ? 2 : 1;
   for (int64_t t = 0; t < tiles; ++t) {
     const WinogradTile tile = w.source.tile_at(first + t);
-    for (int64_t i = 0; i < outs; i += lanes<float>)
-      transform_result<S, Taps, access>(w, group, tile, out + i, outs - i, m + t * winograd_width + i, point_stride);
-    S* to = phase.result + tile.n * phase.result_batch_stride + (group * w.c.out_channels + out) * phase.result_channel_stride +
-            tile.y * phase.result_y_stride + tile.x * phase.result_x_stride;
-    finish_with_epilogue(w.c, Block<S>{to, phase.result_channel_stride, phase.result_y_stride, phase.result_x_stride}, outs,
-                         min<int64_t>(w.height() - tile.y, winograd_outputs),
-                         min<int64_t>(w.width() - tile.x, winograd_outputs));
+    const int64_t lines = min<int64_t>(w.height() - tile.y, winograd_outputs);
+    const int64_t pixels = min<int64_t>(w.width() - tile.x, winograd_outputs);
+    const auto transform = [&]<Access to_access, class To>(Block<To> to) {
+      for (int64_t i = 0; i < outs; i += lanes<float>, to.data += lanes<float> * to.channel_stride)
+        transform_result<S, Taps, to_access>(w, group, tile, out + i, outs - i, lines, pixels, m + t * winograd_width + i,
+                                             point_stride, to);
+    };
+    S* result = phase.result + tile.n * phase.result_batch_stride +
+                (group * w.c.out_channels + out) * phase.result_channel_stride + tile.y / unit * phase.result_y_stride +
+                tile.x / unit * phase.result_x_stride;
+    const Block<S> to = {result, phase.result_channel_stride, phase.result_y_stride, phase.result_x_stride};
+    if (in_scratch) {
+      const Block<float> from = {in_scratch, 1, winograd_outputs * winograd_width, winograd_width};
+      transform.template operator()<Access::channels>(from);
+      store_results(w.c, from, to, outs, lines, pixels);
+    } else {
+      transform.template operator()<access>(to);
+      finish_with_epilogue(w.c, to, outs, lines, pixels);
+    }
   }
 }
 
@@ -351,8 +369,9 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
   parallel_for(pool, w.c.groups * w.panels * ranges, [&](int64_t begin, int64_t end) {
     const int64_t calls = w.points * w.points * source.blocks * ceil_div(p.range_tiles, tile_rows);  // per piece of work
     TilePrefetcher<S> next_source = source_prefetcher(w, first + tiles, next_tiles, calls * (end - begin));
-    float* m = scratch<float>(ScratchUse::worker, m_elements + w.u_block_stride());
-    float* own_u = m + m_elements;
+    constexpr int64_t tile_elements = (winograd_outputs * winograd_outputs + 1) * winograd_width;
+    float* m = scratch<float>(ScratchUse::worker, m_elements + tile_elements + w.u_block_stride());
+    float *tile_results = m + m_elements, *own_u = tile_results + tile_elements;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i % ranges * p.range_tiles, count = min(tiles - tile, p.range_tiles);
       const int64_t panel = i / ranges % w.panels, group = i / ranges / w.panels;
@@ -370,7 +389,7 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
       const auto finish = access == Access::channels ? result_tiles<S, Taps, Access::channels>
                           : access == Access::line   ? result_tiles<S, Taps, Access::line>
                                                      : result_tiles<S, Taps, Access::any>;
-      finish(w, group, first + tile, count, out, m, m_stride);
+      finish(w, group, first + tile, count, out, m, m_stride, w.c.pools() ? tile_results : nullptr);
     }
   });
 }
@@ -415,12 +434,15 @@ inline int64_t winograd_tiles(int64_t height, int64_t width) {
   return ceil_div(height, winograd_outputs) * ceil_div(width, winograd_outputs);
 }
 
+inline bool winograd_fits(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
+  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         winograd_pays(s, dtype, height, width);
+}
 // A dilated convolution is one without dilation for each remainder of the result's coordinates modulo the dilation. Each
 // needs so many tiles that reading the transformed weights once more doesn't matter.
 inline bool winograd_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
   const int64_t tiles = winograd_tiles(ceil_div(height, s.dilation_h), ceil_div(width, s.dilation_w));
-  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 &&
-         winograd_pays(s, dtype, height, width) && (tiles >= 16 || s.dilation_h * s.dilation_w == 1);
+  return winograd_fits(s, dtype, height, width) && (tiles >= 16 || s.dilation_h * s.dilation_w == 1);
 }
 inline bool winograd_applies(const Conv2dForward& p) {
   return winograd_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);

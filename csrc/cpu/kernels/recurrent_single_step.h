@@ -24,9 +24,9 @@ constexpr int most_dot_rows = 4;
 #else
 constexpr int most_dot_rows = 3;
 #endif
-// Weight rows of a tile of `rows` rows: as many as registers take, at most a vector of hidden units.
 template <class T>
-constexpr int dot_units(int rows) { return min(rows < most_dot_rows - 1 ? 8 : 4, lanes<T>); }
+constexpr int dot_units = min(4, lanes<T>);  // weight rows of a tile
+constexpr int64_t dot_bytes_ahead = 4096;    // fetched ahead of the product: the processor's own fetching stops at a page's end
 
 // sum += vectors of `count` products, of weight rows with rows of x.
 template <class S, int Rows, int Units, class T>
@@ -34,46 +34,16 @@ template <class S, int Rows, int Units, class T>
                                             int64_t count, Vector<T> (&sum)[Rows][Units]) {
   Vector<T> w[Units];
 #pragma GCC unroll 8
-  for (int u = 0; u < Units; ++u) w[u] = load_units(weight[u] + k, count);
+  for (int u = 0; u < Units; ++u) {
+    __builtin_prefetch(reinterpret_cast<const char*>(weight[u] + k) + dot_bytes_ahead);
+    w[u] = load_units(weight[u] + k, count);
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
     const Vector<T> v = load_as<Vector<T>>(x + i * x_stride + k);
 #pragma GCC unroll 8
     for (int u = 0; u < Units; ++u) sum[i][u] += v * w[u];
   }
-}
-
-// partial[i * lanes + u] = vectors of partial sums of row i and weight row units[u], over all operands. S: the weights'
-// storage type.
-template <class S, int Rows, class T = Compute<S>, int Units = dot_units<T>(Rows)>
-[[gnu::noinline]] void dot_tile(const DotOperand<T>* operands, int count, int64_t row, const int64_t* units,
-                                Vector<T>* partial) {
-  constexpr int L = lanes<T>;
-  Vector<T> sum[Rows][Units] = {};
-  for (int operand = 0; operand < count; ++operand) {
-    const DotOperand<T>& o = operands[operand];
-    const T* x = o.x + row * o.x_stride;
-    const S* weight[Units];
-#pragma GCC unroll 8
-    for (int u = 0; u < Units; ++u) weight[u] = static_cast<const S*>(o.weight) + units[u] * o.depth;
-    int64_t k = 0;
-    for (; k + L <= o.depth; k += L) add_dots(weight, x, o.x_stride, k, L, sum);
-    if (k < o.depth) add_dots(weight, x, o.x_stride, k, o.depth - k, sum);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 8
-    for (int u = 0; u < Units; ++u) partial[i * L + u] = sum[i][u];
-}
-
-template <class T>
-using DotTile = void (*)(const DotOperand<T>*, int, int64_t, const int64_t*, Vector<T>*);
-template <class S>
-constexpr DotTile<Compute<S>> dot_tiles[] = {dot_tile<S, 1>, dot_tile<S, 2>, dot_tile<S, 3>, dot_tile<S, most_dot_rows>};
-template <class T>
-const DotTile<T>* dot_tiles_of(DType dtype) {
-  if constexpr (sizeof(T) == sizeof(double)) return dot_tiles<double>;
-  else return dtype == DType::bf16 ? dot_tiles<Bf16> : dtype == DType::f16 ? dot_tiles<F16> : dot_tiles<float>;
 }
 
 template <class T>
@@ -87,20 +57,53 @@ struct IntegerOf<double> {
 
 // Sums of neighbours: a0 + a1, a2 + a3, ..., b0 + b1, ...
 template <class T>
-Vector<T> add_neighbours(Vector<T> a, Vector<T> b) {
+[[gnu::always_inline]] inline Vector<T> add_neighbours(Vector<T> a, Vector<T> b) {
   typename IntegerOf<T>::type even, odd;
   for (int i = 0; i < lanes<T>; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
-// The vector whose lane u is the sum of the lanes of v[u]. Overwrites v.
-template <class T>
-Vector<T> sum_lanes(Vector<T>* v) {
-#pragma GCC unroll 4
-  for (int count = lanes<T> / 2; count > 0; count /= 2)
+// Lane by lane the sums of parts of the `count` vectors v, those of the first one first: with `count` a power of two, parts of
+// `count` lanes. Overwrites v.
+template <class T, int count>
+[[gnu::always_inline]] inline Vector<T> sum_parts(Vector<T>* v) {
+  if constexpr (count > 1) {
 #pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) v[i] = add_neighbours<T>(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < count / 2; ++i) v[i] = add_neighbours<T>(v[2 * i], v[2 * i + 1]);
+    return sum_parts<T, count / 2>(v);
+  }
   return v[0];
+}
+
+// partial[i] = sums of row i and the weight rows from `unit` on, over all operands, lanes / dot_units of each; weight rows from
+// `end` on count as the one before. S: the weights' storage type.
+template <class S, int Rows, class T = Compute<S>>
+[[gnu::noinline]] void dot_tile(const DotOperand<T>* operands, int count, int64_t row, int64_t unit, int64_t end,
+                                Vector<T>* partial, int64_t stride) {
+  constexpr int L = lanes<T>, Units = dot_units<T>;
+  Vector<T> sum[Rows][Units] = {};
+  for (int operand = 0; operand < count; ++operand) {
+    const DotOperand<T>& o = operands[operand];
+    const T* x = o.x + row * o.x_stride;
+    const S* weight[Units];
+#pragma GCC unroll 8
+    for (int u = 0; u < Units; ++u) weight[u] = static_cast<const S*>(o.weight) + min(unit + u, end - 1) * o.depth;
+    int64_t k = 0;
+    for (; k + L <= o.depth; k += L) add_dots(weight, x, o.x_stride, k, L, sum);
+    if (k < o.depth) add_dots(weight, x, o.x_stride, k, o.depth - k, sum);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i) partial[i * stride] = sum_parts<T, Units>(sum[i]);
+}
+
+template <class T>
+using DotTile = void (*)(const DotOperand<T>*, int, int64_t, int64_t, int64_t, Vector<T>*, int64_t);
+template <class S>
+constexpr DotTile<Compute<S>> dot_tiles[] = {dot_tile<S, 1>, dot_tile<S, 2>, dot_tile<S, 3>, dot_tile<S, most_dot_rows>};
+template <class T>
+const DotTile<T>* dot_tiles_of(DType dtype) {
+  if constexpr (sizeof(T) == sizeof(double)) return dot_tiles<double>;
+  else return dtype == DType::bf16 ? dot_tiles<Bf16> : dtype == DType::f16 ? dot_tiles<F16> : dot_tiles<float>;
 }
 
 inline bool single_step_applies(const RecurrentForward& p) {
@@ -110,6 +113,7 @@ inline bool single_step_applies(const RecurrentForward& p) {
 template <class T>
 struct SingleStep {
   static constexpr int L = lanes<T>;
+  static constexpr int64_t most_rows = 2 * most_dot_rows;  // that share what the first-level cache holds of the weights
 
   const RecurrentForward& p;
   const CellKind<T>& cell = cell_kind<T>(p.cell);
@@ -138,8 +142,8 @@ struct SingleStep {
     load_operands();
     const DotOperand<T> operands[] = {{x, x_stride, p.weights.w_ih, inputs}, {h, units, p.weights.w_hh, hidden}};
     auto take_blocks = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        for (int gate = 0; gate < cell.gates; ++gate) gate_sums(operands, gate, i * L);
+      for (int gate = 0; gate < cell.gates; ++gate)
+        for (int64_t i = begin; i < end; ++i) gate_sums(operands, gate, i * L);
       run_cell(begin * L, end - begin);
     };
     const int64_t blocks = units / L;
@@ -176,23 +180,25 @@ struct SingleStep {
   void gate_sums(const DotOperand<T>* operands, int gate, int64_t unit) const {
     const bool joined = cell.x_slots[gate] == gate;
     for (int64_t row = 0, count; row < batch; row += count) {
-      count = ceil_div(batch - row, ceil_div(batch - row, most_dot_rows));  // equal tiles, as far as that goes
+      count = min(batch - row, most_rows);
       const int64_t at = row * columns + gate * units + unit;
       if (!joined) dots(operands, 1, row, count, gate, unit, x_gates + at);
       dots(joined ? operands : operands + 1, joined ? 2 : 1, row, count, gate, unit, h_gates + at);
     }
   }
 
+  // Some weight rows at a time pass by all of the rows, while they are in the first-level cache.
   void dots(const DotOperand<T>* operands, int operand_count, int64_t row, int64_t count, int gate, int64_t unit,
             T* to) const {
-    Vector<T> partial[most_dot_rows * L];
-    const int step = dot_units<T>(static_cast<int>(count));
-    for (int u = 0; u < L; u += step) {
-      int64_t weight_rows[8];
-      for (int i = 0; i < step; ++i) weight_rows[i] = gate * hidden + min(unit + u + i, hidden - 1);
-      tiles[count - 1](operands, operand_count, row, weight_rows, partial + u);
-    }
-    for (int64_t i = 0; i < count; ++i) store_as(to + i * columns, sum_lanes<T>(partial + i * L));
+    constexpr int parts = L / dot_units<T>;
+    Vector<T> partial[most_rows * parts];
+    for (int part = 0; part < parts; ++part)
+      for (int64_t i = 0, some; i < count; i += some) {
+        some = ceil_div(count - i, ceil_div(count - i, most_dot_rows));  // equal tiles, as far as that goes
+        tiles[some - 1](operands, operand_count, row + i, gate * hidden + unit + part * dot_units<T>, (gate + 1) * hidden,
+                        partial + i * parts + part, parts);
+      }
+    for (int64_t i = 0; i < count; ++i) store_as(to + i * columns, sum_parts<T, parts>(partial + i * parts));
   }
 
   // Units [unit, unit + vectors * L) of all samples.

@@ -155,7 +155,7 @@ inline void store_vector(FloatVector v, F16* to) {
 }
 #endif
 
-// A vector whose first `count` elements are in memory; the others are 0 and not stored.
+// A vector whose first `count` >= 0 elements are in memory; the others are 0 and not stored.
 template <class S>
 Vector<Compute<S>> load_first(const S* from, int64_t count) {
   if (count >= lanes<Compute<S>>) return load_vector(from);
@@ -168,6 +168,21 @@ void store_first(Vector<Compute<S>> v, S* to, int64_t count) {
   if (count >= lanes<Compute<S>>) return store_vector(v, to);
   for (int64_t i = 0; i < count; ++i) from_compute(static_cast<Compute<S>>(v[i]), to + i);
 }
+
+#if defined(__AVX512F__) && CVFAST_VECTOR_BYTES == 64
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count < 16 ? (1 << count) - 1 : 0xffff); }
+inline FloatVector load_first(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), from); }
+inline void store_first(FloatVector v, float* to, int64_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), v); }
+#elif defined(__AVX2__) && CVFAST_VECTOR_BYTES == 32
+inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(min<int64_t>(count, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline FloatVector load_first(const float* from, int64_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
+inline void store_first(FloatVector v, float* to, int64_t count) {
+  if (count >= 8) return store_vector(v, to);  // masked, it is slow
+  _mm256_maskstore_ps(to, first_lanes(count), v);
+}
+#endif
 
 // A matrix in memory; strides in elements. Either stride may be 1.
 template <class T>

@@ -23,16 +23,19 @@ struct Conv2dShape {
 // uninitialised on entry and fully written on return; it never overlaps an operand. Results are the same bits for
 // any number of threads, for a sample alone or in a batch, and for any strides of the tensors.
 
-// What becomes of a result r: activation(r + residual).
+// What becomes of a result r: activation(r + residual); then, of each 2x2 results, the largest (NaN if one is NaN) or the mean.
 enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, sigmoid, tanh };
+enum class Pooling : int32_t { none, max, average };
 struct Epilogue {
   Activation activation;
   double negative_slope;  // of leaky_relu
   const void* residual;   // laid out in memory as the result is; or nullptr
+  Pooling pooling;        // not with a residual
 };
 
 // output [N, K, P, Q] = conv2d(input [N, C, H, W], weight [K, C/G, R, S]) + bias [K] (contiguous, or nullptr), and the
-// epilogue of that.
+// epilogue of that. With pooling P and Q are even, a last line or column that is left over left out, and output is
+// [N, K, P / 2, Q / 2].
 struct Conv2dForward {
   Conv2dShape shape;
   DType dtype;

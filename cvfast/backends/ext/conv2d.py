@@ -60,12 +60,15 @@ def run_with_epilogue(
     residual: Tensor | None,
     activation: str,
     negative_slope: float,
+    pooling: str,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *options,
 ) -> Tensor | None:
     """activation(conv2d(...) + residual) in one pass; None where derivatives or tracers have to see the parts.
+
+    `pooling` must be "none" where a residual is given.
 
     bfloat16 and float16 would be rounded twice, so those are left to separate calls, too.
     """
@@ -80,11 +83,11 @@ def run_with_epilogue(
         return None
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
-    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, *options)
+    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options)
 
 
 def prepare(
-    activation: str, negative_slope: float, weight: Tensor, bias: Tensor | None, *options
+    activation: str, negative_slope: float, pooling: str, weight: Tensor, bias: Tensor | None, *options
 ) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
     """`run_with_epilogue` for one weight and many inputs, its checks made once; None where it may not be taken.
 
@@ -106,7 +109,7 @@ def prepare(
         if forward_ad._current_level >= 0 or not (residual is None or type(residual) is Tensor):
             return None
         try:
-            return kernel(input, weight, bias, residual, activation, negative_slope, *options)
+            return kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options)
         except RuntimeError:  # what does not fit: other calls convert it, or find better words
             return None
 
