@@ -1006,3 +1006,53 @@ def test_choices_that_do_not_fit(tmp_path, monkeypatch):
         env = {**os.environ, "CVFAST_CACHE": str(tmp_path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert result.stdout.startswith(said), result.stdout + result.stderr
+
+
+# torch.fx
+
+
+def graph_of(model):
+    """The graph that torch.fx records, and the calls in it."""
+    traced = torch.fx.symbolic_trace(model)
+    return traced, [(node.op, str(node.target)) for node in traced.graph.nodes]
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_torch_fx_records_what_it_records_of_torchs_layers(fuse):
+    model = lively(nn.Sequential(Block(shortcut=True), nn.ConvTranspose2d(16, 4, 2)))
+    _, expected = graph_of(model)
+    cvfast.accelerate(model, fuse=fuse)
+    traced, calls = graph_of(model)
+    assert calls == expected
+    with torch.no_grad():
+        torch.testing.assert_close(traced(PICTURE), model(PICTURE), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_fx_records_each_layer_as_one_node():
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.gru, self.rnn = nn.LSTM(6, 8), nn.GRU(8, 8), nn.RNN(8, 8)
+            self.cells = nn.ModuleList([nn.LSTMCell(8, 8), nn.GRUCell(8, 8), nn.RNNCell(8, 8)])
+            self.attention = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            x = self.rnn(self.gru(self.lstm(x)[0])[0])[0]
+            x = self.attention(query=x, key=x, value=x, need_weights=False)[0]
+            return self.cells[2](self.cells[1](self.cells[0](x[0])[0]))
+
+    model = Sequence()
+    x = torch.randn(5, 2, 6)
+    _, expected = graph_of(model)
+    traced, calls = graph_of(cvfast.accelerate(model))
+    assert calls == expected
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_torch_fx_does_not_lose_what_a_subclass_adds():
+    class Doubled(cvfast.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(torch.fx.proxy.TraceError):  # not one node, which would double twice
+        torch.fx.symbolic_trace(nn.Sequential(Doubled(3, 4, 3)))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cvfast import functional
+from cvfast.nn.leaf import is_recorded, node
 from cvfast.nn.recurrent import LSTMCell
 
 
@@ -30,6 +31,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments, result and errors as torch.nn.MultiheadAttention's; masks are True (or -inf) where hidden."""
+        if is_recorded(self, query):
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return node(self, query, key, value, *masks)
         batched = torch.nn.functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
@@ -147,6 +151,8 @@ class AdditiveAttention(torch.nn.Module):
         mask: Tensor | None = None,
         projected_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if is_recorded(self, query):
+            return node(self, query, keys, values, mask, projected_keys)
         values = keys if values is None else values
         if projected_keys is not None:
             return functional.additive_attention(query, projected_keys, values, self.w_query, None, self.v, mask)
@@ -198,6 +204,8 @@ class AttentionLSTMCell(torch.nn.Module):
         mask: Tensor | None = None,
         projected_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if is_recorded(self, input):
+            return node(self, input, keys, state, mask, projected_keys)
         h, c = state
         if self.score == "additive":
             context, weights = self.attention(h, keys, None, mask, projected_keys)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cvfast import functional
+from cvfast.nn.leaf import is_recorded, node
 
 
 class Linear(torch.nn.Linear):
@@ -15,4 +16,6 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_recorded(self, input):
+            return node(self, input)
         return functional.linear(input, self.weight, self.bias)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cvfast.backends.ext.conv2d import runs_with_epilogue, why_not, why_slower
+from cvfast.backends.ext.conv2d import SLOW_ON_CUDA, runs_with_epilogue, why_not
 from cvfast.ops.card import call
 from cvfast.ops.conv2d import result_format
 from cvfast.ops.conv_transpose2d import epilogue_kernel
@@ -31,6 +31,11 @@ def run_with_epilogue(
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
     return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, *options)
+
+
+def why_slower(input: Tensor, *args) -> list[str]:
+    """Where torch's own operator is taken although the kernels could run."""
+    return [SLOW_ON_CUDA] if input.is_cuda else []
 
 
 run = partial(call, torch.ops.cvfast.conv_transpose2d.default)  # arguments as in cvfast.functional.conv_transpose2d
