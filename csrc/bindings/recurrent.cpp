@@ -43,19 +43,21 @@ struct RowTensor {
 // Whether the input is a sequence, or one step [B, I].
 enum class Form { sequence, step };
 
-// The operands of forward and backward, checked; owns what had to be made contiguous.
+// The operands of forward and backward, checked; owns what had to be made contiguous. `place`: which of the states in h_0
+// and c_0, where they have a dimension of several.
 class Operands {
  public:
   Operands(Form form, RecurrentCell cell, const Tensor& input, const MaybeTensor& lengths, const MaybeTensor& batch_sizes,
            const Tensor& h_0, const MaybeTensor& c_0, const Tensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
-           const MaybeTensor& b_hh, const MaybeTensor& w_hr)
+           const MaybeTensor& b_hh, const MaybeTensor& w_hr, std::optional<int64_t> place = {})
       : cell(cell), input(input) {
-    STD_TORCH_CHECK(h_0.dim() == 2 && w_ih.dim() == 2 && w_hh.dim() == 2,
+    const int64_t outer = place ? 1 : 0;  // dimensions of the states before the samples'
+    STD_TORCH_CHECK(h_0.dim() == outer + 2 && w_ih.dim() == 2 && w_hh.dim() == 2,
                     "cvfast recurrent: states and weights must be 2-dimensional");
     STD_TORCH_CHECK(c_0.has_value() == (cell == RecurrentCell::lstm), "cvfast recurrent: c_0 is the lstm's");
     STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "cvfast recurrent: both biases or none");
     STD_TORCH_CHECK(!w_hr.has_value() || cell == RecurrentCell::lstm, "cvfast recurrent: w_hr is the lstm's");
-    batch = h_0.size(0), outputs = h_0.size(1);
+    batch = h_0.size(outer), outputs = h_0.size(outer + 1);
     const int64_t rows = w_ih.size(0);
     STD_TORCH_CHECK(rows % gates_of(cell) == 0, "cvfast recurrent: the weights' rows are not divisible by ", gates_of(cell));
     shape = {w_ih.size(1), rows / gates_of(cell), w_hr.has_value() ? outputs : 0};
@@ -63,8 +65,13 @@ class Operands {
                take("b_hh", b_hh, {rows}), take("w_hr", w_hr, {outputs, shape.hidden})};
     STD_TORCH_CHECK(w_hr.has_value() || outputs == shape.hidden, "cvfast recurrent: h_0 has size ", outputs,
                     " at dimension 1, expected ", shape.hidden);
-    this->h_0 = take("h_0", h_0, {batch, outputs});
-    this->c_0 = take("c_0", c_0, {batch, shape.hidden});
+    auto state = [&](const char* what, const MaybeTensor& states, int64_t width) -> const void* {
+      if (!place || !states.has_value()) return take(what, states, {batch, width});
+      const int64_t offset = *place * batch * width * static_cast<int64_t>(input.element_size());
+      return static_cast<const char*>(take(what, states, {h_0.size(0), batch, width})) + offset;
+    };
+    this->h_0 = state("h_0", h_0, outputs);
+    this->c_0 = state("c_0", c_0, shape.hidden);
     if (form == Form::step) {
       steps = 1;
       check_size("input", input, {batch, shape.input});
@@ -180,9 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& input, const MaybeTensor&
   for (int64_t i = 0; i < count; ++i) {
     auto weight = [&](int64_t place) { return place < each ? MaybeTensor(weights[i * each + place]) : MaybeTensor(); };
     const int64_t first = biases ? 2 : each;  // of the biases
-    const Operands o(Form::sequence, cell, from, lengths, batch_sizes, torch::stable::select(h_0, 0, i),
-                     c_0.has_value() ? MaybeTensor(torch::stable::select(*c_0, 0, i)) : MaybeTensor(), weights[i * each],
-                     weights[i * each + 1], weight(first), weight(first + 1), weight(biases ? 4 : 2));
+    const Operands o(Form::sequence, cell, from, lengths, batch_sizes, h_0, c_0, weights[i * each], weights[i * each + 1],
+                     weight(first), weight(first + 1), weight(biases ? 4 : 2), i);
     if (i % directions == 0) output = empty_contiguous(o.row_sizes(directions * o.outputs), dtype);
     cvfast::Rows rows = RowTensor(output);
     rows.data = static_cast<char*>(rows.data) + bytes(i % directions * o.outputs);
