@@ -214,17 +214,29 @@ Tensor pack(const Tensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, con
   return packed;
 }
 
+// h and c ([0] without) after one step; `saved` as forward() has it, or nullptr.
+std::tuple<Tensor, Tensor> take_step(const Operands& o, void* saved) {
+  const int32_t dtype = dtype_code(o.input.keep);
+  const RowTensor h(empty_contiguous({o.batch, o.outputs}, dtype));
+  const Tensor c = empty_contiguous(o.cell == RecurrentCell::lstm ? Ints{o.batch, o.outputs} : Ints{0}, dtype);
+  run(o, false, h, h.keep.mutable_data_ptr(), c.mutable_data_ptr(), saved, nullptr);
+  return {h.keep, c};
+}
+
 template <RecurrentCell cell>
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& h, const MaybeTensor& c, const Tensor& w_ih,
                                         const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, bool save) {
   const Operands o(Form::step, cell, input, {}, {}, h, c, w_ih, w_hh, b_ih, b_hh, {});
-  const int32_t dtype = dtype_code(input);
-  const RowTensor new_h(empty_contiguous({o.batch, o.outputs}, dtype));
-  const Tensor new_c = empty_contiguous(c.has_value() ? Ints{o.batch, o.outputs} : Ints{0}, dtype);
   const Tensor saved = empty_contiguous(save ? o.saved_sizes() : Ints{0}, compute_code(input));
-  run(o, false, new_h, new_h.keep.mutable_data_ptr(), new_c.mutable_data_ptr(), save ? saved.mutable_data_ptr() : nullptr,
-      nullptr);
-  return {new_h.keep, new_c, saved};
+  const auto [new_h, new_c] = take_step(o, save ? saved.mutable_data_ptr() : nullptr);
+  return {new_h, new_c, saved};
+}
+
+// Without derivatives.
+template <RecurrentCell cell>
+std::tuple<Tensor, Tensor> plain_step(const Tensor& input, const Tensor& h, const MaybeTensor& c, const Tensor& w_ih,
+                                      const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh) {
+  return take_step(Operands(Form::step, cell, input, {}, {}, h, c, w_ih, w_hh, b_ih, b_hh, {}), nullptr);
 }
 
 template <RecurrentCell cell>
@@ -298,6 +310,10 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   m.impl("gru_stack", TORCH_BOX(&stack<RecurrentCell::gru>));
   m.impl("rnn_tanh_stack", TORCH_BOX(&stack<RecurrentCell::rnn_tanh>));
   m.impl("rnn_relu_stack", TORCH_BOX(&stack<RecurrentCell::rnn_relu>));
+  m.impl("lstm_step", TORCH_BOX(&plain_step<RecurrentCell::lstm>));
+  m.impl("gru_step", TORCH_BOX(&plain_step<RecurrentCell::gru>));
+  m.impl("rnn_tanh_step", TORCH_BOX(&plain_step<RecurrentCell::rnn_tanh>));
+  m.impl("rnn_relu_step", TORCH_BOX(&plain_step<RecurrentCell::rnn_relu>));
   m.impl("lstm_pack", TORCH_BOX(&pack<RecurrentCell::lstm>));
   m.impl("gru_pack", TORCH_BOX(&pack<RecurrentCell::gru>));
   m.impl("rnn_tanh_pack", TORCH_BOX(&pack<RecurrentCell::rnn_tanh>));
