@@ -145,7 +145,7 @@ void differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const 
   if (s.first == s.last) return;
   panel_scores<Vectors>(block.key, a.query_panels + offset * shape.size, panel.count, shape.size, s, weights, a.queries);
   panel_products<Vectors>(block.value, a.grad_panels + offset * shape.value_size, Vectors * lanes<T>, shape.value_size,
-                          s.last_of, s.first, grads, a.queries, false, Nothing{});
+                          s.last_of, s.first, StoreSums<T>{grads, a.queries, false});
   finish_scores(p, b, h, keys, s, panel, weights, a.queries);
   if (p.dropout.probability > 0) {
     const PanelDropout<T> dropout(p.dropout, b * shape.heads + h, panel.first);

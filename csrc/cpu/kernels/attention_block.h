@@ -310,40 +310,30 @@ void pack_panel(const T* rows, int64_t row_stride, Queries panel, int64_t size, 
     for (int64_t d = 0; d < size; ++d) to[d * width + i] = factor * rows[i * row_stride + d];
 }
 
-// to[k, i] (+)= rows[k] . panel[:, i] over the keys that a panel of `Vectors` vectors sees, from `first` on. Vectors whose
+// `store` [k, i] = rows[k] . panel[:, i] over the keys that a panel of `Vectors` vectors sees, from `first` on. Vectors whose
 // queries see nothing more are left out, one by one; what stands there is hidden later.
-template <int Vectors, class T, class AfterTile>
+template <int Vectors, class T, class Store, class AfterTile = Nothing>
 void panel_products(Matrix<const T> rows, const T* panel, int64_t width, int64_t size, const int64_t* last_of, int64_t first,
-                    T* to, int64_t to_stride, bool add, AfterTile&& after_tile) {
+                    const Store& store, AfterTile&& after_tile = {}) {
   const TileOperands<T> operands = {{rows.data, rows.row_stride, 1}, panel, width, size};
-  const StoreSums<T> sums = {to, to_stride, add};
-  tile_column<T, Vectors>(*last_of - first, operands.at(first, 0), sums.at(first, 0), after_tile);
+  tile_column<T, Vectors>(*last_of - first, operands.at(first, 0), store.at(first, 0), after_tile);
   if constexpr (Vectors > 1)
-    panel_products<Vectors - 1>(rows, panel + lanes<T>, width, size, last_of + 1, *last_of, to + lanes<T>, to_stride, add,
+    panel_products<Vectors - 1>(rows, panel + lanes<T>, width, size, last_of + 1, *last_of, store.at(0, lanes<T>),
                                 after_tile);
 }
 
-template <int Vectors, class T, class AfterTile>
-void full_vector_scores(Matrix<const T> keys, const T* panel, int64_t width, int64_t size, const Seen& s, T* to,
-                        int64_t to_stride, AfterTile&& after_tile) {
-  const int64_t half = min(size, max<int64_t>(64, ceil_div(size, 2)));
-  panel_products<Vectors>(keys, panel, width, half, s.last_of, s.first, to, to_stride, false, after_tile);
-  if (half == size) return;
-  const Matrix<const T> rest = {keys.data + half, keys.row_stride, 1};
-  panel_products<Vectors>(rest, panel + half * width, width, size - half, s.last_of, s.first, to, to_stride, true, Nothing{});
-}
-
-// The scores of a panel of `queries`, as panel_products. An error of a score is its weight's relative error, and a chain's last
-// steps err most: with more than 64 features, two chains of half the size halve the largest error of attention.
+// The scores to[k, i] of a panel of `queries`.
 template <int Vectors, class T, class AfterTile = Nothing>
 void panel_scores(Matrix<const T> keys, const T* panel, int64_t queries, int64_t size, const Seen& s, T* to,
                   int64_t to_stride, AfterTile&& after_tile = {}) {
   constexpr int64_t full = (Vectors - 1) * lanes<T>, width = Vectors * lanes<T>;
+  const StoreScores<T> store = {to, to_stride};
   if (queries - full <= few_queries<T> && size % lanes<T> == 0 && size <= most_features) {
     few_queries_scores<T>(keys, panel + full, width, queries - full, size, s.first, s.last, to + full, to_stride);
-    if constexpr (Vectors > 1) full_vector_scores<Vectors - 1>(keys, panel, width, size, s, to, to_stride, after_tile);
+    if constexpr (Vectors > 1)
+      panel_products<Vectors - 1>(keys, panel, width, size, s.last_of, s.first, store, after_tile);
   } else {
-    full_vector_scores<Vectors>(keys, panel, width, size, s, to, to_stride, after_tile);
+    panel_products<Vectors>(keys, panel, width, size, s.last_of, s.first, store, after_tile);
   }
 }
 

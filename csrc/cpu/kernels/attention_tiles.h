@@ -39,9 +39,11 @@ struct TileOperands {
   }
 };
 
-// What becomes of the sums: to (+)= sum.
+// What becomes of the sums: to (+)= sum. second_chain: where in the depth a second chain of multiply-adds begins, which is
+// added to the first.
 template <class T>
 struct StoreSums {
+  static int64_t second_chain(int64_t depth) { return depth; }
   T* to;
   int64_t stride;
   bool add;
@@ -64,6 +66,20 @@ struct StoreSums {
   }
 };
 
+// to = sum. An error of a score is its weight's relative error, and a chain's last steps err most: two chains of half the
+// size halve the largest error of attention.
+template <class T>
+struct StoreScores {
+  static int64_t second_chain(int64_t depth) { return min(depth, max<int64_t>(32, ceil_div(depth, 2))); }
+  T* to;
+  int64_t stride;
+  StoreScores at(int64_t row, int64_t col) const { return {to + row * stride + col, stride}; }
+  template <int Rows, int Vectors>
+  [[gnu::always_inline]] void operator()(const Vector<T> (&sum)[Rows][Vectors]) const {
+    StoreSums<T>{to, stride, false}(sum);
+  }
+};
+
 template <class T>
 void scale_rows(T* rows, int64_t stride, int64_t count, int64_t size, const T* factor) {
   for (int64_t i = 0; i < count; ++i)
@@ -73,6 +89,7 @@ void scale_rows(T* rows, int64_t stride, int64_t count, int64_t size, const T* f
 // to = (before * rescale + sum) * factor, row by row. rescale nullptr: nothing before; factor nullptr: 1.
 template <class T>
 struct MergeSums {
+  static int64_t second_chain(int64_t depth) { return depth; }
   const T* before;
   int64_t before_stride;
   const T* rescale;
@@ -106,22 +123,40 @@ struct MergeSums {
   }
 };
 
-template <class T, int Rows, int Vectors, class Store>
-[[gnu::noinline]] void attention_tile(const TileOperands<T>& m, const Store& store) {
-  constexpr int L = lanes<T>;
-  const T *a = m.a.data, *b = m.b;
+template <class T, int Rows, int Vectors>
+[[gnu::always_inline]] inline void add_products(const TileOperands<T>& m, int64_t first, int64_t last,
+                                                Vector<T> (&sum)[Rows][Vectors]) {
   const int64_t row_stride = m.a.row_stride, col_stride = m.a.col_stride, b_stride = m.b_stride;
-  Vector<T> sum[Rows][Vectors] = {};
-  for (int64_t k = m.depth; k > 0; --k, a += col_stride, b += b_stride) {
+  const T *a = m.a.data + first * col_stride, *b = m.b + first * b_stride;
+  for (int64_t k = last - first; k > 0; --k, a += col_stride, b += b_stride) {
     Vector<T> y[Vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) y[j] = load_as<Vector<T>>(b + j * L);
+    for (int j = 0; j < Vectors; ++j) y[j] = load_as<Vector<T>>(b + j * lanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const T x = a[i * row_stride];
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) sum[i][j] += x * y[j];
     }
+  }
+}
+
+template <class T, int Rows, int Vectors, class Store>
+[[gnu::noinline]] void attention_tile(const TileOperands<T>& m, const Store& store) {
+  Vector<T> sum[Rows][Vectors] = {};
+  const int64_t second = Store::second_chain(m.depth);
+  add_products<T>(m, 0, second, sum);
+  if (second < m.depth) {
+    alignas(64) T parked[Rows][Vectors * lanes<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) store_as(parked[i] + j * lanes<T>, sum[i][j]), sum[i][j] = Vector<T>{};
+    add_products<T>(m, second, m.depth, sum);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) sum[i][j] += load_as<Vector<T>>(parked[i] + j * lanes<T>);
   }
   store(sum);
 }
