@@ -15,6 +15,7 @@ from torch import Tensor
 from cvfast import backend as _backend
 from cvfast._functional.additive_attention import additive_attention
 from cvfast._functional.attention import scaled_dot_product_attention
+from cvfast._functional.attention_lstm_cell import attention_lstm_cell
 from cvfast._functional.attention_statistics import AttentionStatistics, attention_statistics
 from cvfast._functional.packed_attention import packed_attention
 from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
@@ -22,6 +23,7 @@ from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rn
 __all__ = [
     "AttentionStatistics",
     "additive_attention",
+    "attention_lstm_cell",
     "attention_statistics",
     "conv2d",
     "conv_transpose2d",

@@ -206,16 +206,15 @@ class AttentionLSTMCell(torch.nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if is_recorded(self, input):
             return node(self, input, keys, state, mask, projected_keys)
-        h, c = state
-        if self.score == "additive":
-            context, weights = self.attention(h, keys, None, mask, projected_keys)
+        attention, cell = self.attention, self.cell
+        if self.score == "dot":
+            w_query, v, options = attention.weight, None, {}
         else:
-            query = self.attention(h)[:, None, None]
-            mask = None if mask is None else mask[:, None, None]
-            weights = _weights(query, keys[:, None], mask, False)
-            context, weights = (weights @ keys[:, None]).flatten(1), weights.flatten(1)
-        h, c = self.cell(torch.cat((input, context), -1), (h, c))
-        return h, c, context, weights
+            w_query, v = attention.w_query, attention.v
+            projected = projected_keys is not None
+            options = {"projected_keys": projected_keys} if projected else {"w_key": attention.w_key}
+        cell_weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        return functional.attention_lstm_cell(input, keys, state, w_query, v, *cell_weights, mask, **options)
 
 
 def _merged(first: Tensor, second: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from cvfast import _library
 from cvfast.backends.ext import linear
-from cvfast.ops.card import call
+from cvfast.ops.attention_lstm_cell import STEP
+from cvfast.ops.card import call, derives, watched
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 
@@ -38,6 +39,14 @@ def run(
     if mask is not None:
         values = values.masked_fill(~mask.any(1).unsqueeze(-1), 0)
     return _product(weights, values, False), weights
+
+
+def lstm_step(*operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """As cvfast/ops/attention_lstm_cell.py says; None where a derivative, a tracer or a narrow dtype asks for more."""
+    input = operands[0]
+    if input.dtype not in (torch.float32, torch.float64) or watched(input) or derives(operands):
+        return None
+    return STEP(*operands)
 
 
 # torch's own products would not give the same bits for any number of threads and samples.
