@@ -30,6 +30,7 @@ CASES = {
     "1x1": ((2, 70, 16, 16), (33, 70, 1, 1), {}),
     "gemm": ((2, 70, 9, 8), (130, 70, 3, 3), {"padding": 1, "stride": 2}),
     "few-pixels": ((1, 130, 4, 4), (70, 130, 4, 4), {}),
+    "dot-products": ((2, 130, 4, 5), (2, 130, 4, 4), {"groups": 1}),
     "no-samples": ((0, 4, 5, 5), (3, 4, 3, 3), {}),
 }
 POOLED = {  # what matters to pooling besides: the last line and column, lines longer than vectors, few channels
@@ -146,14 +147,15 @@ def test_one_pass_where_no_gradient_is_asked_for(monkeypatch):
     from cvfast.backends.ext import conv2d as ext
 
     kernel = ext.epilogue_kernel
-    monkeypatch.setattr(ext, "epilogue_kernel", lambda *args: (calls.append(args[4]), kernel(*args))[1])
     (input, weight, bias, residual), options = operands("winograd", torch.float32, torch.contiguous_format)
+    monkeypatch.setattr(ext, "epilogue_kernel", lambda *args: (calls.append(args[4]), kernel(*args))[1])
     cvfast.functional.conv2d(input, weight, bias, **options, activation="relu", residual=residual)
     assert calls == ["relu"]
     result = cvfast.functional.conv2d(input, weight, bias, **options, residual=residual, pooling="max")
     assert calls.pop() == "none" and torch.equal(
         result, POOLINGS["max"](cvfast.functional.conv2d(input, weight, bias, **options) + residual)
     )
+    assert calls.pop() == "none"
     weight.requires_grad_()
     output = cvfast.functional.conv2d(input, weight, bias, **options, activation="tanh", residual=residual)
     (first,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,4 +104,9 @@ def prepare(
     return prepared
 
 
-run = partial(call, torch.ops.cvfast.conv2d.default)  # shapes and meaning as in cvfast.functional.conv2d
+def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
+    """Shapes and meaning as in cvfast.functional.conv2d."""
+    plain = input.is_cpu and type(input) is Tensor and type(weight) in (Tensor, Parameter)
+    if plain and not watched(input) and not derives((input, weight, bias)):
+        return epilogue_kernel(input, weight, bias, None, "none", 0.0, "none", *options)
+    return call(torch.ops.cvfast.conv2d.default, input, weight, bias, *options)
