@@ -65,6 +65,7 @@ WIDE_CASES = (  # more vectors, tiles and blocks; not for interpreters
     case("3x3-padding-2", (1, 40, 13, 11), (33, 40, 3, 3), padding=2),
     case("3x3-padding-3", (1, 17, 9, 8), (20, 17, 3, 3), padding=3),
     case("1x1-wide", (2, 70, 13, 17), (90, 70, 1, 1)),
+    case("long-sums", (2, 130, 4, 5), (2, 130, 4, 4)),
     case("4x4-stride2-wide", (4, 40, 16, 15), (36, 20, 4, 4), stride=2, padding=1, groups=2),
     case("3x3-stride2-wide", (1, 24, 32, 31), (33, 24, 3, 3), stride=2, padding=1),
 )

@@ -30,6 +30,7 @@ CASES = {
     "1x1": ((2, 70, 16, 16), (33, 70, 1, 1), {}),
     "gemm": ((2, 70, 9, 8), (130, 70, 3, 3), {"padding": 1, "stride": 2}),
     "few-pixels": ((1, 130, 4, 4), (70, 130, 4, 4), {}),
+    "dot-products": ((2, 130, 4, 5), (2, 130, 4, 4), {"groups": 1}),
     "no-samples": ((0, 4, 5, 5), (3, 4, 3, 3), {}),
 }
 POOLED = {  # what matters to pooling besides: the last line and column, lines longer than vectors, few channels

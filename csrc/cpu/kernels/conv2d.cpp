@@ -6,6 +6,7 @@
 #include "conv2d_depthwise_weight_grad.h"
 #include "conv2d_direct.h"
 #include "conv2d_direct_weight_grad.h"
+#include "conv2d_dots.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_pooling.h"
 #include "conv2d_winograd.h"
@@ -40,6 +41,7 @@ constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"Winograd", winograd_applies, correlate_by_winograd<3, S>, without_dilation, winograd_packing<3, S>, winograd_pack<3, S>},
     {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, always, winograd_packing<2, S>,
      winograd_pack<2, S>},
+    {"dot products", dots_apply, correlate_by_dots<S>},
     {"direct", direct_applies, correlate_direct<S>, always},
     {"implicit GEMM", always, correlate_by_gemm<S>, never, gemm_packing<S>, gemm_pack<S>},
 };

@@ -274,6 +274,7 @@ struct DirectProduct {
   const T *weights, *image;
   const int64_t* offset;
   const T* bias;  // [packed_channels] or nullptr
+  Bounds<T> bounds;  // of the results, where channels are columns
   Block<T> result;
   bool in_place;  // the result is the caller's: just its elements may be written
 
@@ -290,18 +291,19 @@ struct DirectProduct {
 // Output channels [out, out + channels) over the depth [start, end).
 template <class T>
 void direct_tiles(const DirectPlan& p, const DirectProduct<T>& d, int64_t out, int64_t channels, int64_t start, int64_t end,
-                  Chain chain, const T* bias) {
+                  Chain chain, const T* bias, Bounds<T> bounds) {
   const T* weights = d.weights + out * d.depth + start * channels;
   const int64_t depth = end - start;
   const Block<T>& result = d.result;
   T* to = result.data + out * result.channel_stride;
   const auto pixels_at = [&](int64_t y) { return IndirectRows<T>{d.image + y * p.line_step(), d.offset + start}; };
   if (p.channels_are_cols && d.pixels == 1) {  // a column
-    indirect_a_product(d.lines, channels, depth, pixels_at(0), p.line_step(), weights, to, result.line_stride, chain, bias);
+    indirect_a_product(d.lines, channels, depth, pixels_at(0), p.line_step(), weights, to, result.line_stride, chain, bias,
+                       bounds);
   } else if (p.channels_are_cols) {
     for (int64_t y = 0; y < d.lines; ++y)
       indirect_a_product(d.pixels, channels, depth, pixels_at(y), p.pixel_step(), weights, to + y * result.line_stride,
-                         result.pixel_stride, chain, bias);
+                         result.pixel_stride, chain, bias, bounds);
   } else if (d.in_place) {
     for (int64_t y = 0; y < d.lines; ++y)
       indirect_product(channels, d.pixels, depth, weights, pixels_at(y), to + y * result.line_stride,
@@ -320,7 +322,9 @@ void direct_product(const DirectPlan& p, const DirectProduct<T>& d, Range used) 
     Chain chain = Chain::start;
     for (int64_t start = used.begin, end; chain == Chain::start || start < used.end; start = end, chain = Chain::add) {
       end = min(used.end, (start / block_depth + 1) * block_depth);
-      direct_tiles(p, d, out, channels, start, end, chain, end == used.end && d.bias ? d.bias + out : nullptr);
+      const bool last = end == used.end;
+      direct_tiles(p, d, out, channels, start, end, chain, last && d.bias ? d.bias + out : nullptr,
+                   last ? d.bounds : Bounds<T>{});
     }
   }
 }
@@ -453,6 +457,7 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
                              phase.result_channel_stride, phase.result_y_stride, phase.result_x_stride};
         const Block<T> from = direct_results(p, phase, to, c.out_channels, c.pools(), result);
         const bool in_place = static_cast<void*>(from.data) == to.data;
+        const bool bounded = in_place && p.channels_are_cols && epilogue_clamps(c);
         for (int64_t group = 0; group < groups; ++group) {
           Block<T> group_result = from;
           group_result.data += group * p.packed_channels * from.channel_stride;
@@ -461,7 +466,7 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
                                             image + group * c.in_channels * p.channel_size,
                                             offsets + phase.taps_before * c.in_channels,
                                             c.bias ? bias + (first_group + group) * p.packed_channels : nullptr,
-                                            group_result, in_place};
+                                            bounded ? bounds_of(c) : Bounds<T>{}, group_result, in_place};
           if (c.input_grad && depth > 0 && misses_much(y, x))
             direct_product_inside(p, product, y, x, position);
           else if (p.channels_are_cols && pixels > 1 && depth <= block_depth)
@@ -470,7 +475,7 @@ void correlate_direct(const Problem& problem, const ThreadPool& pool) {
             direct_product(p, product, Range{0, depth});
         }
         if (in_place) {
-          finish_with_epilogue(c, to, groups * c.out_channels, lines, pixels);
+          if (!bounded) finish_with_epilogue(c, to, groups * c.out_channels, lines, pixels);
           continue;
         }
         const bool together = p.packed_channels == c.out_channels;  // the groups' channels are neighbours

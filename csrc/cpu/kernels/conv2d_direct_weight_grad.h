@@ -19,7 +19,8 @@ struct WeightGradBand {
 };
 
 constexpr int64_t weight_grad_image_bytes = 64 << 10;
-constexpr int64_t weight_grad_sums_limit = 64 << 10;  // elements
+// Elements of a group's sums: they are passed over for each chain, and pay longer where few products share a gathered patch.
+constexpr int64_t weight_grad_sums_limit = 64 << 10, line_kernel_sums_limit = 256 << 10;
 
 template <class S>
 WeightGradBand weight_grad_band(const WeightGrad<S>& w) {
@@ -129,7 +130,9 @@ void add_pixels(const WeightGrad<S>& w, const WeightGradBand& b, const Compute<S
 inline bool direct_applies(const Conv2dWeightGrad& p) {
   const Conv2dShape s = along_lines(p.shape);
   const int64_t sums = s.in_channels / s.groups * s.out_channels / s.groups * s.kernel_height * s.kernel_width;
-  return direct_fits(s, s.in_channels / s.groups, s.in_width) && s.dilation_w == 1 && sums <= weight_grad_sums_limit;
+  const bool line_kernel = s.kernel_height == 1 || s.kernel_width == 1;
+  return direct_fits(s, s.in_channels / s.groups, s.in_width) && s.dilation_w == 1 &&
+         sums <= (line_kernel ? line_kernel_sums_limit : weight_grad_sums_limit);
 }
 
 template <class S>

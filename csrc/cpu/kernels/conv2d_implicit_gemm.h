@@ -132,9 +132,9 @@ CorrelationPlan plan(const Correlation<S>& c, int64_t threads) {
   const Axis &y = phase.patches.y, &x = phase.patches.x;
   const int64_t inside_y = taps_inside(y), inside_x = taps_inside(x);
   p.y = equal_cells(y, inside_y), p.x = equal_cells(x, inside_x);
-  // With fewer channels than half a tile is wide, most of a tile of channels would be computed in vain.
+  // With fewer channels than half a vector, most of a tile of channels would be computed in vain.
   p.channels_are_cols = (c.result_stride[1] == 1 || c.batch * p.y.largest() * p.x.largest() < few_pixels) &&
-                        2 * c.out_channels > tile_cols<T>;
+                        2 * c.out_channels > lanes<T>;
   if (c.batch * x.positions >= edge_pixels) p.y = cut_edges(p.y, y, inside_y);
   // Where pixels are neighbours, few of them would be slow to gather.
   if (c.batch * y.positions >= edge_pixels && p.channels_are_cols && c.source_stride[1] == 1)
@@ -143,7 +143,7 @@ CorrelationPlan plan(const Correlation<S>& c, int64_t threads) {
   p.skip_padding = cells > 1 || 5 * inside_y < 4 * y.taps * y.positions || 5 * inside_x < 4 * x.taps * x.positions;
   p.packed_channels = p.channels_are_cols ? round_up(c.out_channels, tile_cols<T>) : c.out_channels;
   // Then products can add up the results in place.
-  p.samples_apart = !p.channels_are_cols && sample_pixels % tile_cols<T> == 0;
+  p.samples_apart = !p.channels_are_cols && sample_pixels % lanes<T> == 0;
   const int64_t pixels = p.samples_apart ? sample_pixels : c.batch * sample_pixels;
   const int64_t units = c.groups * c.phases_y() * c.phases_x() * cells * (p.samples_apart ? c.batch : 1);
   const int64_t kernel_depth = c.shape.kernel_height * c.shape.kernel_width * c.groups * c.in_channels;
@@ -284,7 +284,7 @@ struct CorrelationPiece {
   int64_t group, pixel, pixels, channel, channels;
 };
 
-// The piece's results [pixel, channel] where products can add them up in place: in the compute type, whole tiles. Else its
+// The piece's results [pixel, channel] where products can add them up in place: in the compute type, whole vectors. Else its
 // data is nullptr.
 template <class S>
 Matrix<Compute<S>> results_in_place(const Correlation<S>& c, const CorrelationPlan& p, const CorrelationPiece<S>& piece) {
@@ -297,9 +297,9 @@ Matrix<Compute<S>> results_in_place(const Correlation<S>& c, const CorrelationPl
     const bool lines_follow = positions_y == 1 || phase.result_y_stride == positions_x * step;
     const bool samples_follow = lines_follow && phase.result_batch_stride == positions_y * positions_x * step;
     const bool one_sample = line / positions_y == last_line / positions_y;
-    const bool whole_tiles = p.channels_are_cols ? phase.result_channel_stride == 1 && piece.channels % tile_cols<T> == 0
-                                                 : step == 1 && piece.pixels % tile_cols<T> == 0;
-    if (whole_tiles && (line == last_line || (one_sample ? lines_follow : samples_follow)))
+    const bool whole_vectors = p.channels_are_cols ? phase.result_channel_stride == 1 && piece.channels % lanes<T> == 0
+                                                   : step == 1 && piece.pixels % lanes<T> == 0;
+    if (whole_vectors && (line == last_line || (one_sample ? lines_follow : samples_follow)))
       return {phase.result + (piece.group * c.out_channels + piece.channel) * phase.result_channel_stride +
                   line / positions_y * phase.result_batch_stride + line % positions_y * phase.result_y_stride +
                   piece.pixel % positions_x * step,
@@ -308,29 +308,54 @@ Matrix<Compute<S>> results_in_place(const Correlation<S>& c, const CorrelationPl
   return {};
 }
 
-// Adds the bias to the results of output channels [channel, channel + channels), stores them, if they are not in place, and
-// applies the epilogue.
+// What a product with channels as columns does to its results before it stores them: the bias, and bounds where the epilogue
+// is no more than these.
+template <class T>
+struct BiasAndBounds {
+  const T* bias;  // of whole vectors; or nullptr
+  Bounds<T> bounds;
+
+  template <class V>
+  V operator()(V x, int64_t column) const { return bounds.clamp(bias ? x + load_as<V>(bias + column) : x); }
+  BiasAndBounds from(int64_t column) const { return {bias ? bias + column : nullptr, bounds}; }
+};
+
+// The bias of `channels` output channels from `channel` of all on is copied into `bias`, up to a whole vector.
+template <class S>
+BiasAndBounds<Compute<S>> bias_and_bounds(const Correlation<S>& c, int64_t channel, int64_t channels, Compute<S>* bias) {
+  using T = Compute<S>;
+  if (c.bias) {
+    zero_matrix(Matrix<T>{bias + channels, 0, 1}, 1, round_up(channels, lanes<T>) - channels);
+    copy_contiguous(c.bias + channel, bias, channels);
+  }
+  return {c.bias ? bias : nullptr, epilogue_clamps(c) ? bounds_of(c) : Bounds<T>{}};
+}
+
+// Stores the results of output channels [channel, channel + channels), if they are not in place. Before that adds the bias and
+// then applies the epilogue, but for what the product has done already (`bounded`).
 template <class S>
 void finish_results(const Correlation<S>& c, const CorrelationPiece<S>& piece, int64_t channel, int64_t channels,
-                    Matrix<Compute<S>> result, bool in_place) {
+                    Matrix<Compute<S>> result, bool in_place, bool bounded) {
   using T = Compute<S>;
   const Phase<S>& phase = piece.phase;
   const int64_t first_channel = piece.group * c.out_channels + channel;
-  if (c.bias) add_bias(c.bias + first_channel, result, piece.pixels, channels);
+  const bool done = bounded && epilogue_clamps(c);
+  if (in_place && done) return;
+  if (c.bias && !bounded) add_bias(c.bias + first_channel, result, piece.pixels, channels);
   for_each_line(phase.patches.y, phase.patches.x, piece.pixel, piece.pixels,
                 [&](int64_t n, int64_t y, int64_t x, int64_t count, int64_t index) {
     S* to = phase.result + n * phase.result_batch_stride + y * phase.result_y_stride + x * phase.result_x_stride +
             first_channel * phase.result_channel_stride;
     T* from = result.data + index * result.row_stride;
     const Block<S> block = {to, phase.result_channel_stride, 0, phase.result_x_stride};
-    const bool first = !in_place && finish_in_scratch(c, block, channels);
+    const bool first = !in_place && !done && finish_in_scratch(c, block, channels);
     if (first)
       apply_epilogue(c.epilogue, Block<T>{from, result.col_stride, 0, result.row_stride}, residual_of(c, block), channels, 1,
                      count);
     if (!in_place)
       copy_block(Matrix<const T>{from, result.row_stride, result.col_stride},
                  Matrix<S>{to, phase.result_x_stride, phase.result_channel_stride}, count, channels);
-    if (!first) finish_with_epilogue(c, block, channels, 1, count);
+    if (!first && !done) finish_with_epilogue(c, block, channels, 1, count);
   });
 }
 
@@ -366,6 +391,8 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
   const int64_t scratch_stride = round_up(p.channels_are_cols ? piece.channels : piece.pixels, tile_cols<T>);
   const Matrix<T> block = p.channels_are_cols ? Matrix<T>{blocks.c, scratch_stride, 1} : Matrix<T>{blocks.c, 1, scratch_stride};
   const Matrix<T> result = in_place.data ? in_place : block;
+  const bool bounded = p.channels_are_cols && !skip_padding && weights.depth > 0;
+  T bias[conv_cols<T>];
   bool add = false;
   for (int64_t start = 0; start < weights.depth; start += block_depth) {
     const int64_t whole = weights.block(start);
@@ -378,10 +405,12 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
       const int64_t channels = min(piece.channels - first, p.channel_block);
       const T* operand = weights.at(start, piece.channel + first);
       T* to = result.data + first * result.col_stride;
-      if (p.channels_are_cols)
-        block_product(piece.pixels, channels, depth, patches,
-                      Panels<T>{operand + skipped * tile_cols<T>, whole * tile_cols<T>, tile_cols<T>}, to,
-                      result.row_stride, add);
+      const Panels<T> panels = {operand + skipped * tile_cols<T>, whole * tile_cols<T>, tile_cols<T>};
+      if (bounded && start + whole == weights.depth)
+        block_product(piece.pixels, channels, depth, patches, panels, to, result.row_stride, add,
+                      bias_and_bounds(c, piece.group * c.out_channels + piece.channel + first, channels, bias));
+      else if (p.channels_are_cols)
+        block_product(piece.pixels, channels, depth, patches, panels, to, result.row_stride, add);
       else
         block_product(channels, piece.pixels, depth, Matrix<const T>{operand + skipped, whole, 1},
                       Panels<T>{patches.data, tile_cols<T>, gathered_stride<T>}, to, result.col_stride, add);
@@ -392,7 +421,7 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
     const int64_t channels = min(piece.channels - first, p.channel_block);
     const Matrix<T> part = {result.data + first * result.col_stride, result.row_stride, result.col_stride};
     if (!add) zero_matrix(part, piece.pixels, channels);
-    finish_results(c, piece, piece.channel + first, channels, part, in_place.data != nullptr);
+    finish_results(c, piece, piece.channel + first, channels, part, in_place.data != nullptr, bounded);
   }
 }
 
@@ -443,7 +472,7 @@ void correlate_few_pixels(const Correlation<S>& c, const CorrelationPlan& p, con
                       Panels<T>{weights.at(start, place), 0, tile_cols<T>}, result, tile_cols<T>, start > 0);
       }
       finish_results(c, CorrelationPiece<S>{phase, group, 0, pixels, channel, channels}, channel, channels,
-                     Matrix<T>{result, tile_cols<T>, 1}, false);
+                     Matrix<T>{result, tile_cols<T>, 1}, false, false);
     }
   });
 }

@@ -6,6 +6,7 @@
 #pragma once
 #include "conv2d_patches.h"
 #include "cvfast/conv2d.h"
+#include "gemm.h"
 
 namespace cvfast {
 namespace {
@@ -130,6 +131,20 @@ void restrict_positions(Phase<S>& phase, Range y, Range x) {
   restrict_axis(phase.patches.y, y);
   restrict_axis(phase.patches.x, x);
   phase.result += y.begin * phase.result_y_stride + x.begin * phase.result_x_stride;
+}
+
+// Whether the epilogue does no more than keep results within bounds_of(c).
+template <class S>
+bool epilogue_clamps(const Correlation<S>& c) {
+  const Activation a = c.epilogue.activation;
+  return !c.residual && !c.pools() && (a == Activation::none || a == Activation::relu || a == Activation::relu6);
+}
+template <class S>
+Bounds<Compute<S>> bounds_of(const Correlation<S>& c) {
+  Bounds<Compute<S>> bounds;
+  if (c.epilogue.activation != Activation::none) bounds.low = 0;
+  if (c.epilogue.activation == Activation::relu6) bounds.high = 6;
+  return bounds;
 }
 
 template <class S>

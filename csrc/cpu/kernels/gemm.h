@@ -33,11 +33,31 @@ struct Panels {
   int64_t panel_stride, row_stride;
 };
 
+// The least and the largest value of an element; NaN stays NaN.
+template <class T>
+struct Bounds {
+  T low = -static_cast<T>(__builtin_inf()), high = static_cast<T>(__builtin_inf());
+
+  template <class V>
+  V clamp(V x) const {
+    const V least = V{} + low, most = V{} + high;
+    x = least > x ? least : x;
+    return most < x ? most : x;
+  }
+};
+
+// What becomes of an element of C before it is stored: nothing. Others change a vector of columns, from `column` on.
+struct AsItIs {
+  template <class V>
+  V operator()(V x, int64_t) const { return x; }
+  AsItIs from(int64_t) const { return {}; }  // the same for a matrix that begins with this column
+};
+
 // One tile of `Vectors` <= 2 vectors of columns; C has as many writable columns with stride 1. The strides are scalars: a
 // Matrix would go through memory, where it costs more than a shallow tile's share of anything else.
-template <class T, int Rows, int Vectors>
+template <class T, int Rows, int Vectors, class Finish>
 void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const T* b, int64_t b_stride, int64_t depth, T* c,
-                  int64_t c_stride, bool add) {
+                  int64_t c_stride, bool add, Finish finish) {
   constexpr int L = lanes<T>;
   Vector<T> sum[Rows][Vectors] = {};
 #pragma GCC unroll 16
@@ -60,18 +80,18 @@ void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const 
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; ++j) {
       T* to = c + i * c_stride + j * L;
-      store_as(to, add ? load_as<Vector<T>>(to) + sum[i][j] : sum[i][j]);
+      store_as(to, finish(add ? load_as<Vector<T>>(to) + sum[i][j] : sum[i][j], j * L));
     }
 }
 
 // A tile of `rows` <= Rows rows.
-template <class T, int Vectors = 2, int Rows = tile_rows>
+template <class T, int Vectors = 2, int Rows = tile_rows, class Finish = AsItIs>
 [[gnu::always_inline]] inline void tile_product_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t b_stride,
-                                                     int64_t depth, T* c, int64_t c_stride, bool add) {
+                                                     int64_t depth, T* c, int64_t c_stride, bool add, Finish finish = {}) {
   if constexpr (Rows > 1)
     if (rows < Rows)
-      return tile_product_rows<T, Vectors, Rows - 1>(rows, a, b, b_stride, depth, c, c_stride, add);
-  tile_product<T, Rows, Vectors>(a.data, a.row_stride, a.col_stride, b, b_stride, depth, c, c_stride, add);
+      return tile_product_rows<T, Vectors, Rows - 1>(rows, a, b, b_stride, depth, c, c_stride, add, finish);
+  tile_product<T, Rows, Vectors>(a.data, a.row_stride, a.col_stride, b, b_stride, depth, c, c_stride, add, finish);
 }
 
 struct Nothing {
@@ -79,27 +99,27 @@ struct Nothing {
 };
 
 // A column of tiles. The rows are cut evenly. after_tile() is called after each.
-template <class T, int Vectors = 2, class AfterTile = Nothing>
+template <class T, int Vectors = 2, class AfterTile = Nothing, class Finish = AsItIs>
 void column_product(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-                    bool add, AfterTile&& after_tile = {}) {
+                    bool add, AfterTile&& after_tile = {}, Finish finish = {}) {
   for (int64_t row = 0, count; row < rows; row += count) {
     count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
     const Matrix<const T> a_rows = {a.data + row * a.row_stride, a.row_stride, a.col_stride};
-    tile_product_rows<T, Vectors>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add);
+    tile_product_rows<T, Vectors, tile_rows>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add, finish);
     after_tile();
   }
 }
 
 // A block: rows <= block_rows, cols <= block_cols, depth <= block_depth for the caches' sake. `c` has row stride
-// c_stride and room for the columns rounded up to tile_cols.
-template <class T>
+// c_stride and room for the columns rounded up to whole vectors.
+template <class T, class Finish = AsItIs>
 void block_product(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, Panels<T> b, T* c, int64_t c_stride,
-                   bool add) {
+                   bool add, Finish finish = {}) {
   for (int64_t col = 0; col < cols; col += tile_cols<T>) {
     if (cols - col > lanes<T>)
-      column_product<T>(rows, depth, a, b.data, b.row_stride, c + col, c_stride, add);
+      column_product<T>(rows, depth, a, b.data, b.row_stride, c + col, c_stride, add, Nothing{}, finish.from(col));
     else
-      column_product<T, 1>(rows, depth, a, b.data, b.row_stride, c + col, c_stride, add);
+      column_product<T, 1>(rows, depth, a, b.data, b.row_stride, c + col, c_stride, add, Nothing{}, finish.from(col));
     b.data += b.panel_stride;
   }
 }

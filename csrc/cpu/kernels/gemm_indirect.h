@@ -92,7 +92,7 @@ void indirect_product(int64_t rows, int64_t cols, int64_t depth, const T* a, Ind
 // Cols vectors]. bias [Cols vectors] or nullptr.
 template <class T, int Rows, int Cols>
 void indirect_a_tile(int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c, int64_t c_stride, Chain chain,
-                     const T* bias) {
+                     const T* bias, Bounds<T> bounds) {
   constexpr int L = lanes<T>;
   using V = Vector<T>;
   V sum[Rows][Cols] = {};
@@ -121,29 +121,30 @@ void indirect_a_tile(int64_t depth, IndirectRows<T> a, int64_t a_step, const T* 
       T* to = c + i * c_stride + j * L;
       V value = chain == Chain::add ? load_as<V>(to) + sum[i][j] : sum[i][j];
       if (bias) value += load_as<V>(bias + j * L);
-      store_as(to, value);
+      store_as(to, bounds.clamp(value));
     }
 }
 
 template <class T, int Rows = tile_rows>
 void indirect_a_tiles(int64_t rows, int64_t cols, int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c,
-                      int64_t c_stride, Chain chain, const T* bias) {
+                      int64_t c_stride, Chain chain, const T* bias, Bounds<T> bounds) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return indirect_a_tiles<T, Rows - 1>(rows, cols, depth, a, a_step, b, c, c_stride, chain, bias);
+    if (rows < Rows)
+      return indirect_a_tiles<T, Rows - 1>(rows, cols, depth, a, a_step, b, c, c_stride, chain, bias, bounds);
   if (cols == tile_cols<T>)
-    indirect_a_tile<T, Rows, 2>(depth, a, a_step, b, c, c_stride, chain, bias);
+    indirect_a_tile<T, Rows, 2>(depth, a, a_step, b, c, c_stride, chain, bias, bounds);
   else
-    indirect_a_tile<T, Rows, 1>(depth, a, a_step, b, c, c_stride, chain, bias);
+    indirect_a_tile<T, Rows, 1>(depth, a, a_step, b, c, c_stride, chain, bias, bounds);
 }
 
-// C [rows, cols] for one or two vectors of columns.
+// C [rows, cols] for one or two vectors of columns. What is stored lies within `bounds`.
 template <class T>
 void indirect_a_product(int64_t rows, int64_t cols, int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c,
-                        int64_t c_stride, Chain chain, const T* bias = nullptr) {
+                        int64_t c_stride, Chain chain, const T* bias = nullptr, Bounds<T> bounds = {}) {
   const int64_t step = ceil_div(rows, ceil_div(rows, tile_rows));  // tiles of nearly equal size
   for (int64_t row = 0; row < rows; row += step)
     indirect_a_tiles<T>(min(step, rows - row), cols, depth, IndirectRows<T>{a.data + row * a_step, a.offset}, a_step, b,
-                        c + row * c_stride, c_stride, chain, bias);
+                        c + row * c_stride, c_stride, chain, bias, bounds);
 }
 
 }  // namespace

@@ -52,6 +52,39 @@ void copy_transposed(const From* from, int64_t from_stride, To* to, int64_t to_s
     }
 }
 
+// The same for cols < lanes, whose vectors in `to` are stored in part.
+template <class From, class To>
+void copy_to_short_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t cols) {
+  using T = Compute<To>;
+  constexpr int64_t L = lanes<T>;
+  for (int64_t row = 0; row < rows; row += L) {
+    const int64_t i = min(row, rows - L);
+    Vector<T> square[L];
+#pragma GCC unroll 16
+    for (int k = 0; k < L; ++k) square[k] = k < cols ? load_vector(from + i + k * from_stride) : Vector<T>{};
+    transpose_square<T>(square);
+#pragma GCC unroll 16
+    for (int k = 0; k < L; ++k) store_first(square[k], to + (i + k) * to_stride, cols);
+  }
+}
+
+// The same for rows < lanes, whose vectors in `from` are loaded in part.
+template <class From, class To>
+void copy_from_short_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t cols) {
+  using T = Compute<To>;
+  constexpr int64_t L = lanes<T>;
+  for (int64_t col = 0; col < cols; col += L) {
+    const int64_t j = min(col, cols - L);
+    Vector<T> square[L];
+#pragma GCC unroll 16
+    for (int k = 0; k < L; ++k) square[k] = load_first(from + (j + k) * from_stride, rows);
+    transpose_square<T>(square);
+#pragma GCC unroll 16
+    for (int k = 0; k < L; ++k)
+      if (k < rows) store_vector(square[k], to + k * to_stride + j);
+  }
+}
+
 // to[i] = from[2 * i] for i < count.
 template <class From, class To>
 void copy_every_second(const From* from, To* to, int64_t count) {
@@ -94,6 +127,14 @@ void copy_planes(Block<From> from, Block<To> to, int64_t channels, int64_t lines
     for (int64_t line = 0; line < lines; ++line)
       copy_transposed(from.data + line * from.line_stride, from.channel_stride, to.data + line * to.line_stride,
                       to.pixel_stride, pixels, channels);
+  } else if (channels >= L && from.channel_stride == 1 && to.pixel_stride == 1) {
+    for (int64_t line = 0; line < lines; ++line)
+      copy_to_short_rows(from.data + line * from.line_stride, from.pixel_stride, to.data + line * to.line_stride,
+                         to.channel_stride, channels, pixels);
+  } else if (channels >= L && from.pixel_stride == 1 && to.channel_stride == 1) {
+    for (int64_t line = 0; line < lines; ++line)
+      copy_from_short_rows(from.data + line * from.line_stride, from.channel_stride, to.data + line * to.line_stride,
+                           to.pixel_stride, pixels, channels);
   } else if (channels > 1 && from.channel_stride == 1 && to.channel_stride == 1) {
     for (int64_t line = 0; line < lines; ++line)
       for (int64_t pixel = 0; pixel < pixels; ++pixel)
