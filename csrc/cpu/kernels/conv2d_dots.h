@@ -59,14 +59,14 @@ void correlate_by_dots(const Conv2dForward& problem, const ThreadPool& pool) {
       gather_patches(patches, sample * pixels, pixels, 0, depth, rows);
       const Block<S> to = {phase.result + sample * phase.result_batch_stride + first * phase.result_channel_stride,
                            phase.result_channel_stride, phase.result_y_stride, phase.result_x_stride};
+      T results[most_dots];  // [pixel][channel]
       for (int64_t pixel = 0; pixel < pixels; ++pixel)
         for (int64_t channel = 0; channel < c.out_channels; ++channel) {
           const T sum = dot(rows.data + pixel * padded, weights.data + (first + channel) * padded, depth);
-          from_compute(c.bias ? sum + to_compute(c.bias[first + channel]) : sum,
-                       to.data + channel * to.channel_stride + pixel / x.positions * to.line_stride +
-                           pixel % x.positions * to.pixel_stride);
+          results[pixel * c.out_channels + channel] = c.bias ? sum + to_compute(c.bias[first + channel]) : sum;
         }
-      finish_with_epilogue(c, to, c.out_channels, y.positions, x.positions);
+      store_results(c, Block<T>{results, 1, x.positions * c.out_channels, c.out_channels}, to, c.out_channels, y.positions,
+                    x.positions);
     }
   });
 }
