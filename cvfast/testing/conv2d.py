@@ -201,7 +201,7 @@ class Conv2dSpec(OpSpec):
             and not _library.C.strict_precision()
             and result != "bias"
             and weight.dtype != torch.float64
-            and (dilation == (1, 1) or result != "weight" and stride == (1, 1))
+            and (dilation == (1, 1) or stride == (1, 1))
             and min(weight.shape[0] // groups, weight.shape[1]) >= 16
         )
         if not possible:
@@ -215,7 +215,8 @@ class Conv2dSpec(OpSpec):
         else:
             tiles = -(-height // (4 * dilation[0])) * -(-width // (4 * dilation[1]))
             taken = weight.shape[2:] == (3, 3) and stride == (1, 1) and height * width >= 16
-            taken = taken and (dilation == (1, 1) or tiles >= 16)
+            enough = 6 * tiles * dilation[0] * dilation[1] <= height * width if result == "weight" else tiles >= 16
+            taken = taken and (dilation == (1, 1) or enough)
         return WINOGRAD_ERROR if taken else 0.0
 
     def flops(self, sample: Sample) -> int:

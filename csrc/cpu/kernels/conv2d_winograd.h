@@ -124,8 +124,12 @@ void transform_block(const TiledImages<S, Pixels, Points>& images, int64_t first
   const int64_t channels = images.block_channels(block);
   const int64_t first_channel = group * images.channels + images.first_channel(block);
   const auto one = [&](int64_t t, int64_t channel) {
-    transform_patch<S, access, Pixels, Points>(phase, images.tile_at(first + t), first_channel + channel, channels - channel,
-                                               v + t * images.block_width + channel, point_stride);
+    const WinogradTile at = images.tile_at(first + t);
+    const auto transform = [&](const PhaseImages<S>& seen) {
+      transform_patch<S, access, Pixels, Points>(seen, at, first_channel + channel, channels - channel,
+                                                 v + t * images.block_width + channel, point_stride);
+    };
+    images.dilated() ? transform(phase.part(at, images.dilation_y, images.dilation_x)) : transform(phase);
   };
   // Along what is contiguous in memory.
   if constexpr (access == Access::channels) {
@@ -143,7 +147,7 @@ void transform_patches(const TiledImages<S, Pixels, Points>& images, int64_t fir
                        const ThreadPool& pool) {
   constexpr int64_t tile_block = 16;
   const int64_t tile_blocks = ceil_div(tiles, tile_block), blocks = images.groups * images.blocks;
-  const Access access = access_of(images.phase[0].stride[1], images.phase[0].stride[3]);
+  const Access access = access_of(images.phase[0].stride[1], images.phase[0].stride[3] * images.dilation_x);
   const auto transform = access == Access::channels ? transform_block<S, Access::channels, Pixels, Points>
                          : access == Access::line   ? transform_block<S, Access::line, Pixels, Points>
                                                     : transform_block<S, Access::any, Pixels, Points>;
@@ -503,12 +507,15 @@ inline int64_t winograd_tiles(int64_t height, int64_t width) {
   return ceil_div(height, winograd_outputs) * ceil_div(width, winograd_outputs);
 }
 
+inline bool winograd_fits(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
+  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         winograd_pays(s, dtype, height, width);
+}
 // A dilated convolution is one without dilation for each remainder of the result's coordinates modulo the dilation. Each
 // needs so many tiles that reading the transformed weights once more doesn't matter.
 inline bool winograd_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
   const int64_t tiles = winograd_tiles(ceil_div(height, s.dilation_h), ceil_div(width, s.dilation_w));
-  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 &&
-         winograd_pays(s, dtype, height, width) && (tiles >= 16 || s.dilation_h * s.dilation_w == 1);
+  return winograd_fits(s, dtype, height, width) && (tiles >= 16 || s.dilation_h * s.dilation_w == 1);
 }
 inline bool winograd_applies(const Conv2dForward& p) {
   return winograd_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);

@@ -11,9 +11,10 @@ constexpr int64_t winograd_width = tile_cols<float>;  // output channels of a pa
 constexpr int64_t winograd_most_phases = 4;            // of the source, 2 on each axis
 constexpr int64_t line_floats = 16;  // a cache line more between points: their addresses fall into different cache sets
 
-// The tile `index` of all: image and first pixel of the result.
+// Image and first pixel of the result. With dilation: of the image made of its pixels (part_y, part_x) + dilation * (i, j).
 struct WinogradTile {
   int64_t n, y, x;
+  int64_t part_y = 0, part_x = 0;
 };
 
 // Images, or those of their pixels that make a phase.
@@ -22,6 +23,19 @@ struct PhaseImages {
   const S* data;
   int64_t stride[4], height, width;
   int64_t offset_y, offset_x;  // from a tile's first pixel to its patch's
+
+  // Those that a tile with dilation sees: the pixels with the same remainder modulo the dilation.
+  PhaseImages part(WinogradTile tile, int64_t dilation_y, int64_t dilation_x) const {
+    PhaseImages p = *this;
+    const auto cut_axis = [&p](int64_t first, int64_t dilation, int64_t& step, int64_t& size, int64_t& offset) {
+      const int64_t place = first + offset, remainder = (place % dilation + dilation) % dilation;
+      p.data += remainder * step, step *= dilation;
+      size = ceil_div(max<int64_t>(0, size - remainder), dilation), offset = (place - remainder) / dilation;
+    };
+    cut_axis(tile.part_y, dilation_y, p.stride[2], p.height, p.offset_y);
+    cut_axis(tile.part_x, dilation_x, p.stride[3], p.width, p.offset_x);
+    return p;
+  }
 };
 
 // Images cut into tiles. To each tile and phase belongs a patch of Pixels x Pixels, 0 outside of the image. The transformed
@@ -34,6 +48,7 @@ struct TiledImages {
   int64_t groups, channels;             // of a group
   int64_t block_width, channel_blocks;  // channels of a block, the last one may have fewer; blocks of a phase
   int64_t blocks;                       // of all phases
+  int64_t dilation_y = 1, dilation_x = 1;
 
   // Whole vectors of any width: a block is a chain of multiply-adds, the same with all instruction sets.
   void cut_channels(int64_t most) {
@@ -42,10 +57,13 @@ struct TiledImages {
     block_width = round_up(ceil_div(channels, channel_blocks), most_lanes);
     blocks = phases * channel_blocks;
   }
-  int64_t tiles() const { return batch * tiles_y * tiles_x; }
+  bool dilated() const { return dilation_y * dilation_x > 1; }
+  int64_t tiles() const { return dilation_y * dilation_x * batch * tiles_y * tiles_x; }
   WinogradTile tile_at(int64_t index) const {
-    const int64_t tile_y = index / tiles_x;
-    return {tile_y / tiles_y, tile_y % tiles_y * winograd_outputs, index % tiles_x * winograd_outputs};
+    const int64_t tile_y = index / tiles_x, image = tile_y / tiles_y;
+    WinogradTile tile = {image, tile_y % tiles_y * winograd_outputs, index % tiles_x * winograd_outputs};
+    if (dilated()) tile.n = image % batch, tile.part_y = image / batch / dilation_x, tile.part_x = image / batch % dilation_x;
+    return tile;
   }
   int64_t first_channel(int64_t block) const { return block % channel_blocks * block_width; }
   int64_t block_channels(int64_t block) const { return min(channels - first_channel(block), block_width); }
