@@ -39,7 +39,6 @@ class Choice:
 
 Table = dict[tuple, Choice]  # by `key`
 
-SHIPPED: Table = {}  # decides where no file does; nothing is known to lose everywhere
 # Where torch wins: operator and shape of the first tensor, a key that costs little -> the calls that have it.
 torchs: dict[tuple, Table] = {}
 origin = "none measured"  # of the choices, in words
@@ -48,7 +47,6 @@ origin = "none measured"  # of the choices, in words
 def clear() -> None:
     """Forgets what was loaded."""
     torchs.clear()
-    _take(SHIPPED)
 
 
 @contextmanager
@@ -194,5 +192,4 @@ def _load_default() -> None:
         origin = f"not used: {error}"
 
 
-clear()
 _load_default()

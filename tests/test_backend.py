@@ -106,3 +106,25 @@ def test_instruction_sets():
     with pytest.raises(ValueError, match="sve.*avx2|sve.*neon|sve.*baseline"):
         C.set_isa("sve")
     assert C.active_isa() == C.best_isa()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options", "native"),
+    [
+        ((5, 3, 16, 16), {"stride": 16}, True),
+        ((5, 3, 14, 14), {"stride": 14}, True),
+        ((5, 3, 8, 8), {"stride": 8}, False),
+        ((5, 3, 16, 16), {"stride": 15}, False),
+        ((5, 3, 16, 16), {"stride": 16, "padding": 1}, False),
+    ],
+)
+def test_large_patches_of_an_image_are_torchs_without_gradients(kernel, options, native):
+    x, weight = torch.randn(1, 3, 64, 64), torch.randn(kernel)
+    chosen = []
+    with backend.watch(lambda operator, module, args: chosen.append(backend.name_of(operator, module))):
+        with torch.no_grad():
+            cvfast.functional.conv2d(x, weight, **options)
+        cvfast.functional.conv2d(x, weight, **options)
+        with torch.no_grad():
+            cvfast.functional.conv2d(x, weight, **options, backend="ext")
+    assert chosen == ["native" if native else "ext", "ext", "ext"]

@@ -116,4 +116,12 @@ std::string active_isa() { return kernels().isa; }
 
 void set_isa(const std::string& name) { active().store(&kernels(name), std::memory_order_release); }
 
+bool made_by_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace cvfast

@@ -230,10 +230,11 @@ class _Watcher:
             self.busy = False
 
     def chosen(self) -> tuple[str, str, str]:
-        """Backend, algorithm and reason of the last choice, whose call was the last; a layer without used torch's."""
-        if not self.choices:
+        """Backend, algorithm and reason of the layer's last choice (attention's, where products are around that)."""
+        choices = [c for c in self.choices if c[0] != "linear"] or self.choices
+        if not choices:
             return "native", "", "it called none of cvfast's operators"
-        operator, name, reason = self.choices[-1]
+        operator, name, reason = choices[-1]
         return name, backend.algorithm(operator, name), reason
 
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch.fx import Proxy
 from torch.nn import Module
 
 from cvfast._accelerate import plain
@@ -88,7 +89,8 @@ def _fused_class(cls: type[Module]) -> type[Module]:
     @functools.wraps(cls.forward)
     def forward(self, *args, **kwargs):
         plan = self.__dict__.get(_PLAN)
-        if plan is not None and plan.facts.hold():
+        recorded = any(isinstance(arg, Proxy) for arg in (*args, *kwargs.values()))  # by torch.fx, layer by layer
+        if plan is not None and not recorded and plan.facts.hold():
             return plan.run(self, *args, **kwargs)
         return cls.forward(self, *args, **kwargs)
 

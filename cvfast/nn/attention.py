@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cvfast import functional
+from cvfast.nn.leaf import is_recorded, node
 from cvfast.nn.recurrent import LSTMCell
 
 
@@ -30,6 +31,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments, result and errors as torch.nn.MultiheadAttention's; masks are True (or -inf) where hidden."""
+        if is_recorded(self, query):
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return node(self, query, key, value, *masks)
         batched = torch.nn.functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
@@ -53,7 +57,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             output = functional.scaled_dot_product_attention(q, k, v, mask, dropout, window=window)
             weights = None
         output = output.permute(0, 2, 1, 3) if self.batch_first else output.permute(2, 0, 1, 3)
-        output = self.out_proj(output.flatten(2))
+        output = functional.linear(output.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         elif need_weights and weights is None:
@@ -65,7 +69,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections, each of embed_dim; one product where all three inputs are the same tensor."""
-        linear = torch.nn.functional.linear
+        linear = functional.linear
         if self._qkv_same_embed_dim and query is key and key is value:
             return linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -137,7 +141,7 @@ class AdditiveAttention(torch.nn.Module):
 
     def project_keys(self, keys: Tensor) -> Tensor:
         """[B, S, A] from keys [B, S, K]."""
-        return torch.nn.functional.linear(keys, self.w_key)
+        return functional.linear(keys, self.w_key)
 
     def forward(
         self,
@@ -147,6 +151,8 @@ class AdditiveAttention(torch.nn.Module):
         mask: Tensor | None = None,
         projected_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if is_recorded(self, query):
+            return node(self, query, keys, values, mask, projected_keys)
         values = keys if values is None else values
         if projected_keys is not None:
             return functional.additive_attention(query, projected_keys, values, self.w_query, None, self.v, mask)
@@ -198,16 +204,17 @@ class AttentionLSTMCell(torch.nn.Module):
         mask: Tensor | None = None,
         projected_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        h, c = state
-        if self.score == "additive":
-            context, weights = self.attention(h, keys, None, mask, projected_keys)
+        if is_recorded(self, input):
+            return node(self, input, keys, state, mask, projected_keys)
+        attention, cell = self.attention, self.cell
+        if self.score == "dot":
+            w_query, v, options = attention.weight, None, {}
         else:
-            query = self.attention(h)[:, None, None]
-            mask = None if mask is None else mask[:, None, None]
-            weights = _weights(query, keys[:, None], mask, False)
-            context, weights = (weights @ keys[:, None]).flatten(1), weights.flatten(1)
-        h, c = self.cell(torch.cat((input, context), -1), (h, c))
-        return h, c, context, weights
+            w_query, v = attention.w_query, attention.v
+            projected = projected_keys is not None
+            options = {"projected_keys": projected_keys} if projected else {"w_key": attention.w_key}
+        cell_weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        return functional.attention_lstm_cell(input, keys, state, w_query, v, *cell_weights, mask, **options)
 
 
 def _merged(first: Tensor, second: Tensor) -> Tensor:

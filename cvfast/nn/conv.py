@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cvfast import functional
+from cvfast.nn.leaf import is_recorded, node
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -15,6 +16,11 @@ class Conv2d(torch.nn.Conv2d):
     "replicate", "circular"), string padding, and every memory format. See cvfast.functional.conv2d for dtypes
     and errors.
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_recorded(self, input):
+            return node(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None, **epilogue) -> Tensor:
         padding = self.padding
@@ -33,6 +39,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """`output_size`: (P, Q) among the sizes that the stride allows; None: as output_padding says."""
+        if is_recorded(self, input):
+            return node(self, input, output_size)
         output_padding = self.output_padding
         if output_size is not None:
             output_padding = self._output_padding(

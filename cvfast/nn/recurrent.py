@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from cvfast import functional
+from cvfast.nn.leaf import is_recorded, node
 
 
 def _weights(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor | None]:
@@ -100,6 +101,8 @@ class LSTM(_Varied, torch.nn.LSTM):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        if is_recorded(self, input):
+            return node(self, input, hx, lengths=lengths)
         output, h_n, c_n = self._run(functional.lstm, input, hx, lengths, **self._variation())
         return output, (h_n, c_n)
 
@@ -116,6 +119,8 @@ class GRU(_Varied, torch.nn.GRU):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if is_recorded(self, input):
+            return node(self, input, hx, lengths=lengths)
         return self._run(functional.gru, input, hx, lengths, **self._variation())
 
 
@@ -129,6 +134,8 @@ class RNN(_Layer, torch.nn.RNN):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if is_recorded(self, input):
+            return node(self, input, hx, lengths=lengths)
         return self._run(functional.rnn, input, hx, lengths, nonlinearity=self.nonlinearity)
 
 
@@ -136,6 +143,8 @@ class LSTMCell(torch.nn.LSTMCell):
     """torch.nn.LSTMCell on cvfast's kernels; see cvfast.functional.lstm_cell."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if is_recorded(self, input):
+            return node(self, input, hx)
         return functional.lstm_cell(input, hx, *_weights(self, _CELL_WEIGHTS))
 
 
@@ -143,6 +152,8 @@ class GRUCell(torch.nn.GRUCell):
     """torch.nn.GRUCell on cvfast's kernels; see cvfast.functional.gru_cell."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if is_recorded(self, input):
+            return node(self, input, hx)
         return functional.gru_cell(input, hx, *_weights(self, _CELL_WEIGHTS))
 
 
@@ -150,4 +161,6 @@ class RNNCell(torch.nn.RNNCell):
     """torch.nn.RNNCell on cvfast's kernels; see cvfast.functional.rnn_cell."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if is_recorded(self, input):
+            return node(self, input, hx)
         return functional.rnn_cell(input, hx, *_weights(self, _CELL_WEIGHTS), nonlinearity=self.nonlinearity)

@@ -408,10 +408,12 @@ bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
   int64_t height = input_grad ? s.in_height : s.out_height, width = input_grad ? s.in_width : s.out_width;
   const bool dilated = s.dilation_h != 1 || s.dilation_w != 1;
   if (dtype == DType::f64 || std::min(s.in_channels, s.out_channels) < 16 * s.groups) return false;
-  if (dilated && (product == Product::weight_grad || phases || (input_grad && std::min(s.out_height, s.out_width) == 1)))
-    return false;
-  if (dilated && (height + 4 * s.dilation_h - 1) / (4 * s.dilation_h) * ((width + 4 * s.dilation_w - 1) / (4 * s.dilation_w)) < 16)
-    return false;
+  if (dilated && (phases || (input_grad && std::min(s.out_height, s.out_width) == 1))) return false;
+  const int64_t part_tiles =
+      (height + 4 * s.dilation_h - 1) / (4 * s.dilation_h) * ((width + 4 * s.dilation_w - 1) / (4 * s.dilation_w));
+  const bool pays = product == Product::weight_grad ? 6 * part_tiles * s.dilation_h * s.dilation_w <= height * width
+                                                    : part_tiles >= 16;
+  if (dilated && !pays) return false;
   if (!phases) return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 && height * width >= 16;
   if (input_grad) height = (height + 1) / 2, width = (width + 1) / 2;
   const int64_t taps = s.kernel_height * s.kernel_width, tiles = (height + 3) / 4 * ((width + 3) / 4);

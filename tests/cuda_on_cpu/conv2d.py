@@ -50,7 +50,8 @@ class Conv2dForward(ctypes.Structure):
 
 class Conv2dInputGrad(ctypes.Structure):
     _fields_ = (
-        *_HEAD, ("grad_output", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("grad_input", Tensor4)
+        *_HEAD, ("grad_output", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("grad_input", Tensor4),
+        ("epilogue", Epilogue),
     )  # fmt: skip
 
 

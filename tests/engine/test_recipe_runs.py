@@ -35,7 +35,13 @@ PICTURES = {
     "show_tell": {"learning_curves.png"},
     "superres": {"images.png", "learning_curves.png"},
 }
-LOOPS = {"gan": gan.GanRun, "sequence": Run, "caption": caption.CaptionRun, "superres": superres.SuperresRun}
+LOOPS = {
+    "gan": gan.GanRun,
+    "wgan-gp": gan.GanRun,
+    "sequence": Run,
+    "caption": caption.CaptionRun,
+    "superres": superres.SuperresRun,
+}
 
 
 def options(kind, small_data, **changes):
@@ -85,7 +91,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(runs, kind, small_da
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="epoch 2, step 2"):
         patch.setattr(loop, "_train_step", step)
-        recipes.start(kind, options(kind, small_data), tmp_path / "run")
+        recipes.start(RECIPE.get(kind, kind), options(kind, small_data), tmp_path / "run")
     torch.manual_seed(12345)  # the random state of the new process must not matter
     recipes.resume(tmp_path / "run")
     whole, resumed = (load_checkpoint(folder / "last.safetensors") for folder in (runs(kind), tmp_path / "run"))
@@ -109,10 +115,10 @@ def history_of(folder, kind):
     return [LOOPS[kind].Figures(**entry) for entry in load_checkpoint(folder / "last.safetensors").meta["history"]]
 
 
-@pytest.mark.parametrize("kind", ["sequence", "caption", "superres"])
+@pytest.mark.parametrize("kind", ["wgan-gp", "sequence", "caption", "superres"])
 def test_torchs_operators_and_cvfasts_train_alike(runs, kind, small_data, tmp_path):
     """From one seed: after the first epoch the same but for rounding, at the end within noise."""
-    native = recipes.start(kind, options(kind, small_data, backend="native"), tmp_path / "native")
+    native = recipes.start(RECIPE.get(kind, kind), options(kind, small_data, backend="native"), tmp_path / "native")
     found = gaps(history_of(native, kind), history_of(runs(kind), kind), LOOPS[kind].NOISE)
     assert all(gap.is_noise and gap.first <= 1e-3 for gap in found), found
 

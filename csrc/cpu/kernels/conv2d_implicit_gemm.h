@@ -321,10 +321,16 @@ void finish_results(const Correlation<S>& c, const CorrelationPiece<S>& piece, i
                 [&](int64_t n, int64_t y, int64_t x, int64_t count, int64_t index) {
     S* to = phase.result + n * phase.result_batch_stride + y * phase.result_y_stride + x * phase.result_x_stride +
             first_channel * phase.result_channel_stride;
+    T* from = result.data + index * result.row_stride;
+    const Block<S> block = {to, phase.result_channel_stride, 0, phase.result_x_stride};
+    const bool first = !in_place && finish_in_scratch(c, block, channels);
+    if (first)
+      apply_epilogue(c.epilogue, Block<T>{from, result.col_stride, 0, result.row_stride}, residual_of(c, block), channels, 1,
+                     count);
     if (!in_place)
-      copy_block(Matrix<const T>{result.data + index * result.row_stride, result.row_stride, result.col_stride},
+      copy_block(Matrix<const T>{from, result.row_stride, result.col_stride},
                  Matrix<S>{to, phase.result_x_stride, phase.result_channel_stride}, count, channels);
-    finish_with_epilogue(c, Block<S>{to, phase.result_channel_stride, 0, phase.result_x_stride}, channels, 1, count);
+    if (!first) finish_with_epilogue(c, block, channels, 1, count);
   });
 }
 

@@ -434,6 +434,7 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
   const int64_t ranges = ceil_div(tiles, p.range_tiles), m_stride = p.range_tiles * winograd_width + line_floats;
   const int64_t m_elements = w.points * w.points * m_stride;
   const Access access = access_of(w.phase.result_channel_stride, w.phase.result_x_stride);
+  const bool in_scratch = w.c.pools() || w.c.rounds_last() || access == Access::any;
   const bool prefetch = images_are_large<S>(w.c.shape);
   const int64_t next_tiles = prefetch && p.chunk_per_thread ? min(source.tiles() - first - tiles, p.chunk_tiles) : 0;
   parallel_for(pool, w.c.groups * w.panels * ranges, [&](int64_t begin, int64_t end) {
@@ -466,7 +467,7 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
       const auto finish = access == Access::channels ? result_tiles<S, Taps, Access::channels>
                           : access == Access::line   ? result_tiles<S, Taps, Access::line>
                                                      : result_tiles<S, Taps, Access::any>;
-      finish(w, group, first + tile, count, out, m, m_stride, w.c.pools() ? tile_results : nullptr);
+      finish(w, group, first + tile, count, out, m, m_stride, in_scratch ? tile_results : nullptr);
     }
   });
 }
