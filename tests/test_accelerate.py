@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 import cvfast
-from cvfast import _choices, backend
+from cvfast import _choices, _packed, backend
 from cvfast._accelerate import chains, measure
 from cvfast.testing.accuracy import relative_error
 
@@ -872,6 +872,26 @@ def test_explain_tells_what_ran():
     assert 0 < first.seconds < 1 and 0 < first.torch_seconds < 1
     assert "0.bn2 + add + 0.relu" in str(explanation) and "µs" in str(explanation)
     assert types(model) == before and chains.observer is None and "Watcher" not in repr(nn.Module.__call__)
+
+
+@torch.no_grad()
+def test_packed_weights_of_fused_layers():
+    """They give the same bits, follow the layers' parameters, are told by explain() and can be freed."""
+    model = lively(nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()))
+    x, weight_bytes = torch.randn(1, 32, 7, 7), model[0].weight.nbytes
+    cvfast.accelerate(model, fuse=True)
+    for factor in (1, 1.5):
+        model[0].weight.mul_(factor)
+        expected = copy.deepcopy(model)(x)
+        assert all(torch.equal(model(x), expected) for _ in range(3))
+        assert _packed.packed_bytes(chains.folded(model[0])) >= weight_bytes
+    explanation = cvfast.explain(model, x)
+    assert 2 * weight_bytes <= explanation.rows[0].packed_bytes <= 2.2 * weight_bytes  # the folded ones, packed
+    assert str(explanation).count("0.14 MiB") == 2  # the layer's and the sum
+    cvfast.free_packed(model)
+    assert chains.folded(model[0]) == [] and torch.equal(model(x), expected)
+    with pytest.raises(TypeError, match="expected a torch.nn.Module, got int"):
+        cvfast.free_packed(1)
 
 
 @pytest.mark.filterwarnings("ignore:Complex modules")
