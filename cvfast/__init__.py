@@ -10,13 +10,14 @@ __version__ = "0.1.0"
 
 from cvfast import functional, nn, ops
 from cvfast._info import info
-from cvfast.accelerate import accelerate, explain, load_choices, override, restore, tune
+from cvfast.accelerate import accelerate, explain, free_packed, load_choices, override, restore, tune
 from cvfast.backend import set_precision, use_backend
 
 __all__ = [
     "__version__",
     "accelerate",
     "explain",
+    "free_packed",
     "functional",
     "info",
     "load_choices",

@@ -7,13 +7,15 @@ import copy as _copy
 import torch
 from torch.nn import Module
 
+from cvfast import _packed
+from cvfast._accelerate import chains as _chains
 from cvfast._accelerate import fuse as _fuse
 from cvfast._accelerate import layers as _layers
 from cvfast._accelerate.explain import Explanation, explain
 from cvfast._accelerate.measure import load_choices, tune
 from cvfast._accelerate.override import override
 
-__all__ = ["Explanation", "accelerate", "explain", "load_choices", "override", "restore", "tune"]
+__all__ = ["Explanation", "accelerate", "explain", "free_packed", "load_choices", "override", "restore", "tune"]
 
 
 def accelerate(model: Module, *, copy: bool = False, fuse: bool | None = None) -> Module:
@@ -64,6 +66,21 @@ def restore(model: Module) -> Module:
     for module in model.modules():
         _layers.restore(module)
     return model
+
+
+def free_packed(model: Module | None = None) -> None:
+    """Frees the copies of a model's weights that kernels keep without gradients; None: those of all models.
+
+    They are about as large as the weights (`explain` says how large), and made again when the model is called again.
+    Raises TypeError if `model` is no Module.
+    """
+    if model is None:
+        _chains.forget()
+        return _packed.free()
+    _check(model)
+    for module in model.modules():
+        _chains.forget(module)
+    _packed.free(model.parameters())
 
 
 def _check(model: Module) -> None:

@@ -15,23 +15,26 @@ from types import ModuleType
 import torch
 from torch.autograd import forward_ad
 
-from cvfast import _choices, _env, _library
+from cvfast import _choices, _env, _library, _packed
 from cvfast.backends.ext import additive_attention as ext_additive_attention
 from cvfast.backends.ext import attention as ext_attention
 from cvfast.backends.ext import conv2d as ext_conv2d
 from cvfast.backends.ext import conv_transpose2d as ext_conv_transpose2d
+from cvfast.backends.ext import linear as ext_linear
 from cvfast.backends.ext import recurrent as ext_recurrent
 from cvfast.backends.ext import recurrent_cell as ext_recurrent_cell
 from cvfast.backends.native import additive_attention as native_additive_attention
 from cvfast.backends.native import attention as native_attention
 from cvfast.backends.native import conv2d as native_conv2d
 from cvfast.backends.native import conv_transpose2d as native_conv_transpose2d
+from cvfast.backends.native import linear as native_linear
 from cvfast.backends.native import recurrent as native_recurrent
 from cvfast.backends.native import recurrent_cell as native_recurrent_cell
 from cvfast.backends.triton import additive_attention as triton_additive_attention
 from cvfast.backends.triton import attention as triton_attention
 from cvfast.backends.triton import conv2d as triton_conv2d
 from cvfast.backends.triton import conv_transpose2d as triton_conv_transpose2d
+from cvfast.backends.triton import linear as triton_linear
 from cvfast.backends.triton import recurrent as triton_recurrent
 
 _RECURRENT = {"ext": ext_recurrent, "triton": triton_recurrent, "native": native_recurrent}
@@ -50,6 +53,7 @@ BACKENDS: dict[str, dict[str, ModuleType]] = {
         "triton": triton_conv_transpose2d,
         "native": native_conv_transpose2d,
     },
+    "linear": {"ext": ext_linear, "triton": triton_linear, "native": native_linear},
     **dict.fromkeys(("lstm", "gru", "rnn"), _RECURRENT),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell"), _RECURRENT_CELL),
 }
@@ -92,6 +96,7 @@ def set_precision(name: str) -> None:
         raise ValueError(f"unknown precision {name!r}; allowed: {', '.join(PRECISIONS)}")
     if _library.C is not None:
         _library.C.set_strict_precision(name == "strict")
+        _packed.free()  # other algorithms take other forms
 
 
 def checked_name(name: str) -> str:
@@ -125,6 +130,11 @@ def select(operator: str, requested: str | None, *args) -> ModuleType:
 def is_certain(name: str) -> bool:
     """Whether each call that the backend `name`, the first one of its operator, can run goes to it, unwatched."""
     return _current in ("auto", name) and not _choices.torchs and select is _select
+
+
+def is_free() -> bool:
+    """Whether calls go to the fastest backend, and nobody watches the choice."""
+    return _current == "auto" and select is _select
 
 
 def _why_not(name: str, module: ModuleType, args: tuple) -> list[str]:

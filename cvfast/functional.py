@@ -15,6 +15,7 @@ from torch import Tensor
 from cvfast import backend as _backend
 from cvfast._functional.additive_attention import additive_attention
 from cvfast._functional.attention import scaled_dot_product_attention
+from cvfast._functional.attention_lstm_cell import attention_lstm_cell
 from cvfast._functional.attention_statistics import AttentionStatistics, attention_statistics
 from cvfast._functional.packed_attention import packed_attention
 from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
@@ -22,11 +23,13 @@ from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rn
 __all__ = [
     "AttentionStatistics",
     "additive_attention",
+    "attention_lstm_cell",
     "attention_statistics",
     "conv2d",
     "conv_transpose2d",
     "gru",
     "gru_cell",
+    "linear",
     "lstm",
     "lstm_cell",
     "packed_attention",
@@ -53,9 +56,9 @@ def conv2d(
 ) -> Tensor:
     """2-D convolution (cross-correlation), with torch.nn.functional.conv2d's meaning and arguments, and an epilogue.
 
-    activation(conv2d(input, weight, bias) + residual), pooled if asked for: on the CPU, in float32 and float64, sum,
-    activation ("gelu" excepted) and, without a residual, pooling are computed while the results are in the cache, where
-    no gradient is asked for; elsewhere by torch's operators, differentiable as those are.
+    activation(conv2d(input, weight, bias) + residual), pooled if asked for: on the CPU, where no gradient is asked for,
+    sum, activation and, without a residual, pooling are computed while the results are in the cache, and bfloat16 and
+    float16 are rounded after them; elsewhere by torch's operators, differentiable as those are.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; contiguous and channels_last are both read in place.
@@ -64,7 +67,8 @@ def conv2d(
         stride, dilation: >= 1, one number or (height, width).
         padding: >= 0, one number or (height, width); "valid" (none) or "same" (output as large as the input; stride 1).
         groups: divides C and K.
-        activation: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "sigmoid" or "tanh".
+        activation: "none", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh" (gelu's approximation by tanh),
+            "sigmoid", "tanh", "hardswish" or "hardsigmoid".
         negative_slope: leaky_relu's factor of negative numbers.
         residual: of the result's shape before pooling, of its dtype and device; added before the activation.
         pooling: "none", "max" or "average" of 2x2 pixels with stride 2, after the activation, as
@@ -95,9 +99,10 @@ def conv2d(
     if residual is None and activation == "none" and pooling == "none":
         output = chosen.run(*args)
     else:
+        size = conv2d_size(batched, weight, stride, padding, dilation)
         if dims == 3 and residual is not None:
             residual = residual.unsqueeze(0)
-        output = _with_epilogue(chosen, residual, activation, negative_slope, pooling, args)
+        output = _with_epilogue("conv2d", chosen, size, residual, activation, negative_slope, pooling, args)
     return output if dims == 4 else output.squeeze(0)
 
 
@@ -108,8 +113,11 @@ ACTIVATIONS = {
     "leaky_relu": torch.nn.functional.leaky_relu,
     "silu": lambda x, slope: torch.nn.functional.silu(x),
     "gelu": lambda x, slope: torch.nn.functional.gelu(x),
+    "gelu_tanh": lambda x, slope: torch.nn.functional.gelu(x, approximate="tanh"),
     "sigmoid": lambda x, slope: torch.sigmoid(x),
     "tanh": lambda x, slope: torch.tanh(x),
+    "hardswish": lambda x, slope: torch.nn.functional.hardswish(x),
+    "hardsigmoid": lambda x, slope: torch.nn.functional.hardsigmoid(x),
 }
 
 
@@ -121,22 +129,30 @@ POOLINGS = {  # of 2x2 pixels
 
 
 def _with_epilogue(
-    chosen: ModuleType, residual: Tensor | None, activation: str, negative_slope: float, pooling: str, args: tuple
+    operator: str,
+    chosen: ModuleType,
+    size: tuple[int, int, int, int],
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    pooling: str,
+    args: tuple,
 ) -> Tensor:
-    """A backend's conv2d with its epilogue: in one pass if the backend has that, else by torch's operators."""
+    """A backend's operator with its epilogue: in one pass if the backend has that, else by torch's operators.
+
+    size: of the result before pooling. args: the operator's, normalised.
+    """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"conv2d: unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{operator}: unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
     if pooling not in POOLINGS:
-        raise ValueError(f"conv2d: unknown pooling {pooling!r}; allowed: {', '.join(POOLINGS)}")
-    input, weight, _, *geometry, _ = args
-    expected = conv2d_size(input, weight, *geometry)
-    if pooling != "none" and min(expected[2:]) < 2:
-        raise RuntimeError(f"conv2d: the result's size {list(expected)} is too small to pool 2x2 pixels")
+        raise ValueError(f"{operator}: unknown pooling {pooling!r}; allowed: {', '.join(POOLINGS)}")
+    if pooling != "none" and min(size[2:]) < 2:
+        raise RuntimeError(f"{operator}: the result's size {list(size)} is too small to pool 2x2 pixels")
     if residual is not None:
-        _check_same("conv2d", "residual", residual, input)
-        if tuple(residual.shape) != expected:
+        _check_same(operator, "residual", residual, args[0])
+        if tuple(residual.shape) != size:
             raise RuntimeError(
-                f"conv2d: residual has size {list(residual.shape)}, but the result has size {list(expected)}"
+                f"{operator}: residual has size {list(residual.shape)}, but the result has size {list(size)}"
             )
     if hasattr(chosen, "run_with_epilogue"):
         pooled = pooling if residual is None else "none"
@@ -175,6 +191,39 @@ def prepared_conv2d(
     return lambda input, residual=None: call(input, residual) if _backend.is_certain("ext") else None
 
 
+_ext_linear = _backend.BACKENDS["linear"]["ext"]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """The linear map input weight^T + bias, with torch.nn.functional.linear's meaning and arguments.
+
+    Args:
+        input: [*, I]; weight: [O, I] (or [I], which is torch's); bias: [O] or None.
+        backend: "auto" (cvfast's kernel where it was measured to be faster), "ext", "triton" or "native"; None: what
+            `cvfast.use_backend` or CVFAST_BACKEND says.
+
+    Returns:
+        [*, O], contiguous. dtypes: float32, float64, bfloat16, float16 on the CPU; others are torch's.
+
+    Raises:
+        RuntimeError: as torch's, for shapes or dtypes that do not fit; or where the named backend cannot run.
+        ValueError: unknown backend.
+    """
+    if backend is None and _backend.is_free() and _ext_linear.is_torchs(input, weight):
+        return torch.nn.functional.linear(input, weight, bias)
+    args = (input, weight, bias)
+    fits = (
+        input.dim() > 0
+        and weight.dim() == 2
+        and input.shape[-1] == weight.shape[1]
+        and weight.dtype is input.dtype
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype is input.dtype))
+    )
+    # What is wrong, or known to torch alone, torch says or does.
+    asked = backend if fits or backend is not None else "native"
+    return _backend.select("linear", asked, *args).run(*args)
+
+
 def conv2d_size(
     input: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int, int, int]:
@@ -196,9 +245,14 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
     *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """2-D transposed convolution, with torch.nn.functional.conv_transpose2d's meaning and arguments (and their order).
+
+    activation(conv_transpose2d(input, weight, bias) + residual), in one pass where conv2d does that.
 
     Args:
         input: [N, C, H, W] or [C, H, W] with H, W >= 1; contiguous and channels_last are both read in place.
@@ -209,6 +263,7 @@ def conv_transpose2d(
         output_padding: >= 0, one number or (height, width), smaller than stride or dilation; so many lines are added
             below and on the right.
         groups: divides C and K.
+        activation, negative_slope, residual: as conv2d's.
         backend: "auto", "ext", "triton" or "native"; None: what `cvfast.use_backend` or CVFAST_BACKEND says.
 
     Returns:
@@ -228,8 +283,36 @@ def conv_transpose2d(
     dilation = _pair("conv_transpose2d", "dilation", dilation)
     args = (batched, weight, bias, stride, padding, output_padding, groups, dilation)
     _check_conv_transpose2d(*args)
-    output = _backend.select("conv_transpose2d", backend, *args).run(*args)
+    chosen = _backend.select("conv_transpose2d", backend, *args)
+    if residual is None and activation == "none":
+        output = chosen.run(*args)
+    else:
+        size = conv_transpose2d_size(batched, weight, stride, padding, output_padding, groups, dilation)
+        if dims == 3 and residual is not None:
+            residual = residual.unsqueeze(0)
+        output = _with_epilogue("conv_transpose2d", chosen, size, residual, activation, negative_slope, "none", args)
     return output if dims == 4 else output.squeeze(0)
+
+
+def conv_transpose2d_size(
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    output_padding: tuple[int, int],
+    groups: int,
+    dilation: tuple[int, int],
+) -> tuple[int, int, int, int]:
+    """The size (N, K, P, Q) of conv_transpose2d's result for an input of 4 dimensions."""
+    height, width = (
+        (input.shape[i + 2] - 1) * stride[i]
+        - 2 * padding[i]
+        + dilation[i] * (weight.shape[i + 2] - 1)
+        + output_padding[i]
+        + 1
+        for i in range(2)
+    )
+    return (input.shape[0], weight.shape[1] * groups, height, width)
 
 
 def _pair(operator: str, name: str, value: int | Sequence[int]) -> tuple[int, int]:

@@ -48,7 +48,7 @@ Tensor weights(const Tensor& query, const Tensor& key, const Tensor& weight, con
   const Operands operands(query, key, weight, mask);
   const AdditiveShape& s = operands.problem.shape;
   const Tensor result = empty_contiguous({s.batch, s.queries, s.keys}, compute_code(query));
-  kernels().additive_attention.weights({operands.problem, result.mutable_data_ptr()}, thread_pool());
+  kernels().additive_attention.weights({operands.problem, result.mutable_data_ptr(), nullptr, 0, nullptr}, thread_pool());
   return result;
 }
 

@@ -11,6 +11,7 @@
 #include "../cpu/poison.h"
 #include "../cpu/result_memory.h"
 #include "conv2d_common.h"
+#include "cpu_tensors.h"
 #include "thread_pool.h"
 
 namespace {
@@ -54,50 +55,96 @@ struct Kernels {
 
 using Operators = Conv2dOperators<Kernels>;
 
-Activation activation_of(std::string_view name) {
-  constexpr std::pair<std::string_view, Activation> known[] = {
-      {"none", Activation::none}, {"relu", Activation::relu},       {"relu6", Activation::relu6}, {"leaky_relu", Activation::leaky_relu},
-      {"silu", Activation::silu}, {"sigmoid", Activation::sigmoid}, {"tanh", Activation::tanh}};
-  for (const auto& [known_name, activation] : known)
-    if (name == known_name) return activation;
-  STD_TORCH_CHECK(false, "cvfast conv2d: unknown activation ", std::string(name));
+// The value of the named one among `known`.
+template <class Value, std::size_t Count>
+Value named(const char* what, std::string_view name, const std::pair<std::string_view, Value> (&known)[Count]) {
+  for (const auto& [known_name, value] : known)
+    if (name == known_name) return value;
+  STD_TORCH_CHECK(false, "cvfast conv2d: unknown ", what, " ", std::string(name));
 }
 
-Pooling pooling_of(std::string_view name) {
-  if (name == "none") return Pooling::none;
-  if (name == "max") return Pooling::max;
-  if (name == "average") return Pooling::average;
-  STD_TORCH_CHECK(false, "cvfast conv2d: unknown pooling ", std::string(name));
+constexpr std::pair<std::string_view, Activation> activations[] = {
+    {"none", Activation::none}, {"relu", Activation::relu}, {"relu6", Activation::relu6},
+    {"leaky_relu", Activation::leaky_relu}, {"silu", Activation::silu}, {"sigmoid", Activation::sigmoid},
+    {"tanh", Activation::tanh}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
+    {"hardswish", Activation::hardswish}, {"hardsigmoid", Activation::hardsigmoid}};
+constexpr std::pair<std::string_view, Pooling> poolings[] = {
+    {"none", Pooling::none}, {"max", Pooling::max}, {"average", Pooling::average}};
+
+// The residual's elements, or nullptr.
+const void* residual_data(const std::optional<Tensor>& residual, const Tensor& output) {
+  if (!residual.has_value()) return nullptr;
+  check_operands(*residual, output);
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(residual->size(i) == output.size(i) &&
+                        (residual->stride(i) == output.stride(i) || output.size(i) == 1 || output.numel() == 0),
+                    "cvfast conv2d: the residual must have the result's sizes and strides");
+  return residual->const_data_ptr();
 }
 
 Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                              const std::optional<Tensor>& residual, const std::string& activation, double negative_slope,
                              const std::string& pooling, const Ints& stride, const Ints& padding, const Ints& dilation,
-                             int64_t groups) {
+                             int64_t groups, const std::optional<Tensor>& packed) {
   check_operands(input, weight);
   Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
-  Epilogue epilogue = {activation_of(activation), negative_slope, nullptr, pooling_of(pooling)};
+  const Pooling pools = named("pooling", pooling, poolings);
   Ints sizes = output_sizes(shape);
-  if (epilogue.pooling != Pooling::none) {
+  if (pools != Pooling::none) {
+    STD_TORCH_CHECK(!residual.has_value(), "cvfast conv2d: no pooling with a residual");
     sizes[2] /= 2, sizes[3] /= 2;
     STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0, "cvfast conv2d: the result is too small to pool 2x2 pixels");
     shape.out_height = 2 * sizes[2], shape.out_width = 2 * sizes[3];
   }
   Tensor keep, output = brief_result(sizes, input, weight);
-  if (residual.has_value()) {
-    STD_TORCH_CHECK(epilogue.pooling == Pooling::none, "cvfast conv2d: no pooling with a residual");
-    check_operands(*residual, input);
-    for (int i = 0; i < 4; ++i)
-      STD_TORCH_CHECK(residual->size(i) == output.size(i) &&
-                          (residual->stride(i) == output.stride(i) || output.size(i) == 1 || output.numel() == 0),
-                      "cvfast conv2d: the residual must have the result's sizes and strides");
-    epilogue.residual = residual->const_data_ptr();
-  }
-  prepare(output);
-  kernels().conv2d_forward({shape, dtype_of(input), tensor4(input), tensor4(weight),
-                            bias_data(bias, input, shape.out_channels, keep), tensor4(output), epilogue},
-                           thread_pool());
+  const Epilogue epilogue = {named("activation", activation, activations), negative_slope, residual_data(residual, output),
+                             pools};
+  Kernels::forward({shape, dtype_of(input), tensor4(input), tensor4(weight),
+                    bias_data(bias, input, shape.out_channels, keep), tensor4(output), epilogue,
+                    packed.has_value() ? packed->const_data_ptr() : nullptr},
+                   output);
   return output;
+}
+
+Tensor transpose_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                               const std::optional<Tensor>& residual, const std::string& activation, double negative_slope,
+                               const Ints& stride, const Ints& padding, const Ints& output_padding, int64_t groups,
+                               const Ints& dilation) {
+  check_operands(input, weight);
+  const Conv2dShape shape =
+      transposed_shape(input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
+  Tensor keep, output = brief_result({shape.batch, shape.in_channels, shape.in_height, shape.in_width}, input, weight);
+  const Epilogue epilogue = {named("activation", activation, activations), negative_slope, residual_data(residual, output),
+                             Pooling::none};
+  Kernels::input_grad({shape, dtype_of(input), tensor4(input), tensor4(weight),
+                       bias_data(bias, input, shape.in_channels, keep), tensor4(output), epilogue},
+                      output);
+  return output;
+}
+
+// A call of which only the options, the weight and the result's format count.
+Conv2dForward call_to_pack_for(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                               const Ints& dilation, int64_t groups) {
+  check_operands(input, weight);
+  const Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
+  Tensor output = empty_result(output_sizes(shape), input, weight);
+  return {shape, dtype_of(input), tensor4(input), tensor4(weight), nullptr, tensor4(output)};
+}
+
+// Which form of packed weights the call takes; 0: none that pays.
+int64_t packed_form(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
+                    int64_t groups) {
+  return kernels().conv2d_packing(call_to_pack_for(input, weight, stride, padding, dilation, groups)).form;
+}
+
+// The weight in that form; opaque.
+Tensor pack(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
+            int64_t groups) {
+  const Conv2dForward call = call_to_pack_for(input, weight, stride, padding, dilation, groups);
+  const int64_t bytes = kernels().conv2d_packing(call).bytes;
+  const Tensor packed = empty_contiguous({bytes}, aoti_torch_dtype_uint8());
+  if (bytes > 0) kernels().conv2d_pack(call, packed.mutable_data_ptr(), thread_pool());
+  return packed;
 }
 
 }  // namespace
@@ -106,4 +153,7 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement_conv2d<Operators>(m); }
 STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   implement_conv2d<Operators>(m);
   m.impl("conv2d_epilogue", TORCH_BOX(&forward_with_epilogue));
+  m.impl("conv2d_packed_form", TORCH_BOX(&packed_form));
+  m.impl("conv2d_pack", TORCH_BOX(&pack));
+  m.impl("conv_transpose2d_epilogue", TORCH_BOX(&transpose_with_epilogue));
 }

@@ -43,19 +43,21 @@ struct RowTensor {
 // Whether the input is a sequence, or one step [B, I].
 enum class Form { sequence, step };
 
-// The operands of forward and backward, checked; owns what had to be made contiguous.
+// The operands of forward and backward, checked; owns what had to be made contiguous. `place`: which of the states in h_0
+// and c_0, where they have a dimension of several.
 class Operands {
  public:
   Operands(Form form, RecurrentCell cell, const Tensor& input, const MaybeTensor& lengths, const MaybeTensor& batch_sizes,
            const Tensor& h_0, const MaybeTensor& c_0, const Tensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
-           const MaybeTensor& b_hh, const MaybeTensor& w_hr)
+           const MaybeTensor& b_hh, const MaybeTensor& w_hr, std::optional<int64_t> place = {})
       : cell(cell), input(input) {
-    STD_TORCH_CHECK(h_0.dim() == 2 && w_ih.dim() == 2 && w_hh.dim() == 2,
+    const int64_t outer = place ? 1 : 0;  // dimensions of the states before the samples'
+    STD_TORCH_CHECK(h_0.dim() == outer + 2 && w_ih.dim() == 2 && w_hh.dim() == 2,
                     "cvfast recurrent: states and weights must be 2-dimensional");
     STD_TORCH_CHECK(c_0.has_value() == (cell == RecurrentCell::lstm), "cvfast recurrent: c_0 is the lstm's");
     STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "cvfast recurrent: both biases or none");
     STD_TORCH_CHECK(!w_hr.has_value() || cell == RecurrentCell::lstm, "cvfast recurrent: w_hr is the lstm's");
-    batch = h_0.size(0), outputs = h_0.size(1);
+    batch = h_0.size(outer), outputs = h_0.size(outer + 1);
     const int64_t rows = w_ih.size(0);
     STD_TORCH_CHECK(rows % gates_of(cell) == 0, "cvfast recurrent: the weights' rows are not divisible by ", gates_of(cell));
     shape = {w_ih.size(1), rows / gates_of(cell), w_hr.has_value() ? outputs : 0};
@@ -63,8 +65,13 @@ class Operands {
                take("b_hh", b_hh, {rows}), take("w_hr", w_hr, {outputs, shape.hidden})};
     STD_TORCH_CHECK(w_hr.has_value() || outputs == shape.hidden, "cvfast recurrent: h_0 has size ", outputs,
                     " at dimension 1, expected ", shape.hidden);
-    this->h_0 = take("h_0", h_0, {batch, outputs});
-    this->c_0 = take("c_0", c_0, {batch, shape.hidden});
+    auto state = [&](const char* what, const MaybeTensor& states, int64_t width) -> const void* {
+      if (!place || !states.has_value()) return take(what, states, {batch, width});
+      const int64_t offset = *place * batch * width * static_cast<int64_t>(input.element_size());
+      return static_cast<const char*>(take(what, states, {h_0.size(0), batch, width})) + offset;
+    };
+    this->h_0 = state("h_0", h_0, outputs);
+    this->c_0 = state("c_0", c_0, shape.hidden);
     if (form == Form::step) {
       steps = 1;
       check_size("input", input, {batch, shape.input});
@@ -180,9 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& input, const MaybeTensor&
   for (int64_t i = 0; i < count; ++i) {
     auto weight = [&](int64_t place) { return place < each ? MaybeTensor(weights[i * each + place]) : MaybeTensor(); };
     const int64_t first = biases ? 2 : each;  // of the biases
-    const Operands o(Form::sequence, cell, from, lengths, batch_sizes, torch::stable::select(h_0, 0, i),
-                     c_0.has_value() ? MaybeTensor(torch::stable::select(*c_0, 0, i)) : MaybeTensor(), weights[i * each],
-                     weights[i * each + 1], weight(first), weight(first + 1), weight(biases ? 4 : 2));
+    const Operands o(Form::sequence, cell, from, lengths, batch_sizes, h_0, c_0, weights[i * each], weights[i * each + 1],
+                     weight(first), weight(first + 1), weight(biases ? 4 : 2), i);
     if (i % directions == 0) output = empty_contiguous(o.row_sizes(directions * o.outputs), dtype);
     cvfast::Rows rows = RowTensor(output);
     rows.data = static_cast<char*>(rows.data) + bytes(i % directions * o.outputs);
@@ -208,17 +214,29 @@ Tensor pack(const Tensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, con
   return packed;
 }
 
+// h and c ([0] without) after one step; `saved` as forward() has it, or nullptr.
+std::tuple<Tensor, Tensor> take_step(const Operands& o, void* saved) {
+  const int32_t dtype = dtype_code(o.input.keep);
+  const RowTensor h(empty_contiguous({o.batch, o.outputs}, dtype));
+  const Tensor c = empty_contiguous(o.cell == RecurrentCell::lstm ? Ints{o.batch, o.outputs} : Ints{0}, dtype);
+  run(o, false, h, h.keep.mutable_data_ptr(), c.mutable_data_ptr(), saved, nullptr);
+  return {h.keep, c};
+}
+
 template <RecurrentCell cell>
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& h, const MaybeTensor& c, const Tensor& w_ih,
                                         const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, bool save) {
   const Operands o(Form::step, cell, input, {}, {}, h, c, w_ih, w_hh, b_ih, b_hh, {});
-  const int32_t dtype = dtype_code(input);
-  const RowTensor new_h(empty_contiguous({o.batch, o.outputs}, dtype));
-  const Tensor new_c = empty_contiguous(c.has_value() ? Ints{o.batch, o.outputs} : Ints{0}, dtype);
   const Tensor saved = empty_contiguous(save ? o.saved_sizes() : Ints{0}, compute_code(input));
-  run(o, false, new_h, new_h.keep.mutable_data_ptr(), new_c.mutable_data_ptr(), save ? saved.mutable_data_ptr() : nullptr,
-      nullptr);
-  return {new_h.keep, new_c, saved};
+  const auto [new_h, new_c] = take_step(o, save ? saved.mutable_data_ptr() : nullptr);
+  return {new_h, new_c, saved};
+}
+
+// Without derivatives.
+template <RecurrentCell cell>
+std::tuple<Tensor, Tensor> plain_step(const Tensor& input, const Tensor& h, const MaybeTensor& c, const Tensor& w_ih,
+                                      const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh) {
+  return take_step(Operands(Form::step, cell, input, {}, {}, h, c, w_ih, w_hh, b_ih, b_hh, {}), nullptr);
 }
 
 template <RecurrentCell cell>
@@ -292,6 +310,10 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   m.impl("gru_stack", TORCH_BOX(&stack<RecurrentCell::gru>));
   m.impl("rnn_tanh_stack", TORCH_BOX(&stack<RecurrentCell::rnn_tanh>));
   m.impl("rnn_relu_stack", TORCH_BOX(&stack<RecurrentCell::rnn_relu>));
+  m.impl("lstm_step", TORCH_BOX(&plain_step<RecurrentCell::lstm>));
+  m.impl("gru_step", TORCH_BOX(&plain_step<RecurrentCell::gru>));
+  m.impl("rnn_tanh_step", TORCH_BOX(&plain_step<RecurrentCell::rnn_tanh>));
+  m.impl("rnn_relu_step", TORCH_BOX(&plain_step<RecurrentCell::rnn_relu>));
   m.impl("lstm_pack", TORCH_BOX(&pack<RecurrentCell::lstm>));
   m.impl("gru_pack", TORCH_BOX(&pack<RecurrentCell::gru>));
   m.impl("rnn_tanh_pack", TORCH_BOX(&pack<RecurrentCell::rnn_tanh>));

@@ -18,7 +18,7 @@ namespace cvfast {
   }
 #define CVFAST_TABLE(isa, vector_bytes) \
   KernelTable{#isa, vector_bytes, isa::conv2d.forward, isa::conv2d.input_grad, isa::conv2d.weight_grad, \
-              isa::recurrent, isa::attention, isa::additive_attention, isa::batched_product, isa::peak}
+              isa::conv2d.packing, isa::conv2d.pack, isa::recurrent, isa::attention, isa::additive_attention, isa::batched_product, isa::peak}
 
 // CVFAST_BASELINE_ONLY: for a build that leaves the other ones out, under sanitizers say.
 #if defined(__x86_64__) && !defined(CVFAST_BASELINE_ONLY)
@@ -115,5 +115,13 @@ std::string best_isa() { return best().isa; }
 std::string active_isa() { return kernels().isa; }
 
 void set_isa(const std::string& name) { active().store(&kernels(name), std::memory_order_release); }
+
+bool made_by_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
 
 }  // namespace cvfast

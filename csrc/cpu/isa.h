@@ -26,6 +26,8 @@ CVFAST_EXPORT std::vector<std::string> available_isas();
 CVFAST_EXPORT std::string best_isa();
 CVFAST_EXPORT std::string active_isa();
 
+CVFAST_EXPORT bool made_by_intel();  // this machine's processor
+
 // Makes another instruction set active for the whole process. Calls already running finish with the old one.
 // std::invalid_argument if `name` is not available; the active one then stays.
 CVFAST_EXPORT void set_isa(const std::string& name);

@@ -13,6 +13,8 @@ struct Conv2dKernels {
   void (*forward)(const Conv2dForward&, const ThreadPool&);
   void (*input_grad)(const Conv2dInputGrad&, const ThreadPool&);
   void (*weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
+  Conv2dPacking (*packing)(const Conv2dForward&);
+  void (*pack)(const Conv2dForward&, void* to, const ThreadPool&);  // to: packing().bytes > 0 of them, aligned to 64 bytes
 };
 
 // Likewise kernels/recurrent.cpp.
@@ -54,6 +56,8 @@ struct KernelTable {
   void (*conv2d_forward)(const Conv2dForward&, const ThreadPool&);
   void (*conv2d_input_grad)(const Conv2dInputGrad&, const ThreadPool&);
   void (*conv2d_weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
+  Conv2dPacking (*conv2d_packing)(const Conv2dForward&);
+  void (*conv2d_pack)(const Conv2dForward&, void* to, const ThreadPool&);
   RecurrentKernels recurrent;
   AttentionKernels attention;
   AdditiveAttentionKernels additive_attention;

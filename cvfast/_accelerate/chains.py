@@ -47,8 +47,11 @@ _FUNCTIONS = {
     "relu6": partial(F.relu6, inplace=True),
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "sigmoid": torch.sigmoid_,
     "tanh": torch.tanh_,
+    "hardswish": partial(F.hardswish, inplace=True),
+    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
 }
 _CALLS = {  # torch's function or the name of a tensor's method -> name; of one argument and in-place or not
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
@@ -57,6 +60,8 @@ _CALLS = {  # torch's function or the name of a tensor's method -> name; of one 
     F.relu6: "relu6",
     F.silu: "silu",
     F.gelu: "gelu",
+    F.hardswish: "hardswish",
+    F.hardsigmoid: "hardsigmoid",
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
 }
 _MODULES = {
@@ -67,12 +72,17 @@ _MODULES = {
     torch.nn.GELU: "gelu",
     torch.nn.Sigmoid: "sigmoid",
     torch.nn.Tanh: "tanh",
+    torch.nn.Hardswish: "hardswish",
+    torch.nn.Hardsigmoid: "hardsigmoid",
 }
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by torch's argument `approximate`
 
 
 def _of_module(module: Module) -> Activation | None:
     name = _MODULES.get(type(module))
-    if name is None or (name == "gelu" and module.approximate != "none"):
+    if name == "gelu":
+        name = _GELUS.get(module.approximate)
+    if name is None:
         return None
     return Activation(name, module.negative_slope) if name == "leaky_relu" else Activation(name)
 
@@ -81,6 +91,8 @@ def _of_call(node: fx.Node) -> Activation | None:
     """Of a node call_function or call_method whose first argument is the chain."""
     name = _CALLS.get(node.target)
     kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    if name == "gelu":
+        name = _GELUS.get(kwargs.pop("approximate", "none"))
     if name == "leaky_relu":
         more = [*node.args[1:2], *kwargs.values()]
         slope = more[0] if more else 0.01
@@ -212,15 +224,17 @@ def _convolve(
     pooling: str | None,
 ) -> Tensor:
     """activation(conv's operation with this weight and bias + residual), pooled."""
+    name, slope = ("none", 0.0) if activation is None else activation
     if _is_added_in_place(conv, input, weight, residual):
-        name, slope = ("none", 0.0) if activation is None else activation
         return conv._conv_forward(
             input, weight, bias, activation=name, negative_slope=slope, residual=residual, pooling=pooling or "none"
         )
     if isinstance(conv, torch.nn.ConvTranspose2d):
+        own, activation = (name, None) if residual is None else ("none", activation)
         output = functional.conv_transpose2d(
-            input, weight, bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
-        )
+            input, weight, bias, conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation,
+            activation=own, negative_slope=slope,
+        )  # fmt: skip
     else:
         output = conv._conv_forward(input, weight, bias)
     if residual is not None:
@@ -316,9 +330,18 @@ def _may_keep(sources: tuple[Tensor | None, ...]) -> bool:
     return not any([t is not None and t.is_inference() for t in sources])  # those have no version
 
 
-def forget(conv: Module) -> None:
-    """Drops the folded weights that are kept for `conv`."""
-    _kept.pop(conv, None)
+def forget(conv: Module | None = None) -> None:
+    """Drops the folded weights that are kept for `conv`; None: for all."""
+    if conv is None:
+        _kept.clear()
+    else:
+        _kept.pop(conv, None)
+
+
+def folded(conv: Module) -> list[Tensor]:
+    """The folded weight and bias that are kept for `conv`, if any are."""
+    kept = _kept.get(conv)
+    return [] if kept is None else [kept.weight, kept.bias]
 
 
 class _Ready:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
-from cvfast import backend, nn
+from cvfast import _packed, backend, nn
 from cvfast._accelerate import chains, fuse, layers, plain
 from cvfast._accelerate.measure import least_seconds
 
@@ -33,7 +33,7 @@ class Row:
     that are torch's; "" for those that were not called. algorithm: of the kernel, where it has several, as
     cvfast.backend.algorithm names them. reason: why no cvfast kernel ran. seconds: of the call, the least of several
     where the layer is cvfast's. torch_seconds: the same on torch's operators, layer by layer. fused: the layers that
-    ran as one.
+    ran as one. packed_bytes: of the copies of its weights that are kept, folded or packed.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Row:
     seconds: float | None = None
     torch_seconds: float | None = None
     fused: str = ""
+    packed_bytes: int = 0
 
 
 @dataclass
@@ -62,20 +63,22 @@ class Explanation:
         table = Table(
             title="layer by layer", caption="\n".join(f"{n or 'model'}: {why}" for n, why in self.notes.items())
         )
-        for heading in ("layer", "type", "input", "output", "kernel", "cvfast", "torch", "fused", "reason"):
-            table.add_column(heading, justify="right" if heading in ("cvfast", "torch") else "left", overflow="fold")
+        for heading in ("layer", "type", "input", "output", "kernel", "cvfast", "torch", "packed", "fused", "reason"):
+            is_number = heading in ("cvfast", "torch", "packed")
+            table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
         for row in self.rows:
             own = row.backend not in ("", "torch")
             table.add_row(
                 row.name, row.type, _shapes(row.inputs), _shapes(row.output),
                 f"{row.backend}, {row.algorithm}" if row.algorithm else row.backend,
                 _time(row.seconds if own else None), _time(row.torch_seconds if own else row.seconds),
-                row.fused, row.reason,
+                _size(row.packed_bytes), row.fused, row.reason,
             )  # fmt: skip
         both = [row for row in self.rows if None not in (row.seconds, row.torch_seconds)]
         table.add_section()
         sums = (_time(sum(getattr(row, name) for row in both)) for name in ("seconds", "torch_seconds"))
-        table.add_row("all with both times", "", "", "", "", *sums)
+        packed = {row.name: row.packed_bytes for row in self.rows}  # once where a layer was called several times
+        table.add_row("all with both times", "", "", "", "", *sums, _size(sum(packed.values())))
         return table
 
     def __rich__(self) -> Table:
@@ -95,6 +98,16 @@ def _shapes(shapes: list[list[int]]) -> str:
 
 def _time(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e6:,.0f} µs"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count else ""
+
+
+def _packed_bytes(layer: Module) -> int:
+    """Of what is kept beside the weights of a layer, or of the convolution of a chain."""
+    folded = chains.folded(layer)
+    return sum(t.nbytes for t in folded) + _packed.packed_bytes([*folded, *layer.parameters()])
 
 
 @torch.no_grad()
@@ -182,6 +195,7 @@ class _Watcher:
                 row.backend, row.algorithm, row.reason = self.chosen()
                 if not (module.training and parametrize.is_parametrized(module)):  # whose state changes at each call
                     row.seconds, row.torch_seconds = _compare(*[lambda: module.forward(*args, **kwargs)] * 2)
+                row.packed_bytes = _packed_bytes(module)
             elif self.choices:  # a layer of torch's, under cvfast.override()
                 row.backend, row.algorithm, row.reason = self.chosen()
             elif isinstance(module, layers.SWAPPABLE):
@@ -202,6 +216,7 @@ class _Watcher:
             row.seconds, row.torch_seconds = _compare(
                 lambda: chains.run(*arguments), lambda: chains.separately(*arguments)
             )
+            row.packed_bytes = _packed_bytes(conv)
             self.rows.append(row)
         return output
 
@@ -215,10 +230,11 @@ class _Watcher:
             self.busy = False
 
     def chosen(self) -> tuple[str, str, str]:
-        """Backend, algorithm and reason of the last choice, whose call was the last; a layer without used torch's."""
-        if not self.choices:
+        """Backend, algorithm and reason of the layer's last choice (attention's, where products are around that)."""
+        choices = [c for c in self.choices if c[0] != "linear"] or self.choices
+        if not choices:
             return "native", "", "it called none of cvfast's operators"
-        operator, name, reason = self.choices[-1]
+        operator, name, reason = choices[-1]
         return name, backend.algorithm(operator, name), reason
 
 

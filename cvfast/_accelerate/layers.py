@@ -20,6 +20,7 @@ def _stand_in(layer: type[Module]) -> type[Module]:
 
 Conv2d = _stand_in(nn.Conv2d)
 ConvTranspose2d = _stand_in(nn.ConvTranspose2d)
+Linear = _stand_in(nn.Linear)
 LSTM = _stand_in(nn.LSTM)
 GRU = _stand_in(nn.GRU)
 RNN = _stand_in(nn.RNN)
@@ -30,7 +31,7 @@ MultiheadAttention = _stand_in(nn.MultiheadAttention)
 
 STAND_INS: dict[type[Module], type[Module]] = {
     getattr(torch.nn, cls.__name__): cls
-    for cls in (Conv2d, ConvTranspose2d, LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, MultiheadAttention)
+    for cls in (Conv2d, ConvTranspose2d, Linear, LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell, MultiheadAttention)
 }
 ORIGINALS = {stand_in: original for original, stand_in in STAND_INS.items()}
 SWAPPABLE = tuple(STAND_INS)

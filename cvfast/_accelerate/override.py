@@ -36,6 +36,7 @@ _CVFASTS: dict[Callable, Callable] = {
     torch.nn.functional.conv_transpose2d: functional.conv_transpose2d,
     torch.conv_transpose2d: functional.conv_transpose2d,
     torch.nn.functional.scaled_dot_product_attention: functional.scaled_dot_product_attention,
+    torch.nn.functional.linear: functional.linear,
     torch.lstm: _layers(functional.lstm),
     torch.gru: _layers(functional.gru),
     torch.rnn_tanh: _layers(functional.rnn, nonlinearity="tanh"),
@@ -55,9 +56,9 @@ class override(TorchFunctionMode):
     """Within the block, calls of torch's functions run cvfast's kernels, whoever calls them in this thread.
 
     For models whose layers cvfast.accelerate cannot swap, because their forward calls the functions itself:
-    F.conv2d, F.conv_transpose2d, F.scaled_dot_product_attention, torch.lstm, gru, rnn_tanh, rnn_relu and their cells,
-    by these names or those in torch. Subclasses of Tensor and nested tensors stay with torch, and so do calls that
-    torch makes inside functions of its own (F.multi_head_attention_forward).
+    F.conv2d, F.conv_transpose2d, F.linear, F.scaled_dot_product_attention, torch.lstm, gru, rnn_tanh, rnn_relu and
+    their cells, by these names or those in torch. Subclasses of Tensor and nested tensors stay with torch, and so do
+    calls that torch makes inside functions of its own (F.multi_head_attention_forward).
 
         with cvfast.override():
             output = model(images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,7 @@ class Weights(NamedTuple):
     w_hr: Tensor | None
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The normal form of a call; `weights` are those of layer 0 forwards, layer 0 backwards, layer 1 forwards, ...
 
     input [T, B, I] with lengths ([B] int64 on the CPU, or None: all T), or packed [N, I] with batch_sizes [T].

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cvfast.models.blocks import check_positive, conv_norm_relu, initialize
 from cvfast.models.entry import Entry
-from cvfast.nn import AdditiveAttention
+from cvfast.nn import AdditiveAttention, Linear
 
 
 class AttentionPoolingCNN(nn.Module):
@@ -39,7 +39,7 @@ class AttentionPoolingCNN(nn.Module):
             *conv_norm_relu(4 * width, 4 * width),
         )
         self.attention = AdditiveAttention(query_size=1, key_size=4 * width, size=2 * width)
-        self.head = nn.Linear(4 * width, num_classes)
+        self.head = Linear(4 * width, num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cvfast.models.blocks import check_positive, conv_norm_relu
 from cvfast.models.entry import Entry
-from cvfast.nn import LSTM, AttentionLSTMCell
+from cvfast.nn import LSTM, AttentionLSTMCell, Linear
 
 PAD, START, END = 0, 1, 2
 
@@ -60,15 +60,15 @@ class ShowAttendTell(nn.Module):
         super().__init__()
         check_positive(num_classes=num_classes, embedding=embedding, hidden=hidden, attention=attention)
         self.encoder = _encoder(in_chans, features)
-        self.position = nn.Sequential(nn.Linear(2, features), nn.Tanh(), nn.Linear(features, features))
-        self.init_h, self.init_c = nn.Linear(features, hidden), nn.Linear(features, hidden)
+        self.position = nn.Sequential(Linear(2, features), nn.Tanh(), Linear(features, features))
+        self.init_h, self.init_c = Linear(features, hidden), Linear(features, hidden)
         self.embed = nn.Embedding(num_classes, embedding, padding_idx=PAD)
         self.cell = AttentionLSTMCell(embedding, hidden, features, attention)
-        self.from_word = nn.Linear(embedding, embedding)
-        self.from_state = nn.Linear(hidden, embedding, bias=False)
-        self.from_context = nn.Linear(features, embedding, bias=False)
+        self.from_word = Linear(embedding, embedding)
+        self.from_state = Linear(hidden, embedding, bias=False)
+        self.from_context = Linear(features, embedding, bias=False)
         self.dropout = nn.Dropout(dropout)
-        self.words = nn.Linear(embedding, num_classes)
+        self.words = Linear(embedding, num_classes)
 
     def start(self, images: Tensor) -> State:
         """The state before START, of images [N, C, H, W]: places [N, S, F], those projected, h, c."""
@@ -126,11 +126,11 @@ class ShowTell(nn.Module):
         super().__init__()
         check_positive(num_classes=num_classes, embedding=embedding, hidden=hidden, rows=grid[0], columns=grid[1])
         self.encoder = nn.Sequential(_encoder(in_chans, features), nn.AdaptiveAvgPool2d(tuple(grid)), nn.Flatten())
-        self.image = nn.Linear(features * grid[0] * grid[1], embedding)
+        self.image = Linear(features * grid[0] * grid[1], embedding)
         self.embed = nn.Embedding(num_classes, embedding, padding_idx=PAD)
         self.lstm = LSTM(embedding, hidden, batch_first=True)
         self.dropout = nn.Dropout(dropout)
-        self.words = nn.Linear(hidden, num_classes)
+        self.words = Linear(hidden, num_classes)
 
     def start(self, images: Tensor) -> State:
         """The state (h, c), [N, H] each, before START, of images [N, C, H, W]."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cvfast.models.blocks import check_positive
 from cvfast.models.entry import Entry
-from cvfast.nn import Conv2d
+from cvfast.nn import Conv2d, Linear
 
 
 class CNN(nn.Module):
@@ -30,9 +30,9 @@ class CNN(nn.Module):
         self.conv1 = Conv2d(in_chans, 6, 5)
         self.pool = nn.MaxPool2d(2, 2)
         self.conv2 = Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * 5 * 5, 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, num_classes)
+        self.fc1 = Linear(16 * 5 * 5, 120)
+        self.fc2 = Linear(120, 84)
+        self.fc3 = Linear(84, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, num_classes]`` of images ``[N, in_chans, 32, 32]``."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cvfast.models.blocks import check_positive, initialize
 from cvfast.models.entry import Entry
-from cvfast.nn import Conv2d
+from cvfast.nn import Conv2d, Linear
 
 # The paper's table 2: expansion, channels, blocks, stride of the first block.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -71,7 +71,7 @@ class MobileNetV2(nn.Module):
         last = _multiple_of_8(1280 * max(1.0, width))
         self.features = nn.Sequential(*features, _conv_norm_relu6(channels, last, 1))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(last, num_classes))
+        self.classifier = nn.Sequential(nn.Dropout(dropout), Linear(last, num_classes))
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cvfast.models.blocks import check_positive, conv_norm_relu
 from cvfast.models.entry import Entry
-from cvfast.nn import GRU, LSTM, Conv2d
+from cvfast.nn import GRU, LSTM, Conv2d, Linear
 
 CELLS = {"lstm": LSTM, "gru": GRU}
 
@@ -40,7 +40,7 @@ class RowLSTM(nn.Module):
         between = dropout if layers > 1 else 0.0
         self.lstm = LSTM(in_chans * width, hidden, layers, batch_first=True, dropout=between, bidirectional=True)
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(2 * hidden, num_classes)
+        self.fc = Linear(2 * hidden, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, width]."""
@@ -80,7 +80,7 @@ class VideoRNN(nn.Module):
             *conv_norm_relu(features, features), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         )  # fmt: skip
         self.rnn = CELLS[cell](features, hidden, layers, batch_first=True)
-        self.fc = nn.Linear(hidden, num_classes)
+        self.fc = Linear(hidden, num_classes)
 
     def forward(self, videos: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits [B, num_classes] of videos [B, T, C, H, W], of which the first ``lengths`` [B] frames count."""
@@ -114,7 +114,7 @@ class CRNN(nn.Module):
             Conv2d(8 * width, 8 * width, 2, bias=False), nn.BatchNorm2d(8 * width), nn.ReLU(),
         )  # fmt: skip
         self.lstm = LSTM(8 * width, hidden, 2, batch_first=True, bidirectional=True)
-        self.fc = nn.Linear(2 * hidden, num_classes)
+        self.fc = Linear(2 * hidden, num_classes)
 
     def steps(self, widths: Tensor) -> Tensor:
         """How many columns of scores images of these widths (pixels) get: ctc_loss's ``input_lengths``."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from cvfast.models.blocks import check_positive, conv3x3, initialize
 from cvfast.models.entry import Entry
-from cvfast.nn import Conv2d
+from cvfast.nn import Conv2d, Linear
 
 
 class BasicBlock(nn.Module):
@@ -116,7 +116,7 @@ class ResNet(nn.Module):
         self.layer3 = _stage(block, 128 * expansion, 256, blocks[2], 2, _projection)
         self.layer4 = _stage(block, 256 * expansion, 512, blocks[3], 2, _projection)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512 * expansion, num_classes)
+        self.fc = Linear(512 * expansion, num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class CifarResNet(nn.Module):
         self.layer2 = _stage(BasicBlock, width, 2 * width, blocks, 2, PaddedShortcut)
         self.layer3 = _stage(BasicBlock, 2 * width, 4 * width, blocks, 2, PaddedShortcut)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(4 * width, num_classes)
+        self.fc = Linear(4 * width, num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cvfast.models.blocks import check_positive, initialize
 from cvfast.models.entry import Entry
-from cvfast.nn import Conv2d
+from cvfast.nn import Conv2d, Linear
 
 CHANNELS = (64, 128, 256, 512, 512)  # of the five stages, each of which ends in pooling
 CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -53,13 +53,13 @@ class VGG(nn.Module):
         self.features = _features(depth, in_chans, batch_norm)
         self.avgpool = nn.AdaptiveAvgPool2d(7)
         self.classifier = nn.Sequential(
-            nn.Linear(CHANNELS[-1] * 7 * 7, 4096),
+            Linear(CHANNELS[-1] * 7 * 7, 4096),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-            nn.Linear(4096, 4096),
+            Linear(4096, 4096),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-            nn.Linear(4096, num_classes),
+            Linear(4096, num_classes),
         )
         initialize(self)
 
@@ -85,7 +85,7 @@ class CifarVGG(nn.Module):
         check_positive(num_classes=num_classes, in_chans=in_chans)
         self.features = _features(depth, in_chans, batch_norm=True)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(CHANNELS[-1], num_classes)
+        self.classifier = Linear(CHANNELS[-1], num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

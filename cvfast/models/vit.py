@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cvfast.models.blocks import check_positive
 from cvfast.models.entry import Entry
-from cvfast.nn import Conv2d, MultiheadAttention
+from cvfast.nn import Conv2d, Linear, MultiheadAttention
 
 EPSILON = 1e-6  # of layer norms
 
@@ -30,10 +30,10 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.ln_2 = nn.LayerNorm(hidden_dim, EPSILON)
         self.mlp = nn.Sequential(
-            nn.Linear(hidden_dim, mlp_dim),
+            Linear(hidden_dim, mlp_dim),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Linear(mlp_dim, hidden_dim),
+            Linear(mlp_dim, hidden_dim),
             nn.Dropout(dropout),
         )
         for layer in (self.mlp[0], self.mlp[3]):
@@ -107,7 +107,7 @@ class VisionTransformer(nn.Module):
         length = (image_size // patch_size) ** 2 + 1
         blocks = [EncoderBlock(hidden_dim, num_heads, mlp_dim, dropout, attention_dropout) for _ in range(num_layers)]
         self.encoder = Encoder(length, hidden_dim, dropout, blocks)
-        self.heads = nn.Sequential(OrderedDict(head=nn.Linear(hidden_dim, num_classes)))
+        self.heads = nn.Sequential(OrderedDict(head=Linear(hidden_dim, num_classes)))
         nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (in_chans * patch_size**2)))
         nn.init.zeros_(self.conv_proj.bias)
         nn.init.trunc_normal_(self.heads.head.weight, std=0.02)

@@ -2,6 +2,7 @@
 
 from cvfast.nn.attention import AdditiveAttention, AttentionLSTMCell, MultiheadAttention
 from cvfast.nn.conv import Conv2d, ConvTranspose2d
+from cvfast.nn.linear import Linear
 from cvfast.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ConvTranspose2d",
     "GRUCell",
     "LSTMCell",
+    "Linear",
     "MultiheadAttention",
     "RNNCell",
 ]

@@ -57,7 +57,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             output = functional.scaled_dot_product_attention(q, k, v, mask, dropout, window=window)
             weights = None
         output = output.permute(0, 2, 1, 3) if self.batch_first else output.permute(2, 0, 1, 3)
-        output = self.out_proj(output.flatten(2))
+        output = functional.linear(output.flatten(2), self.out_proj.weight, self.out_proj.bias)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         elif need_weights and weights is None:
@@ -69,7 +69,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections, each of embed_dim; one product where all three inputs are the same tensor."""
-        linear = torch.nn.functional.linear
+        linear = functional.linear
         if self._qkv_same_embed_dim and query is key and key is value:
             return linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -141,7 +141,7 @@ class AdditiveAttention(torch.nn.Module):
 
     def project_keys(self, keys: Tensor) -> Tensor:
         """[B, S, A] from keys [B, S, K]."""
-        return torch.nn.functional.linear(keys, self.w_key)
+        return functional.linear(keys, self.w_key)
 
     def forward(
         self,
@@ -206,16 +206,15 @@ class AttentionLSTMCell(torch.nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if is_recorded(self, input):
             return node(self, input, keys, state, mask, projected_keys)
-        h, c = state
-        if self.score == "additive":
-            context, weights = self.attention(h, keys, None, mask, projected_keys)
+        attention, cell = self.attention, self.cell
+        if self.score == "dot":
+            w_query, v, options = attention.weight, None, {}
         else:
-            query = self.attention(h)[:, None, None]
-            mask = None if mask is None else mask[:, None, None]
-            weights = _weights(query, keys[:, None], mask, False)
-            context, weights = (weights @ keys[:, None]).flatten(1), weights.flatten(1)
-        h, c = self.cell(torch.cat((input, context), -1), (h, c))
-        return h, c, context, weights
+            w_query, v = attention.w_query, attention.v
+            projected = projected_keys is not None
+            options = {"projected_keys": projected_keys} if projected else {"w_key": attention.w_key}
+        cell_weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+        return functional.attention_lstm_cell(input, keys, state, w_query, v, *cell_weights, mask, **options)
 
 
 def _merged(first: Tensor, second: Tensor) -> Tensor:

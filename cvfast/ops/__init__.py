@@ -1,5 +1,21 @@
 """Operator cards: what torch's dispatcher knows of cvfast's operators (schema, fake, derivatives, autocast, vmap)."""
 
-from cvfast.ops import additive_attention, attention, batched_product, conv2d, conv_transpose2d, recurrent
+from cvfast.ops import (
+    additive_attention,
+    attention,
+    attention_lstm_cell,
+    batched_product,
+    conv2d,
+    conv_transpose2d,
+    recurrent,
+)
 
-__all__ = ["additive_attention", "attention", "batched_product", "conv2d", "conv_transpose2d", "recurrent"]
+__all__ = [
+    "additive_attention",
+    "attention",
+    "attention_lstm_cell",
+    "batched_product",
+    "conv2d",
+    "conv_transpose2d",
+    "recurrent",
+]

@@ -172,12 +172,28 @@ def unfold(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.unflatten(dim, (size, -1))
 
 
+def linear(op: torch._ops.OpOverload, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[*, O] from input [*, I], weight [O, I], bias [O] by conv2d's operator: the rows are pixels of one image."""
+    if input.numel() == 0 or weight.numel() == 0:
+        return torch.nn.functional.linear(input, weight, bias)
+    pixels = input.reshape(1, -1, 1, input.shape[-1]).permute(0, 3, 1, 2)  # channels_last
+    output = call(op, pixels, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
+    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], -1)
+
+
+# Without derivatives: the form of packed weights that a call of conv2d takes (0: none pays); a weight in that form.
+packed_form_kernel, pack_kernel = (
+    define_kernel("cvfast", f"{name}(Tensor input, Tensor weight, {_OPTIONS}) -> {result}")
+    for name, result in (("conv2d_packed_form", "int"), ("conv2d_pack", "Tensor"))
+)
+
+
 # conv2d with its epilogue, without derivatives: activation(conv2d(...) + residual), residual as the result; where there
-# is no residual, that pooled ("none", "max", "average").
+# is no residual, that pooled ("none", "max", "average"). `packed`: the weight as conv2d_pack gave it.
 epilogue_kernel = define_kernel(
     "cvfast",
     "conv2d_epilogue(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
-    f"float negative_slope, str pooling, {_OPTIONS}) -> Tensor",
+    f"float negative_slope, str pooling, {_OPTIONS}, Tensor? packed) -> Tensor",
 )
 
 register(

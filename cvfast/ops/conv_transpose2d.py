@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cvfast.ops.card import Card, call, register
+from cvfast.ops.card import Card, call, define_kernel, register
 from cvfast.ops.conv2d import empty_result, expanded, fold, unfold
 
 
@@ -77,11 +77,19 @@ def vmap(ops, info, in_dims, input, weight, bias, stride, padding, output_paddin
     return (output if bias is None else output + bias[:, None, None]), 1  # [N, B, K, P, Q]
 
 
+_OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt groups, SymInt[2] dilation"
+
+# conv_transpose2d with its epilogue, without derivatives: activation(result + residual), residual as the result.
+epilogue_kernel = define_kernel(
+    "cvfast",
+    "conv_transpose2d_epilogue(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
+    f"float negative_slope, {_OPTIONS}) -> Tensor",
+)
+
 register(
     [
         Card(
-            "conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
-            "SymInt[2] output_padding, SymInt groups, SymInt[2] dilation) -> Tensor",
+            f"conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, {_OPTIONS}) -> Tensor",
             fake, setup, backward, vmap,
         )
     ]

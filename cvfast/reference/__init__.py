@@ -7,6 +7,7 @@ from cvfast.reference.additive_attention import additive_attention
 from cvfast.reference.attention import scaled_dot_product_attention
 from cvfast.reference.conv2d import conv2d
 from cvfast.reference.conv_transpose2d import conv_transpose2d
+from cvfast.reference.linear import linear
 from cvfast.reference.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "conv_transpose2d",
     "gru",
     "gru_cell",
+    "linear",
     "lstm",
     "lstm_cell",
     "rnn",

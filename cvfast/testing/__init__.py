@@ -9,6 +9,7 @@ from cvfast.testing.additive_attention import AdditiveAttentionSpec
 from cvfast.testing.attention import AttentionSpec
 from cvfast.testing.conv2d import Conv2dSpec
 from cvfast.testing.conv_transpose2d import ConvTranspose2dSpec
+from cvfast.testing.linear import LinearSpec
 from cvfast.testing.recurrent import RecurrentCellSpec, RecurrentSpec
 from cvfast.testing.spec import Case, ErrorCase, OpSpec, Sample
 
@@ -17,6 +18,7 @@ _RECURRENT = (
     *map(RecurrentCellSpec, ("lstm_cell", "gru_cell", "rnn_cell")),
 )
 _ATTENTION = (AttentionSpec(), AdditiveAttentionSpec())
-SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (Conv2dSpec(), ConvTranspose2dSpec(), *_RECURRENT, *_ATTENTION)}
+_PRODUCTS = (Conv2dSpec(), ConvTranspose2dSpec(), LinearSpec())
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (*_PRODUCTS, *_RECURRENT, *_ATTENTION)}
 
 __all__ = ["SPECS", "Case", "ErrorCase", "OpSpec", "Sample", "assert_as_accurate", "relative_error"]

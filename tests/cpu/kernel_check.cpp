@@ -8,7 +8,7 @@
 // - with normal numbers the error stays within the bound for sums in the compute type, or within Winograd's where that is
 //   taken; strict precision changes the bits there and nowhere else;
 // - any memory layouts, any number of threads and a sample alone give the same bits, and so does another vector width with
-//   the same instructions;
+//   the same instructions, and weights that were packed before;
 // - every element of the result is written (it holds NaN before) and nothing between its elements is.
 // Prints one line per instruction set; the first failure is described on stderr and ends the program with status 1.
 #include <algorithm>
@@ -360,8 +360,16 @@ std::string context;  // what is being checked, for the message
   std::exit(1);
 }
 
+// Memory for packed weights, aligned to 64 bytes, of just the size.
+struct Packed {
+  std::vector<char> bytes;
+  explicit Packed(int64_t count) : bytes(count > 0 ? count + 64 : 0) {}
+  char* data() { return bytes.empty() ? nullptr : &bytes[(64 - reinterpret_cast<uintptr_t>(&bytes[0]) % 64) % 64]; }
+};
+
+// kept: with weights that were packed before, if that is a form that a forward pass takes.
 Stored run(const Conv2dShape& s, Product product, DType dtype, const Operands& o, const Encoded& bits, Layouts layouts,
-           const ThreadPool& pool) {
+           const ThreadPool& pool, bool kept = false) {
   Stored first(o.first.size, dtype, layouts.first), second(o.second.size, dtype, layouts.second);
   Stored result(o.result_size, dtype, layouts.result);
   first.fill(bits.first);
@@ -369,9 +377,14 @@ Stored run(const Conv2dShape& s, Product product, DType dtype, const Operands& o
   const std::vector<char> gaps = result.gaps();
   const Stored &const_first = first, &const_second = second;
   switch (product) {
-    case Product::forward:
-      kernels().conv2d_forward({s, dtype, const_first.view(), const_second.view(), bits.bias.data(), result.view()}, pool);
+    case Product::forward: {
+      Conv2dForward call = {s, dtype, const_first.view(), const_second.view(), bits.bias.data(), result.view()};
+      Packed packed(kept ? kernels().conv2d_packing(call).bytes : 0);
+      if (packed.data()) kernels().conv2d_pack(call, packed.data(), pool);
+      call.packed = packed.data();
+      kernels().conv2d_forward(call, pool);
       break;
+    }
     case Product::input_grad:
       kernels().conv2d_input_grad({s, dtype, const_first.view(), const_second.view(), bits.bias.data(), result.view()}, pool);
       break;
@@ -395,16 +408,18 @@ bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
   int64_t height = input_grad ? s.in_height : s.out_height, width = input_grad ? s.in_width : s.out_width;
   const bool dilated = s.dilation_h != 1 || s.dilation_w != 1;
   if (dtype == DType::f64 || std::min(s.in_channels, s.out_channels) < 16 * s.groups) return false;
-  if (dilated && (product == Product::weight_grad || phases || (input_grad && std::min(s.out_height, s.out_width) == 1)))
-    return false;
-  if (dilated && (height + 4 * s.dilation_h - 1) / (4 * s.dilation_h) * ((width + 4 * s.dilation_w - 1) / (4 * s.dilation_w)) < 16)
-    return false;
+  if (dilated && (phases || (input_grad && std::min(s.out_height, s.out_width) == 1))) return false;
+  const int64_t part_tiles =
+      (height + 4 * s.dilation_h - 1) / (4 * s.dilation_h) * ((width + 4 * s.dilation_w - 1) / (4 * s.dilation_w));
+  const bool pays = product == Product::weight_grad ? 6 * part_tiles * s.dilation_h * s.dilation_w <= height * width
+                                                    : part_tiles >= 16;
+  if (dilated && !pays) return false;
   if (!phases) return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 && height * width >= 16;
   if (input_grad) height = (height + 1) / 2, width = (width + 1) / 2;
   const int64_t taps = s.kernel_height * s.kernel_width, tiles = (height + 3) / 4 * ((width + 3) / 4);
   const auto fits = [](int64_t kernel, int64_t stride) { return stride == 2 && (kernel == 3 || kernel == 4); };
-  return product != Product::weight_grad && fits(s.kernel_height, s.stride_h) && fits(s.kernel_width, s.stride_w) &&
-         tiles >= (taps < 16 ? 16 : 4) &&
+  const bool many = product == Product::weight_grad ? s.batch * tiles >= 16 : tiles >= (taps < 16 ? 16 : 4);
+  return fits(s.kernel_height, s.stride_h) && fits(s.kernel_width, s.stride_w) && many &&
          3 * (s.kernel_height + 6) * (s.kernel_width + 6) * tiles <= 2 * taps * height * width;
 }
 
@@ -499,6 +514,9 @@ std::vector<char> check(const Expected& e) {
         compare(result, rough_reference, false);
     }
     if (bits != result.packed()) fail("bits differ from those of contiguous tensors and one thread");
+    if (product == Product::forward && number < 2 &&
+        bits != run(s, product, dtype, rough, rough_bits, layout, pools[number], true).packed())
+      fail("bits differ with packed weights");
   }
   context = base;
   if (!winograd && bits != strict_bits) fail("strict precision changes the bits");

@@ -44,13 +44,14 @@ class Epilogue(ctypes.Structure):  # the CPU's; of zeros here
 class Conv2dForward(ctypes.Structure):
     _fields_ = (
         *_HEAD, ("input", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("output", Tensor4),
-        ("epilogue", Epilogue),
+        ("epilogue", Epilogue), ("packed", ctypes.c_void_p),
     )  # fmt: skip
 
 
 class Conv2dInputGrad(ctypes.Structure):
     _fields_ = (
-        *_HEAD, ("grad_output", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("grad_input", Tensor4)
+        *_HEAD, ("grad_output", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("grad_input", Tensor4),
+        ("epilogue", Epilogue),
     )  # fmt: skip
 
 

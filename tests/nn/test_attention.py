@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 
 from cvfast import nn
+from cvfast.functional import attention_lstm_cell
+from tests.conftest import isas
 
 torch.manual_seed(0)
 OPTIONS = [
@@ -234,7 +237,43 @@ def test_attention_lstm_cell(score):
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     context = torch.einsum("bs,bsk->bk", weights, keys)
     expected = (*cell.cell(torch.cat((x, context), 1), state), context, weights)
+    hidden = keys.masked_fill(~mask.unsqueeze(-1), torch.nan)
     for projected in (None, cell.project_keys(keys)):
-        torch.testing.assert_close(cell(x, keys, state, mask, projected), expected)
+        for values in (keys, hidden):
+            torch.testing.assert_close(cell(x, values, state, mask, projected), expected)
+            with torch.no_grad():  # one call of the kernels
+                torch.testing.assert_close(cell(x, values, state, mask, projected), expected)
     with pytest.raises(ValueError, match="unknown score 'cosine'; allowed: additive, dot"):
         nn.AttentionLSTMCell(3, 6, 5, score="cosine")
+
+
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_attention_lstm_cell_in_one_call(monkeypatch, score, isa):
+    """Without gradients a step is one operator, with the parts' results; where no key is seen the context is 0."""
+    cell = nn.AttentionLSTMCell(24, 40, 36, 20, score).requires_grad_(False)
+    wide = copy.deepcopy(cell).double()
+    x, keys, state = torch.randn(3, 24), torch.randn(3, 19, 36), (torch.randn(3, 40), torch.randn(3, 40))
+    mask = torch.rand(3, 19, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[1] = False
+    projected = cell.project_keys(keys)
+    with monkeypatch.context() as patch:
+        patch.setattr("cvfast._functional.attention_lstm_cell.lstm_cell", None)  # the composed step would call it
+        found = cell(x, keys, state, mask, projected)
+    exact = wide(x.double(), keys.double(), tuple(s.double() for s in state), mask, wide.project_keys(keys.double()))
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6)
+    assert (found[2][1] == 0).all()
+
+
+def test_attention_lstm_cell_errors():
+    cell = nn.AttentionLSTMCell(3, 6, 5, 8).requires_grad_(False)
+    x, keys, state = torch.randn(2, 3), torch.randn(2, 7, 5), (torch.randn(2, 6), torch.randn(2, 6))
+    with pytest.raises(RuntimeError, match=r"expected, in one dtype, input \[B, I\].*float32 \[3, 3\]"):
+        cell(torch.randn(3, 3), keys, state, projected_keys=cell.project_keys(keys))
+    w = cell.attention
+    weights = (cell.cell.weight_ih, cell.cell.weight_hh)
+    with pytest.raises(ValueError, match="additive scores take w_key or projected_keys.*None"):
+        attention_lstm_cell(x, keys, state, w.w_query, w.v, *weights)
+    with pytest.raises(ValueError, match="dot products neither"):
+        attention_lstm_cell(x, keys, state, w.w_query, None, *weights, w_key=w.w_key)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import cvfast
+from cvfast import _packed
+from tests.conftest import isas
 
 CONFIGURATIONS = [
     dict(kernel_size=3),
@@ -90,6 +92,171 @@ def test_training_changes_the_next_result():
             module(x).square().mean().backward()
             change(module)
         torch.testing.assert_close(layer(x), native(x), rtol=1e-4, atol=1e-4)
+
+
+# Packed weights
+
+PACKED = {  # form -> layer and image: Winograd's, panels of the implicit GEMM
+    "winograd": (dict(in_channels=32, out_channels=40, kernel_size=3, padding=1), (1, 32, 7, 7)),
+    "winograd on phases": (dict(in_channels=32, out_channels=32, kernel_size=4, stride=2, padding=1), (1, 32, 16, 16)),
+    "panels": (dict(in_channels=48, out_channels=96, kernel_size=1), (1, 48, 7, 7)),
+}
+
+
+def packed_layer(form, dtype=torch.float32):
+    torch.manual_seed(0)
+    configuration, shape = PACKED[form]
+    return cvfast.nn.Conv2d(**configuration, dtype=dtype), torch.randn(shape, dtype=dtype)
+
+
+def results(layer, x, count=3):
+    """Those of `count` calls; from the second one on with packed weights."""
+    with torch.no_grad():
+        return [layer(x) for _ in range(count)]
+
+
+def unpacked_result(layer, x):
+    """By weights that nobody has seen before."""
+    with torch.no_grad():
+        return copy.deepcopy(layer)(x)
+
+
+def kept_bytes(layer):
+    return _packed.packed_bytes(layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("form", PACKED)
+def test_packed_weights_give_the_same_bits(form, memory_format, dtype, isa, poisoned):
+    layer, x = packed_layer(form, dtype)
+    x = x.contiguous(memory_format=memory_format)
+    expected = unpacked_result(layer, x)
+    assert all(torch.equal(result, expected) for result in results(layer, x))
+    assert kept_bytes(layer) >= layer.weight.nbytes or form != "panels" and dtype is torch.float64
+    assert torch.equal(layer(x), expected)  # with gradients
+    batch = torch.cat([x, 2 * x, -x])
+    assert all(torch.equal(result, unpacked_result(layer, batch)) for result in results(layer, batch))
+
+
+CHANGES = {
+    "in place": lambda layer: layer.weight.mul_(1.5),
+    "copy": lambda layer: layer.weight.copy_(layer.weight.flip(0)),
+    "data in place": lambda layer: layer.weight.data.mul_(1.5),
+    "data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 1.5),
+    "numpy": lambda layer: layer.weight.detach().numpy().__imul__(1.5),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: v * 1.5 for k, v in layer.state_dict().items()}),
+    "parameter": lambda layer: setattr(layer, "weight", torch.nn.Parameter(layer.weight * 1.5)),
+    "memory format": lambda layer: layer.to(memory_format=torch.channels_last).weight.mul_(1.5),
+    "dtype": lambda layer: layer.to(torch.float64),
+    "dtype and back": lambda layer: layer.to(torch.bfloat16).to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("form", PACKED)
+def test_a_changed_weight_is_packed_again(form, change):
+    layer, x = packed_layer(form)
+    before = results(layer, x)[0]
+    with torch.no_grad():
+        CHANGES[change](layer)
+    x = x.to(layer.weight.dtype)
+    expected = unpacked_result(layer, x)
+    assert not torch.equal(expected, before)
+    assert all(torch.equal(result, expected) for result in results(layer, x))
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_training_steps_between_packed_calls(form):
+    layer, x = packed_layer(form)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        before = results(layer, x)[-1]
+        layer(x).square().mean().backward()
+        optimizer.step()
+        expected = unpacked_result(layer, x)
+        assert not torch.equal(expected, before)
+        assert all(torch.equal(result, expected) for result in results(layer, x))
+
+
+def test_one_weight_in_several_calls():
+    """Images of two sizes, other options and another layer share a weight; each gets its own result."""
+    layer, small = packed_layer("winograd")
+    large, other = torch.randn(1, 32, 40, 40), copy.deepcopy(layer)
+    other.weight, other.dilation, other.padding = layer.weight, (2, 2), (2, 2)
+    calls = [(layer, small), (layer, large), (other, small), (layer, torch.randn(1, 32, 3, 3))]
+    expected = [unpacked_result(*call) for call in calls]
+    for _ in range(3):
+        for call, result in zip(calls, expected, strict=True):
+            assert torch.equal(results(*call, count=1)[0], result)
+    before = kept_bytes(layer)
+    for size in range(4, 80):
+        results(layer, torch.randn(1, 32, size, 5))
+    assert kept_bytes(layer) == before
+
+
+def test_packed_weights_of_another_shape_are_ignored():
+    x, weights = torch.randn(1, 32, 7, 7), (torch.randn(32, 32, 3, 3), torch.randn(64, 32, 3, 3))
+    options = ((1, 1), (1, 1), (1, 1), 1)
+    kernels = torch.ops.cvfast_kernels
+    first, second = (kernels.conv2d_pack(x, weight, *options) for weight in weights)
+    for weight, packed in zip(weights, (second, first), strict=True):
+        expected = kernels.conv2d(x, weight, None, *options)
+        assert torch.equal(
+            kernels.conv2d_epilogue(x, weight, None, None, "none", 0.0, "none", *options, packed), expected
+        )
+
+
+def test_strict_precision_leaves_winograds_weights_alone():
+    layer, x = packed_layer("winograd")
+    fast = results(layer, x)[-1]
+    try:
+        cvfast.set_precision("strict")
+        expected = unpacked_result(layer, x)
+        assert not torch.equal(expected, fast)
+        assert all(torch.equal(result, expected) for result in results(layer, x))
+    finally:
+        cvfast.set_precision("fast")
+    assert torch.equal(results(layer, x)[-1], fast)
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_not_finite_weights_stay_so_when_packed(form):
+    layer, x = packed_layer(form)
+    with torch.no_grad():
+        layer.weight[3, 1, 0, 0], layer.weight[5, 2, -1, -1] = torch.nan, torch.inf
+    expected = unpacked_result(layer, x)
+    for result in results(layer, x):
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_packed_weights_go_with_the_layer_and_on_request():
+    before = len(_packed._kept)
+    layer, x = packed_layer("panels")
+    results(layer, x)
+    assert kept_bytes(layer) > 0
+    cvfast.free_packed(layer)
+    assert kept_bytes(layer) == 0
+    results(layer, x)
+    assert kept_bytes(layer) > 0
+    del layer
+    assert len(_packed._kept) == before
+
+
+def test_inference_mode():
+    """Weights made outside of it count their versions; those made inside are not kept."""
+    layer, x = packed_layer("winograd")
+    with torch.inference_mode():
+        before = [layer(x) for _ in range(3)][0]
+        assert kept_bytes(layer) > 0
+        layer.weight.mul_(1.5)
+        assert not torch.equal(layer(x), before)
+        inside, x = packed_layer("winograd")
+        before = [inside(x) for _ in range(3)][0]
+        inside.weight.mul_(1.5)
+        assert kept_bytes(inside) == 0
+        assert not torch.equal(inside(x), before)
 
 
 TRANSPOSED = [

@@ -411,7 +411,7 @@ def test_packed_weights_go_with_the_layer():
         for _ in range(3):
             layer(torch.randn(4, 3, 5))
     assert len(_packed._kept) == before + 2
-    assert all(entry.packed is not None for entry in list(_packed._kept.values())[-2:])
+    assert all(entry.forms for entry in list(_packed._kept.values())[-2:])
     del layer
     assert len(_packed._kept) == before
 

@@ -44,13 +44,25 @@ BACKENDS = [("ext", isa) for isa in isas()] + [("native", None)]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def operands(name: str, dtype: torch.dtype, memory_format: torch.memory_format):
+TRANSPOSED = {  # of conv_transpose2d: [input], [weight], options
+    "winograd": ((2, 18, 9, 7), (18, 17, 3, 3), {"padding": 1}),
+    "winograd-phases": ((1, 16, 10, 9), (16, 35, 4, 4), {"padding": 1, "stride": 2}),
+    "winograd-dilated": ((1, 16, 27, 26), (16, 18, 3, 3), {"padding": 2, "dilation": 2}),
+    "direct": ((2, 20, 8, 9), (20, 3, 4, 4), {"padding": 1, "stride": 2, "output_padding": 1}),
+    "depthwise": ((2, 21, 7, 9), (21, 1, 3, 3), {"padding": 1, "groups": 21, "stride": 2}),
+    "few-pixels": ((2, 130, 1, 1), (130, 70, 4, 4), {}),
+    "gemm": ((1, 70, 9, 8), (70, 130, 2, 3), {"stride": (2, 1)}),
+}
+
+
+def operands(name: str, dtype: torch.dtype, memory_format: torch.memory_format, transposed: bool = False):
     """Input, weight, bias and residual of a case, and its options."""
     generator = torch.Generator().manual_seed(0)
-    input_size, weight_size, options = (CASES | POOLED)[name]
+    input_size, weight_size, options = TRANSPOSED[name] if transposed else (CASES | POOLED)[name]
     input, weight = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (input_size, weight_size))
-    bias = torch.randn(weight_size[0], generator=generator, dtype=torch.float64)
-    size = cvfast.functional.conv2d(input, weight, **options).shape
+    function = cvfast.functional.conv_transpose2d if transposed else cvfast.functional.conv2d
+    size = function(input, weight, **options).shape
+    bias = torch.randn(size[1], generator=generator, dtype=torch.float64)
     residual = torch.randn(size, generator=generator, dtype=torch.float64)
     return [
         t.to(dtype).contiguous(memory_format=memory_format) if t.dim() == 4 else t.to(dtype)
@@ -64,19 +76,45 @@ def operands(name: str, dtype: torch.dtype, memory_format: torch.memory_format):
 @pytest.mark.parametrize("case", CASES)
 def test_epilogue_follows_the_convolution(case, memory_format, dtype, backend, isa, poisoned):
     (input, weight, bias, residual), options = operands(case, dtype, FORMATS[memory_format])
-    call = lambda **more: cvfast.functional.conv2d(input, weight, bias, **options, backend=backend, **more)  # noqa: E731
-    plain = call()
-    for activation, function in ACTIVATIONS.items():
+    check_epilogue(cvfast.functional.conv2d, input, weight, bias, residual, backend, options)
+
+
+@pytest.mark.parametrize(("backend", "isa"), BACKENDS, indirect=["isa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", TRANSPOSED)
+def test_epilogue_follows_the_transposed_convolution(case, memory_format, dtype, backend, isa, poisoned):
+    (input, weight, bias, residual), options = operands(case, dtype, FORMATS[memory_format], transposed=True)
+    check_epilogue(cvfast.functional.conv_transpose2d, input, weight, bias, residual, backend, options)
+
+
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", ["winograd", "depthwise", "direct", "direct-columns", "gemm", "few-pixels"])
+def test_float16_is_rounded_once(case, memory_format, isa, poisoned):
+    (input, weight, bias, residual), options = operands(case, torch.float16, FORMATS[memory_format])
+    check_epilogue(cvfast.functional.conv2d, input, weight, bias, residual, "ext", options, ["none", "relu", "gelu"])
+
+
+def check_epilogue(function, input, weight, bias, residual, backend, options, activations=tuple(ACTIVATIONS)):
+    """activation(result + residual) of the results without it; of narrow dtypes rounded once by cvfast's kernels."""
+    dtype = input.dtype
+    compute = torch.float32 if backend == "ext" and dtype.itemsize == 2 else dtype
+    wide = [t.to(compute) for t in (input, weight, bias)]
+    plain = function(*wide, **options, backend=backend)
+    for activation in activations:
         for added in (None, residual):
-            result = call(activation=activation, negative_slope=0.2, residual=added)
+            more = {"activation": activation, "negative_slope": 0.2, "residual": added}
+            result = function(input, weight, bias, **options, backend=backend, **more)
             strides = zip(result.shape, result.stride(), plain.stride(), strict=True)
             assert result.numel() == 0 or all(ours == plains for size, ours, plains in strides if size > 1)
-            total = plain if added is None else plain + added
+            total = plain if added is None else plain + added.to(compute)
+            expected = ACTIVATIONS[activation](total, 0.2).to(dtype)
             if activation in ("none", "relu", "relu6", "leaky_relu"):
-                assert torch.equal(result, function(total, 0.2)), f"{activation}, {added is not None}"
+                assert torch.equal(result, expected), f"{activation}, {added is not None}"
             else:
-                exact = function(total.double(), 0.2)
-                assert_as_accurate(result, function(total, 0.2), exact, activation, bound=4 * torch.finfo(dtype).eps)
+                exact = ACTIVATIONS[activation](total.double(), 0.2)
+                assert_as_accurate(result, expected, exact, activation, bound=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize(("backend", "isa"), BACKENDS, indirect=["isa"])
@@ -145,15 +183,14 @@ def test_one_pass_where_no_gradient_is_asked_for(monkeypatch):
     calls = []
     from cvfast.backends.ext import conv2d as ext
 
+    (input, weight, bias, residual), options = operands("winograd", torch.float32, torch.contiguous_format)
+    plain = cvfast.functional.conv2d(input, weight, bias, **options)
     kernel = ext.epilogue_kernel
     monkeypatch.setattr(ext, "epilogue_kernel", lambda *args: (calls.append(args[4]), kernel(*args))[1])
-    (input, weight, bias, residual), options = operands("winograd", torch.float32, torch.contiguous_format)
     cvfast.functional.conv2d(input, weight, bias, **options, activation="relu", residual=residual)
     assert calls == ["relu"]
     result = cvfast.functional.conv2d(input, weight, bias, **options, residual=residual, pooling="max")
-    assert calls.pop() == "none" and torch.equal(
-        result, POOLINGS["max"](cvfast.functional.conv2d(input, weight, bias, **options) + residual)
-    )
+    assert calls.pop() == "none" and torch.equal(result, POOLINGS["max"](plain + residual))
     weight.requires_grad_()
     output = cvfast.functional.conv2d(input, weight, bias, **options, activation="tanh", residual=residual)
     (first,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
@@ -173,12 +210,31 @@ def test_gradients_of_the_epilogue():
     torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gelu_everywhere(dtype, approximate, isa):
+    """Each element against float64; far on the left, where torch's own loses all digits, too."""
+    input = torch.linspace(-12, 12, 4096, dtype=torch.float64).to(dtype).view(1, 1, 64, 64)
+    activation = "gelu" if approximate == "none" else "gelu_tanh"
+    result = cvfast.functional.conv2d(input, torch.ones(1, 1, 1, 1, dtype=dtype), activation=activation, backend="ext")
+    x = input.double()
+    exact = x * torch.erfc(x * -(0.5**0.5)) / 2 if approximate == "none" else ACTIVATIONS[activation](x, 0)
+    eps = torch.finfo(dtype).eps
+    scale = (
+        exact.abs() * (4 + x.square() / 2) if approximate == "none" else x.abs()
+    )  # exp magnifies the square's rounding
+    assert ((result.double() - exact).abs() <= eps * scale + torch.finfo(torch.float32).tiny).all()
+
+
+@pytest.mark.parametrize("activation", [*list(ACTIVATIONS)[1:]])
 def test_special_numbers(activation):
     """NaN and infinities come out where torch's activation puts them."""
     input = torch.tensor([float("nan"), float("inf"), -float("inf"), -1e38, 1e38, -0.0, 3.0, -200.0]).view(1, 1, 2, 4)
     result = cvfast.functional.conv2d(input, torch.ones(1, 1, 1, 1), activation=activation, backend="ext")
-    torch.testing.assert_close(result, ACTIVATIONS[activation](input, 0.01), equal_nan=True, rtol=1e-6, atol=1e-30)
+    # torch's gelu of float32 makes a NaN of infinity, its gelu of float64 does not.
+    expected = ACTIVATIONS[activation](input.double() if activation == "gelu" else input, 0.01).float()
+    torch.testing.assert_close(result, expected, equal_nan=True, rtol=1e-6, atol=1e-30)
 
 
 def test_compiles_and_exports():

@@ -1,10 +1,11 @@
-// The weights of additive attention for one instruction set; see conv2d.cpp. Exports
+// Additive attention for one instruction set; see conv2d.cpp. Exports
 // cvfast::<CVFAST_ISA>::additive_attention and nothing else.
 #include "../kernel_table.h"
 #include "../scratch.h"
 #include "cvfast/additive_attention.h"
 #include "exp.h"
 #include "parallel.h"
+#include "sigmoid_tanh.h"
 
 namespace cvfast {
 namespace {
@@ -29,6 +30,21 @@ struct AdditiveView {
   const S* row(const void* data, int64_t index) const { return static_cast<const S*>(data) + index * p.shape.size; }
 };
 
+template <class T>
+struct TanhAndSlope {
+  Vector<T> tanh, slope;
+};
+
+// tanh(x), error at most 3 ulp, and its derivative; a NaN stays one. With e = exp(2 x) and u = e - 1, of full accuracy near
+// 0: u / (u + 2) and 4 e / (u + 2)^2, which, unlike 1 - tanh^2, loses nothing where tanh is near 1.
+template <class T>
+[[gnu::always_inline]] inline TanhAndSlope<T> tanh_and_slope(Vector<T> x) {
+  constexpr T most = -Exponential<T>::least;
+  const ExpParts<T> e = exp_parts<T>(clamp<T>(x + x, -most, most));
+  const Vector<T> grown = e.scale * e.growth, u = grown + (e.scale - 1), inverse = 1 / (u + 2);
+  return {u / (u + 2), 4 * ((grown + e.scale) * inverse) * inverse};
+}
+
 template <class S>
 Compute<S> additive_score(const S* query, const S* key, const S* weight, int64_t size) {
   using T = Compute<S>;
@@ -41,6 +57,25 @@ Compute<S> additive_score(const S* query, const S* key, const S* weight, int64_t
   T total = 0;
   for (int i = 0; i < L; ++i) total += sum[i];
   return total;
+}
+
+template <class S>
+Compute<S> dot_score(const S* query, const S* key, double scale, int64_t size) {
+  using T = Compute<S>;
+  constexpr int L = lanes<T>;
+  Vector<T> sum = {};
+  for (int64_t a = 0; a < size; a += L) sum += load_first(query + a, size - a) * load_first(key + a, size - a);
+  T total = 0;
+  for (int i = 0; i < L; ++i) total += sum[i];
+  return total * static_cast<T>(scale);
+}
+
+template <class S>
+Compute<S> score(const AdditiveView<S>& view, int64_t b, int64_t t, int64_t s) {
+  const int64_t size = view.p.shape.size;
+  if (!view.seen(b, t, s)) return -static_cast<Compute<S>>(__builtin_inf());
+  return view.weight() ? additive_score(view.query(b, t), view.key(b, s), view.weight(), size)
+                       : dot_score(view.query(b, t), view.key(b, s), view.p.scale, size);
 }
 
 // Scores, -inf where hidden, become weights.
@@ -66,6 +101,38 @@ void additive_softmax(T* row, int64_t keys) {
     if (row[s] != 0) row[s] /= sum;  // a hidden key's 0 stays, even if the sum is NaN
 }
 
+// Sums over keys of `feature_block` features: chains of key_chain keys, added up in order.
+template <class T>
+struct ChainedSums {
+  T chain[feature_block] = {}, total[feature_block] = {};
+  void add(int64_t a, Vector<T> v) { store_as(chain + a, load_as<Vector<T>>(chain + a) + v); }
+  void end_chain() {
+    for (int64_t a = 0; a < feature_block; ++a) total[a] += chain[a], chain[a] = T{};
+  }
+};
+
+// The context of one query: the values' mean under its weights.
+template <class S>
+void weighted_mean(const AdditiveWeights& args, int64_t row) {
+  using T = Compute<S>;
+  constexpr int L = lanes<T>;
+  const AdditiveShape& shape = args.problem.shape;
+  const T* const weights = static_cast<const T*>(args.weights) + row * shape.keys;
+  const S* const values = static_cast<const S*>(args.values) + row / shape.queries * shape.keys * args.value_size;
+  S* const context = static_cast<S*>(args.context) + row * args.value_size;
+  for (int64_t first = 0; first < args.value_size; first += feature_block) {
+    const int64_t count = min(feature_block, args.value_size - first);
+    ChainedSums<T> sums;
+    for (int64_t s = 0; s < shape.keys; ++s) {
+      const S* const value = values + s * args.value_size + first;
+      if (weights[s] != 0)
+        for (int64_t a = 0; a < count; a += L) sums.add(a, weights[s] * load_first(value + a, count - a));
+      if (s % key_chain == key_chain - 1 || s == shape.keys - 1) sums.end_chain();
+    }
+    for (int64_t a = 0; a < count; ++a) from_compute(sums.total[a], context + first + a);
+  }
+}
+
 template <class S>
 void additive_weights(const AdditiveWeights& args, const ThreadPool& pool) {
   using T = Compute<S>;
@@ -77,26 +144,16 @@ void additive_weights(const AdditiveWeights& args, const ThreadPool& pool) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / blocks, b = row / shape.queries, t = row % shape.queries;
       const int64_t first = unit % blocks * key_block_size, last = min(first + key_block_size, shape.keys);
-      for (int64_t s = first; s < last; ++s)
-        weights[row * shape.keys + s] = view.seen(b, t, s)
-                                            ? additive_score(view.query(b, t), view.key(b, s), view.weight(), shape.size)
-                                            : -static_cast<T>(__builtin_inf());
+      for (int64_t s = first; s < last; ++s) weights[row * shape.keys + s] = score(view, b, t, s);
     }
   });
   parallel_for(pool, rows, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) additive_softmax(weights + row * shape.keys, shape.keys);
+    for (int64_t row = begin; row < end; ++row) {
+      additive_softmax(weights + row * shape.keys, shape.keys);
+      if (args.context) weighted_mean<S>(args, row);
+    }
   });
 }
-
-// Sums over keys of `feature_block` features: chains of key_chain keys, added up in order.
-template <class T>
-struct ChainedSums {
-  T chain[feature_block] = {}, total[feature_block] = {};
-  void add(int64_t a, Vector<T> v) { store_as(chain + a, load_as<Vector<T>>(chain + a) + v); }
-  void end_chain() {
-    for (int64_t a = 0; a < feature_block; ++a) total[a] += chain[a], chain[a] = T{};
-  }
-};
 
 // The gradients of one sample for features [first, first + count). key_sums: [S][feature_block].
 template <class S>

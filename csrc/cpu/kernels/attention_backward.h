@@ -17,7 +17,7 @@ struct BackwardArrays {
   int64_t queries, keys, key_stride, value_stride;
   int64_t *index, *nonfinite;           // [keys]
   T *key, *value;                       // [keys][key_stride], [keys][value_stride]
-  T *query_panels, *grad_panels;        // panels [D][panel_queries], [Dv][panel_queries]
+  T *query_panels, *grad_panels;        // panels [D][panel_width], [Dv][panel_width]
   T* output_panel;                      // one [Dv][panel_queries]
   T *query, *grad;                      // [queries][key_stride], [queries][value_stride]
   T *log_sum, *delta;                   // [queries], log_sum in units of log 2, +inf where no key was seen
@@ -58,17 +58,13 @@ struct BackwardArrays {
 // to[i] = left[:, i] . right[:, i] for the queries of two panels, added up in the order of panel_product: a query that sees
 // one key then has g . value = g . output to the last bit, and gradient 0.
 template <class T>
-void panel_dot(const T* left, const T* right, int64_t size, T* to) {
+void panel_dot(const T* left, const T* right, int64_t width, int64_t size, T* to) {
   using V = Vector<T>;
-  V sum[2] = {};
-  for (int64_t d = 0; d < size; ++d)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const int64_t place = d * panel_queries<T> + j * lanes<T>;
-      sum[j] += load_as<V>(left + place) * load_as<V>(right + place);
-    }
-#pragma GCC unroll 2
-  for (int j = 0; j < 2; ++j) store_as(to + j * lanes<T>, sum[j]);
+  for (int64_t i = 0; i < width; i += lanes<T>) {
+    V sum = {};
+    for (int64_t d = 0; d < size; ++d) sum += load_as<V>(left + d * width + i) * load_as<V>(right + d * width + i);
+    store_as(to + i, sum);
+  }
 }
 
 // Reads a block of queries with everything that belongs to it.
@@ -80,13 +76,13 @@ void read_queries(const AttentionBackward& args, int64_t b, int64_t h, const Bac
   read_rows(args.grad_output, p.dtype, b, h, block.first, block.count, shape.value_size, a.grad, a.value_stride);
   for_panels<T>(block, [&](Queries panel) {
     const int64_t offset = panel.first - block.first;
-    pack_panel(a.query + offset * a.key_stride, a.key_stride, panel.count, shape.size, static_cast<T>(p.scale * log2_e),
+    pack_panel(a.query + offset * a.key_stride, a.key_stride, panel, shape.size, static_cast<T>(p.scale * log2_e),
                a.query_panels + offset * shape.size);
     T* const grad_panel = a.grad_panels + offset * shape.value_size;
-    pack_panel(a.grad + offset * a.value_stride, a.value_stride, panel.count, shape.value_size, T{1}, grad_panel);
+    pack_panel(a.grad + offset * a.value_stride, a.value_stride, panel, shape.value_size, T{1}, grad_panel);
     read_rows(args.output, p.dtype, b, h, panel.first, panel.count, shape.value_size, a.product, a.value_stride);
-    pack_panel(a.product, a.value_stride, panel.count, shape.value_size, T{1}, a.output_panel);
-    panel_dot(grad_panel, a.output_panel, shape.value_size, a.delta + offset);
+    pack_panel(a.product, a.value_stride, panel, shape.value_size, T{1}, a.output_panel);
+    panel_dot(grad_panel, a.output_panel, panel_width<T>(panel), shape.value_size, a.delta + offset);
   });
   const int64_t place = (b * shape.heads + h) * shape.queries + block.first;
   for (int64_t i = 0; i < a.queries; ++i) a.log_sum[i] = infinity<T>;
@@ -112,11 +108,11 @@ void differentiate(const KeyBlock& keys, const Seen& s, const PanelDropout<T>* d
   constexpr int step = lanes<T>;
   T factors[panel_queries<T>];
   V sum[Vectors], shift[Vectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int j = 0; j < Vectors; ++j) sum[j] = load_as<V>(log_sum + j * step), shift[j] = load_as<V>(delta + j * step);
   for (int64_t k = s.first; k < s.last; ++k) {
     if constexpr (with_dropout) dropout->factors(keys.index[k], factors);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
       T *const at = weights + k * stride + j * step, *const grad_at = score_grads + k * stride + j * step;
       const V score = load_as<V>(at);
@@ -131,9 +127,9 @@ void differentiate(const KeyBlock& keys, const Seen& s, const PanelDropout<T>* d
 
 // What a panel has of the keys that it doesn't see.
 template <class T>
-void zero_columns(T* to, int64_t stride, const Seen& s, int64_t keys) {
-  zero_matrix(Matrix<T>{to, stride, 1}, s.first, panel_queries<T>);
-  zero_matrix(Matrix<T>{to + s.last * stride, stride, 1}, keys - s.last, panel_queries<T>);
+void zero_columns(T* to, int64_t stride, const Seen& s, int64_t keys, int64_t width) {
+  zero_matrix(Matrix<T>{to, stride, 1}, s.first, width);
+  zero_matrix(Matrix<T>{to + s.last * stride, stride, 1}, keys - s.last, width);
 }
 
 // The weights and score_grads of a panel of `Vectors` vectors with one block of keys; 0 where the panel sees nothing.
@@ -144,11 +140,12 @@ void differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const 
   const AttentionShape& shape = p.shape;
   const int64_t offset = panel.first - queries.first;
   T *const weights = a.weights + offset, *const grads = a.score_grads + offset;
-  zero_columns(weights, a.queries, s, keys.count);
-  zero_columns(grads, a.queries, s, keys.count);
+  zero_columns(weights, a.queries, s, keys.count, Vectors * lanes<T>);
+  zero_columns(grads, a.queries, s, keys.count, Vectors * lanes<T>);
   if (s.first == s.last) return;
-  panel_scores<Vectors>(block.key, a.query_panels + offset * shape.size, shape.size, s, weights, a.queries);
-  panel_products<Vectors>(block.value, a.grad_panels + offset * shape.value_size, shape.value_size, s, grads, a.queries);
+  panel_scores<Vectors>(block.key, a.query_panels + offset * shape.size, panel.count, shape.size, s, weights, a.queries);
+  panel_products<Vectors>(block.value, a.grad_panels + offset * shape.value_size, Vectors * lanes<T>, shape.value_size,
+                          s.last_of, s.first, StoreSums<T>{grads, a.queries, false});
   finish_scores(p, b, h, keys, s, panel, weights, a.queries);
   if (p.dropout.probability > 0) {
     const PanelDropout<T> dropout(p.dropout, b * shape.heads + h, panel.first);
@@ -162,8 +159,7 @@ template <class T>
 Seen differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a,
                          const KeysAndValues<T>& block, Queries queries, Queries panel) {
   const Seen s = seen<T>(p.visible, block.keys, panel);
-  panel.count > lanes<T> ? differentiate_panel<2>(p, b, h, a, block, s, queries, panel)
-                         : differentiate_panel<1>(p, b, h, a, block, s, queries, panel);
+  with_vectors<T>(panel.count, [&](auto n) { differentiate_panel<n.value>(p, b, h, a, block, s, queries, panel); });
   return s;
 }
 
@@ -171,11 +167,10 @@ Seen differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const 
 template <class T>
 void add_to_keys(const KeyBlock& keys, const T* factors, const BackwardArrays<T>& a, int64_t queries, const T* rows,
                  int64_t stride, int64_t size, T* sums) {
-  const Matrix<const T> left = {factors, a.queries, 1};
-  const Panels<T> right = {rows, tile_cols<T>, stride};
+  const TileOperands<T> operands = {{factors, a.queries, 1}, rows, stride, queries};
   if (keys.contiguous())
-    return block_product<T>(keys.count, size, queries, left, right, sums + keys.index[0] * stride, stride, true);
-  block_product<T>(keys.count, size, queries, left, right, a.product, stride, false);
+    return tile_product<T>(keys.count, size, operands, StoreSums<T>{sums + keys.index[0] * stride, stride, true});
+  tile_product<T>(keys.count, size, operands, StoreSums<T>{a.product, stride, false});
   for (int64_t k = 0; k < keys.count; ++k)
     for (int64_t d = 0; d < size; ++d) sums[keys.index[k] * stride + d] += a.product[k * stride + d];
 }
@@ -189,7 +184,7 @@ void for_key_blocks(const AttentionProblem& p, int64_t b, int64_t h, const Backw
   for (KeyBlock keys = {a.index, 0}; walk.fill(keys, a.keys);) {
     KeysAndValues<T> block = {keys, read_keys(p.key, p.dtype, b, key_head, keys, p.shape.size, a.key, a.key_stride),
                               read_keys(p.value, p.dtype, b, key_head, keys, p.shape.value_size, a.value, a.value_stride),
-                              {a.nonfinite, 0}};
+                              {a.nonfinite, 0}, walk.finished()};
     if (hides_some(p, keys, queries))
       block.nonfinite.count = find_nonfinite(block.key, keys.count, p.shape.size, a.nonfinite);
     body(block);
@@ -219,7 +214,7 @@ void backward_block(const AttentionBackward& args, int64_t b, int64_t h, const B
       const int64_t offset = panel.first - block.first;
       if (s.first < s.last)
         add_seen_rows(p.visible, keys.keys, s, panel, a.score_grads + offset, a.queries, keys.key, keys.nonfinite, shape.size,
-                      a.query_sums + offset * a.key_stride, a.key_stride, true);
+                      StoreSums<T>{a.query_sums + offset * a.key_stride, a.key_stride, true});
     });
     add_to_keys(keys.keys, a.weights, a, block.count, a.grad, a.value_stride, shape.value_size, a.value_sums);
     add_to_keys(keys.keys, a.score_grads, a, block.count, a.query, a.key_stride, shape.size, a.key_sums);

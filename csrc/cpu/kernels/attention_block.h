@@ -1,14 +1,14 @@
 // What the passes of attention share: blocks of visible keys, and the scores of one panel of queries with one block.
 //
-// A panel is tile_cols queries, one vector lane each. Scores lie transposed, [key][query of the panel], so that softmax
-// works lane by lane, and both the keys (for the scores) and the weights (for the output) are the broadcast operand of
+// A panel is up to panel_queries queries, in whole vectors, one lane each. Scores lie transposed, [key][query of the panel],
+// so that softmax works lane by lane, and both the keys (for the scores) and the weights (for the output) are the broadcast operand of
 // the matrix product. Scores are kept in units of log 2: the query takes scale * log2(e).
 #pragma once
 #include "../scratch.h"
 #include "attention_dropout.h"
+#include "attention_few_queries.h"
 #include "cvfast/attention.h"
 #include "exp.h"
-#include "gemm.h"
 #include "parallel.h"
 #include "transpose.h"
 
@@ -16,17 +16,14 @@ namespace cvfast {
 namespace {
 
 template <class T>
-constexpr int64_t panel_queries = tile_cols<T>;
-
-template <class T>
 constexpr T infinity = static_cast<T>(__builtin_inf());
 
-// Row stride of a block whose columns are read tile_cols at a time: an odd number of cache lines, which spreads a column
+// Row stride of a block whose columns are read a vector at a time: an odd number of cache lines, which spreads a column
 // of tiles over all sets of the L1 cache.
 template <class T>
 int64_t padded_row(int64_t size) {
   constexpr int64_t line = 64 / sizeof(T);
-  return (ceil_div(round_up(max<int64_t>(size, 1), tile_cols<T>), line) | 1) * line;
+  return (ceil_div(max<int64_t>(size, 1), line) | 1) * line;
 }
 
 // Cuts a worker's scratch into arrays, each aligned to 64 bytes. Without memory it only adds up how much is needed.
@@ -142,6 +139,19 @@ struct Queries {
   int64_t first, count;
 };
 
+// The lanes of a panel: its queries in whole vectors.
+template <class T>
+int64_t panel_width(Queries panel) { return round_up(panel.count, lanes<T>); }
+
+// Calls body(panel) for the panels of a block: as few as possible, cut evenly.
+template <class T, class Body>
+void for_panels(Queries block, Body&& body) {
+  for (int64_t i = 0, count; i < block.count; i += count) {
+    count = min(block.count - i, even_piece(ceil_div(block.count - i, lanes<T>), panel_vectors) * lanes<T>);
+    body(Queries{block.first + i, count});
+  }
+}
+
 // ---- blocks of keys ----
 
 // Ascending indices of the keys that some query of a block of queries sees.
@@ -165,9 +175,9 @@ struct KeyBlock {
 };
 
 // Positions of a block's keys that a panel sees: some query sees those from first to last, all queries those from
-// all_first to all_last, the queries of its first vector none from half_last on, as far as the window goes.
+// all_first to all_last, the queries of its vector j none from last_of[j] on, as far as the window goes.
 struct Seen {
-  int64_t first, all_first, half_last, all_last, last;
+  int64_t first, all_first, all_last, last, last_of[panel_vectors];
   bool partly() const { return first < all_first || all_last < last; }
 };
 
@@ -175,11 +185,11 @@ template <class T>
 Seen seen(const AttentionVisibility& visible, const KeyBlock& keys, Queries queries) {
   const int64_t first = queries.first, last = queries.first + queries.count - 1;
   Seen s = {keys.position(first - visible.left), keys.position(last - visible.left),
-            keys.position(first + lanes<T> + visible.right), keys.position(first + visible.right + 1),
-            keys.position(last + visible.right + 1)};
+            keys.position(first + visible.right + 1), keys.position(last + visible.right + 1), {}};
   s.all_first = min(s.all_first, s.last);
-  s.half_last = max(s.first, min(s.half_last, s.last));
   s.all_last = max(s.all_last, s.all_first);
+  for (int j = 0; j < panel_vectors; ++j)
+    s.last_of[j] = max(s.first, min(s.last, keys.position(first + (j + 1) * lanes<T> + visible.right)));
   return s;
 }
 
@@ -205,6 +215,8 @@ class KeyWalk {
     }
     return block.count > 0;
   }
+
+  bool finished() const { return next_ >= end_; }
 
   // The key that comes next, here or for later queries; that of the next head counts on behind the last one.
   int64_t following() const { return next_ < length_ ? next_ : keys_; }
@@ -287,46 +299,42 @@ int64_t find_nonfinite(Matrix<const T> rows, int64_t count, int64_t size, int64_
 
 // ---- one panel ----
 
-// `count` <= panel_queries rows, times `factor`, as the columns of to [size][panel_queries]; the columns that are left over
+// The rows of a panel of queries, times `factor`, as the columns of to [size][panel_width]; the columns that are left over
 // are 0.
 template <class T>
-void pack_panel(const T* rows, int64_t row_stride, int64_t count, int64_t size, T factor, T* to) {
-  constexpr int64_t width = panel_queries<T>;
-  if (count < width) zero_matrix(Matrix<T>{to, width, 1}, size, width);
+void pack_panel(const T* rows, int64_t row_stride, Queries panel, int64_t size, T factor, T* to) {
+  const int64_t width = panel_width<T>(panel), count = panel.count;
+  if (count < width) zero_matrix(Matrix<T>{to + width - lanes<T>, width, 1}, size, lanes<T>);
   if (min(count, size) >= lanes<T>) return copy_transposed(rows, row_stride, to, width, size, count, factor);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < size; ++d) to[d * width + i] = factor * rows[i * row_stride + d];
 }
 
-// to[k, i] (+)= rows[k] . panel[:, i] for keys k in [first, last) and the queries i of `Vectors` vectors.
-template <int Vectors, class T, class AfterTile>
-void panel_product(Matrix<const T> rows, const T* panel, int64_t size, int64_t first, int64_t last, T* to, int64_t to_stride,
-                   bool add, AfterTile&& after_tile) {
-  const Matrix<const T> seen_rows = {rows.data + first * rows.row_stride, rows.row_stride, 1};
-  column_product<T, Vectors>(last - first, size, seen_rows, panel, panel_queries<T>, to + first * to_stride, to_stride, add,
-                             after_tile);
+// `store` [k, i] = rows[k] . panel[:, i] over the keys that a panel of `Vectors` vectors sees, from `first` on. Vectors whose
+// queries see nothing more are left out, one by one; what stands there is hidden later.
+template <int Vectors, class T, class Store, class AfterTile = Nothing>
+void panel_products(Matrix<const T> rows, const T* panel, int64_t width, int64_t size, const int64_t* last_of, int64_t first,
+                    const Store& store, AfterTile&& after_tile = {}) {
+  const TileOperands<T> operands = {{rows.data, rows.row_stride, 1}, panel, width, size};
+  tile_column<T, Vectors>(*last_of - first, operands.at(first, 0), store.at(first, 0), after_tile);
+  if constexpr (Vectors > 1)
+    panel_products<Vectors - 1>(rows, panel + lanes<T>, width, size, last_of + 1, *last_of, store.at(0, lanes<T>),
+                                after_tile);
 }
 
-// panel_product over the keys that a panel sees. The first vector's queries see nothing from position `half_last` on; what
-// stands there is hidden later.
+// The scores to[k, i] of a panel of `queries`.
 template <int Vectors, class T, class AfterTile = Nothing>
-void panel_products(Matrix<const T> rows, const T* panel, int64_t size, const Seen& s, T* to, int64_t to_stride,
-                    bool add = false, AfterTile&& after_tile = {}) {
-  panel_product<Vectors>(rows, panel, size, s.first, s.half_last, to, to_stride, add, after_tile);
-  if (Vectors > 1 && s.half_last < s.last)
-    panel_product<1>(rows, panel + lanes<T>, size, s.half_last, s.last, to + lanes<T>, to_stride, add, after_tile);
-}
-
-// The scores of a panel, as panel_products. An error of a score is its weight's relative error, and a chain's last steps
-// err most: two chains of half the size halve the largest error of attention.
-template <int Vectors, class T, class AfterTile = Nothing>
-void panel_scores(Matrix<const T> keys, const T* panel, int64_t size, const Seen& s, T* to, int64_t to_stride,
-                  AfterTile&& after_tile = {}) {
-  const int64_t half = min(size, max<int64_t>(32, ceil_div(size, 2)));
-  panel_products<Vectors>(keys, panel, half, s, to, to_stride, false, after_tile);
-  if (half < size)
-    panel_products<Vectors>(Matrix<const T>{keys.data + half, keys.row_stride, 1}, panel + half * panel_queries<T>, size - half,
-                            s, to, to_stride, true);
+void panel_scores(Matrix<const T> keys, const T* panel, int64_t queries, int64_t size, const Seen& s, T* to,
+                  int64_t to_stride, AfterTile&& after_tile = {}) {
+  constexpr int64_t full = (Vectors - 1) * lanes<T>, width = Vectors * lanes<T>;
+  const StoreScores<T> store = {to, to_stride};
+  if (queries - full <= few_queries<T> && size % lanes<T> == 0 && size <= most_features) {
+    few_queries_scores<T>(keys, panel + full, width, queries - full, size, s.first, s.last, to + full, to_stride);
+    if constexpr (Vectors > 1)
+      panel_products<Vectors - 1>(keys, panel, width, size, s.last_of, s.first, store, after_tile);
+  } else {
+    panel_products<Vectors>(keys, panel, width, size, s.last_of, s.first, store, after_tile);
+  }
 }
 
 // Ascending positions of rows that hold a NaN or an infinity.
@@ -335,40 +343,40 @@ struct Nonfinite {
   int64_t count;
 };
 
-// sums[i] (+)= sum over positions k in [first, last) of weights[k, i] * rows[k], for `queries` rows of sums. Rows that are not
+// sum over positions k in [first, last) of weights[k, i] * rows[k], for `queries` rows that `store` takes. Rows that are not
 // finite count only where their weight isn't 0: a hidden key's NaN must not pass.
-template <class T>
+template <class T, class Store>
 void add_weighted_rows(const T* weights, int64_t weights_stride, Matrix<const T> rows, int64_t first, int64_t last,
-                       Nonfinite nonfinite, int64_t queries, int64_t size, T* sums, int64_t sums_stride, bool add = true) {
-  if (nonfinite.count > 0 && !add) {
-    zero_matrix(Matrix<T>{sums, sums_stride, 1}, queries, sums_stride);
-    add = true;
-  }
+                       Nonfinite nonfinite, int64_t queries, int64_t size, const Store& store) {
+  auto between = [&](int64_t begin, int64_t end) {
+    return TileOperands<T>{{weights + begin * weights_stride, 1, weights_stride}, rows.data + begin * rows.row_stride,
+                           rows.row_stride, end - begin};
+  };
+  if (nonfinite.count == 0) return tile_product<T>(queries, size, between(first, last), store);
+  store.begin(queries, size);
   for (int64_t n = 0; n <= nonfinite.count; ++n) {
     const int64_t stop = n < nonfinite.count ? max(first, min(last, nonfinite.position[n])) : last;
-    if (first < stop)
-      block_product<T>(queries, size, stop - first, {weights + first * weights_stride, 1, weights_stride},
-                       {rows.data + first * rows.row_stride, tile_cols<T>, rows.row_stride}, sums, sums_stride, add);
-    if (stop == last) return;
+    if (first < stop) tile_product<T>(queries, size, between(first, stop), StoreSums<T>{store.to, store.stride, true});
+    if (stop == last) break;
     for (int64_t i = 0; i < queries; ++i) {
       const T weight = weights[stop * weights_stride + i];
       if (weight != 0)
-        for (int64_t d = 0; d < size; ++d) sums[i * sums_stride + d] += weight * rows.data[stop * rows.row_stride + d];
+        for (int64_t d = 0; d < size; ++d) store.to[i * store.stride + d] += weight * rows.data[stop * rows.row_stride + d];
     }
     first = stop + 1;
   }
+  store.end(queries, size);
 }
 
 // add_weighted_rows for the queries of a panel over the keys that it sees, a row of tiles at a time as far as that one sees.
-template <class T>
+template <class T, class Store>
 void add_seen_rows(const AttentionVisibility& visible, const KeyBlock& keys, const Seen& s, Queries panel, const T* weights,
-                   int64_t weights_stride, Matrix<const T> rows, Nonfinite nonfinite, int64_t size, T* sums,
-                   int64_t sums_stride, bool add) {
+                   int64_t weights_stride, Matrix<const T> rows, Nonfinite nonfinite, int64_t size, const Store& store) {
   for (int64_t i = 0, count; i < panel.count; i += count) {
-    count = ceil_div(panel.count - i, ceil_div(panel.count - i, tile_rows));
+    count = even_piece(panel.count - i, rows_of_tile<panel_vectors>);
     const int64_t last = s.all_last < s.last ? keys.position(panel.first + i + count + visible.right) : s.last;
     add_weighted_rows(weights + i, weights_stride, rows, s.first, max(s.first, last), nonfinite, count, size,
-                      sums + i * sums_stride, sums_stride, add);
+                      store.at(i, 0));
   }
 }
 
@@ -379,10 +387,10 @@ void hide_by_window(const AttentionVisibility& visible, const KeyBlock& keys, co
   auto hide = [&](int64_t from, int64_t to) {
     for (int64_t k = from; k < to; ++k) {
       // Query `i` of the panel sees the key if first <= i <= last.
-      const int64_t distance = keys.index[k] - queries.first, width = panel_queries<T>;
+      const int64_t distance = keys.index[k] - queries.first, width = panel_width<T>(queries);
       const int first = static_cast<int>(max<int64_t>(0, min(width, distance - visible.right)));
       const int last = static_cast<int>(max<int64_t>(-1, min(width, distance + visible.left)));
-      for (int i = 0; i < panel_queries<T>; ++i)
+      for (int i = 0; i < width; ++i)
         scores[k * stride + i] = i < first || i > last ? -infinity<T> : scores[k * stride + i];
     }
   };
@@ -407,7 +415,7 @@ void hide_by_mask(Matrix<const unsigned char> mask, const KeyBlock& keys, const 
     const PanelColumn<unsigned char> seen(
         mask.data + queries.first * mask.row_stride + keys.index[k] * mask.col_stride, mask.row_stride, queries.count);
     T* const row = scores + k * stride;
-    for (int64_t i = 0; i < panel_queries<T>; ++i) row[i] = seen.values[i] ? row[i] : -infinity<T>;
+    for (int64_t i = 0; i < panel_width<T>(queries); ++i) row[i] = seen.values[i] ? row[i] : -infinity<T>;
   }
 }
 
@@ -417,7 +425,7 @@ void add_bias(Matrix<const B> bias, const KeyBlock& keys, const Seen& s, Queries
     const PanelColumn<B> column(bias.data + queries.first * bias.row_stride + keys.index[k] * bias.col_stride,
                                 bias.row_stride, queries.count);
     T* const row = scores + k * stride;
-    for (int64_t i = 0; i < panel_queries<T>; ++i) {
+    for (int64_t i = 0; i < panel_width<T>(queries); ++i) {
       const T added = static_cast<T>(to_compute(column.values[i])) * static_cast<T>(log2_e);
       row[i] = added == -infinity<T> ? added : row[i] + added;
     }
@@ -447,11 +455,10 @@ inline bool hides_some(const AttentionProblem& p, const KeyBlock& keys, Queries 
   return p.bias.data || masks_queries(p.visible) || seen<float>(p.visible, keys, queries).partly();
 }
 
-// Equal blocks of at most `most`, in whole panels.
+// Equal blocks of at most `most`, in whole vectors.
 template <class T>
 int64_t query_block(int64_t queries, int64_t most) {
-  const int64_t blocks = max<int64_t>(1, ceil_div(queries, most));
-  return round_up(max<int64_t>(1, ceil_div(queries, blocks)), panel_queries<T>);
+  return round_up(even_piece(max<int64_t>(1, queries), most), lanes<T>);
 }
 
 // Keys of a block: at most `most`, fewer where their rows would leave the L2 cache no room.

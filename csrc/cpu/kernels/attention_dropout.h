@@ -2,7 +2,7 @@
 // backward pass finds the same ones. The twin in torch is `kept` in cvfast/ops/attention.py.
 #pragma once
 #include "cvfast/attention.h"
-#include "gemm.h"
+#include "attention_tiles.h"
 
 namespace cvfast {
 namespace {
@@ -16,6 +16,9 @@ inline uint32_t mixed(uint32_t x) {
   return x ^ (x >> 16);
 }
 
+template <class T>
+constexpr int64_t panel_queries = panel_vectors * lanes<T>;
+
 // The dropout of one panel of queries: a pair of keys per query, drawn from seed, head and query.
 template <class T>
 class PanelDropout {
@@ -26,7 +29,7 @@ class PanelDropout {
         factor_(static_cast<T>(dropout.probability < 1 ? 1 / (1 - dropout.probability) : 0)) {
     const uint32_t seed = mixed(static_cast<uint32_t>(dropout.seed) + mixed(static_cast<uint32_t>(dropout.seed >> 32)));
     const uint32_t first = mixed(seed + mixed(static_cast<uint32_t>(head))), second = mixed(first ^ golden_ratio);
-    for (int i = 0; i < tile_cols<T>; ++i) {
+    for (int i = 0; i < panel_queries<T>; ++i) {
       const uint32_t place = static_cast<uint32_t>(query + i);
       first_[i] = mixed(first + place);
       second_[i] = mixed(second + place);
@@ -37,7 +40,7 @@ class PanelDropout {
   void factors(int64_t key, T* to) const {
     const uint32_t place = static_cast<uint32_t>(key) * golden_ratio;
 #pragma GCC ivdep
-    for (int i = 0; i < tile_cols<T>; ++i) {
+    for (int i = 0; i < panel_queries<T>; ++i) {
       uint32_t x = first_[i] + place;
       x = (x ^ (x >> 16)) * 0x7feb352du;
       x = ((x ^ (x >> 15)) + second_[i]) * 0x846ca68bu;
@@ -48,7 +51,7 @@ class PanelDropout {
  private:
   uint32_t threshold_;
   T factor_;
-  uint32_t first_[tile_cols<T>], second_[tile_cols<T>];
+  uint32_t first_[panel_queries<T>], second_[panel_queries<T>];
 };
 
 }  // namespace

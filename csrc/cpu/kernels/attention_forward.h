@@ -7,15 +7,18 @@ namespace {
 
 constexpr int64_t forward_queries = 256, forward_keys = 256;  // of a block
 
+// What there is of a panel's output: nothing, sums of weighted values, or all of it.
+enum class PanelState : unsigned char { empty, summed, written };
+
 template <class T>
 struct ForwardArrays {
   int64_t queries, keys, key_stride, value_stride;
   int64_t *index, *nonfinite;    // [keys]
   T *key, *value;                // [keys][key_stride], [keys][value_stride], for what can't be read in place
-  T *query, *sums;               // panels [D][panel_queries]; [queries][value_stride]
+  T *query, *sums;               // panels [D][panel_width]; [queries][value_stride]
   T *maximum, *denominator;      // [queries]
-  T *scores;                     // [keys][panel_queries]; before: [panel_queries][key_stride]
-  bool *has_sums;                // [panels]: sums are defined
+  T *scores;                     // [keys][panel_width]; before: [panel_queries][key_stride]
+  PanelState* state;             // [vectors of queries]: that of a panel stands at its first one
 
   ForwardArrays(Arena& arena, const AttentionShape& shape)
       : queries(query_block<T>(shape.queries, forward_queries)),
@@ -31,8 +34,8 @@ struct ForwardArrays {
     maximum = arena.take<T>(queries);
     denominator = arena.take<T>(queries);
     scores = arena.take<T>(max(keys, key_stride) * panel_queries<T>);
-    has_sums = arena.take<bool>(queries / panel_queries<T>);
-    if (value && shape.value_size % tile_cols<T> != 0)  // read with the rest of a tile, then ignored
+    state = arena.take<PanelState>(queries / lanes<T>);
+    if (value && shape.value_size % lanes<T> != 0)  // read with the rest of a tile, then ignored
       zero_matrix(Matrix<T>{value, value_stride, 1}, keys, value_stride);
   }
 };
@@ -43,18 +46,18 @@ struct ForwardArrays {
 template <int Vectors, class T>
 void weigh(T* scores, int64_t first, int64_t last, T* maximum, T* denominator, T* rescale) {
   using V = Vector<T>;
-  constexpr int width = panel_queries<T>, step = lanes<T>;
+  constexpr int step = lanes<T>, width = Vectors * step;
   constexpr int64_t sum_step = 16;
   V before[Vectors], top[Vectors], denominators[Vectors], sum[Vectors] = {};
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int j = 0; j < Vectors; ++j) top[j] = before[j] = load_as<V>(maximum + j * step);
   for (int64_t k = first; k < last; ++k)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
       const V score = load_as<V>(scores + k * width + j * step);
       top[j] = score > top[j] ? score : top[j];  // leaves a NaN to the exponential
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int j = 0; j < Vectors; ++j) {
     store_as(maximum + j * step, top[j]);
     const V none_seen = top[j] == -infinity<T> ? V{} : top[j];
@@ -66,24 +69,18 @@ void weigh(T* scores, int64_t first, int64_t last, T* maximum, T* denominator, T
   while (first < last) {
     V part[Vectors] = {};
     for (const int64_t stop = min(last, first + sum_step); first < stop; ++first)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) {
         T* at = scores + first * width + j * step;
         const V weight = exp2<T>(load_as<V>(at) - top[j]);
         part[j] += weight;
         store_as(at, weight);
       }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) sum[j] += part[j];
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int j = 0; j < Vectors; ++j) store_as(denominator + j * step, denominators[j] + sum[j]);
-}
-
-template <class T>
-void scale_rows(T* rows, int64_t stride, int64_t count, int64_t size, const T* factor) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = 0; d < size; ++d) rows[i * stride + d] *= factor[i];
 }
 
 template <class T>
@@ -91,7 +88,7 @@ void drop(const PanelDropout<T>& dropout, const KeyBlock& keys, const Seen& s, T
   T factors[panel_queries<T>];
   for (int64_t k = s.first; k < s.last; ++k) {
     dropout.factors(keys.index[k], factors);
-    for (int i = 0; i < panel_queries<T>; ++i) weights[k * stride + i] *= factors[i];
+    for (int i = 0; i < stride; ++i) weights[k * stride + i] *= factors[i];
   }
 }
 
@@ -101,55 +98,73 @@ struct KeysAndValues {
   KeyBlock keys;
   Matrix<const T> key, value;
   Nonfinite nonfinite;  // of the values
+  bool last;            // no more blocks follow
 };
 
-// One panel of `Vectors` vectors of queries with one block of keys.
-template <int Vectors, class T>
-void attend(const AttentionProblem& p, int64_t b, int64_t h, const ForwardArrays<T>& a, const KeysAndValues<T>& block,
-            Queries queries, Queries panel, Ahead& ahead) {
-  const Seen s = seen<T>(p.visible, block.keys, panel);
-  if (s.first == s.last) return;
-  const int64_t offset = panel.first - queries.first, width = panel_queries<T>, size = p.shape.value_size;
-  panel_scores<Vectors>(block.key, a.query + offset * p.shape.size, p.shape.size, s, a.scores, width,
-                        [&] { ahead.step(); });
-  finish_scores(p, b, h, block.keys, s, panel, a.scores, width);
-  T rescale[panel_queries<T>];
-  T* const sums = a.sums + offset * a.value_stride;
-  weigh<Vectors>(a.scores, s.first, s.last, a.maximum + offset, a.denominator + offset, rescale);
-  bool& has_sums = a.has_sums[offset / width];
-  if (has_sums) scale_rows(sums, a.value_stride, panel.count, size, rescale);
-  if (p.dropout.probability > 0)
-    drop(PanelDropout<T>(p.dropout, b * p.shape.heads + h, panel.first), block.keys, s, a.scores, width);
-  add_seen_rows(p.visible, block.keys, s, panel, a.scores, width, block.value, block.nonfinite, size, sums, a.value_stride,
-                has_sums);
-  has_sums = true;
-}
-
-// Calls body(panel) for the panels of a block.
-template <class T, class Body>
-void for_panels(Queries block, Body&& body) {
-  for (int64_t i = 0; i < block.count; i += panel_queries<T>)
-    body(Queries{block.first + i, min(panel_queries<T>, block.count - i)});
-}
-
-// Divides the sums of a panel by the denominators; a query that saw no key gets 0.
+// 1 / (sum of weights) of a panel's queries, 0 for one that saw no key; and their log_sum, stored.
 template <class T>
-void finish_panel(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, Queries block, Queries panel) {
+void finish_sums(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, Queries block, Queries panel,
+                 T* factor) {
   using V = Vector<T>;
   const AttentionShape& shape = args.problem.shape;
   const int64_t offset = panel.first - block.first;
-  T* const sums = a.sums + offset * a.value_stride;
-  if (!a.has_sums[offset / panel_queries<T>]) zero_matrix(Matrix<T>{sums, a.value_stride, 1}, panel.count, shape.value_size);
-  T log_sum[panel_queries<T>], factor[panel_queries<T>];
-  for (int i = 0; i < panel_queries<T>; i += lanes<T>) {
+  T log_sum[panel_queries<T>];
+  for (int i = 0; i < panel.count; i += lanes<T>) {
     const V denominator = load_as<V>(a.denominator + offset + i);
     store_as(factor + i, denominator == 0 ? V{} : 1 / denominator);
     const V sum = load_as<V>(a.maximum + offset + i) * static_cast<T>(ln_2) + log<T>(denominator);
     store_as(log_sum + i, denominator == 0 ? V{} - infinity<T> : sum);
   }
-  scale_rows(sums, a.value_stride, panel.count, shape.value_size, factor);
   copy_contiguous(log_sum, static_cast<T*>(args.log_sum) + (b * shape.heads + h) * shape.queries + panel.first, panel.count);
-  write_rows(sums, a.value_stride, args.output, args.problem.dtype, b, h, panel.first, panel.count, shape.value_size);
+}
+
+// Whether tiles can be stored to the output: whole vectors of T.
+template <class T>
+bool takes_tiles(const AttentionForward& args) {
+  const bool of_t = args.problem.dtype == DType::f32 || args.problem.dtype == DType::f64;
+  return of_t && args.output.stride[3] == 1 && args.problem.shape.value_size % lanes<T> == 0;
+}
+
+// One panel of `Vectors` vectors of queries with one block of keys.
+template <int Vectors, class T>
+void attend(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, const KeysAndValues<T>& block,
+            Queries queries, Queries panel, Ahead& ahead) {
+  const AttentionProblem& p = args.problem;
+  const Seen s = seen<T>(p.visible, block.keys, panel);
+  if (s.first == s.last) return;
+  const int64_t offset = panel.first - queries.first, width = Vectors * lanes<T>, size = p.shape.value_size;
+  panel_scores<Vectors>(block.key, a.query + offset * p.shape.size, panel.count, p.shape.size, s, a.scores, width,
+                        [&] { ahead.step(); });
+  finish_scores(p, b, h, block.keys, s, panel, a.scores, width);
+  T rescale[panel_queries<T>], factor[panel_queries<T>];
+  weigh<Vectors>(a.scores, s.first, s.last, a.maximum + offset, a.denominator + offset, rescale);
+  if (p.dropout.probability > 0)
+    drop(PanelDropout<T>(p.dropout, b * p.shape.heads + h, panel.first), block.keys, s, a.scores, width);
+  T* const sums = a.sums + offset * a.value_stride;
+  PanelState& state = a.state[offset / lanes<T>];
+  MergeSums<T> merge = {sums, a.value_stride, state == PanelState::summed ? rescale : nullptr, sums, a.value_stride, nullptr};
+  state = PanelState::summed;
+  if (block.last && takes_tiles<T>(args)) {
+    finish_sums(args, b, h, a, queries, panel, factor);
+    const Matrix<T> output = head_of<T>(args.output, b, h);
+    merge.to = output.data + panel.first * output.row_stride, merge.stride = output.row_stride, merge.factor = factor;
+    state = PanelState::written;
+  }
+  add_seen_rows(p.visible, block.keys, s, panel, a.scores, width, block.value, block.nonfinite, size, merge);
+}
+
+// Writes the output of a panel from its sums; a query that saw no key gets 0.
+template <class T>
+void finish_panel(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, Queries block, Queries panel) {
+  const int64_t offset = panel.first - block.first, size = args.problem.shape.value_size;
+  const PanelState state = a.state[offset / lanes<T>];
+  if (state == PanelState::written) return;
+  T* const sums = a.sums + offset * a.value_stride;
+  if (state == PanelState::empty) zero_matrix(Matrix<T>{sums, a.value_stride, 1}, panel.count, size);
+  T factor[panel_queries<T>];
+  finish_sums(args, b, h, a, block, panel, factor);
+  scale_rows(sums, a.value_stride, panel.count, size, factor);
+  write_rows(sums, a.value_stride, args.output, args.problem.dtype, b, h, panel.first, panel.count, size);
 }
 
 // The queries of a panel, times scale * log2(e).
@@ -159,11 +174,15 @@ void read_panel(const AttentionProblem& p, int64_t b, int64_t h, Queries panel, 
   const bool of_t = p.dtype == DType::f32 || p.dtype == DType::f64;
   if (of_t && p.query.stride[3] == 1) {
     const Matrix<const T> rows = head_of<T>(p.query, b, h);
-    return pack_panel(rows.data + panel.first * rows.row_stride, rows.row_stride, panel.count, p.shape.size, factor, to);
+    return pack_panel(rows.data + panel.first * rows.row_stride, rows.row_stride, panel, p.shape.size, factor, to);
   }
   read_rows(p.query, p.dtype, b, h, panel.first, panel.count, p.shape.size, buffer, buffer_stride);
-  pack_panel(buffer, buffer_stride, panel.count, p.shape.size, factor, to);
+  pack_panel(buffer, buffer_stride, panel, p.shape.size, factor, to);
 }
+
+// Operands and results from this size on are fetched ahead. Smaller ones lie in a cache that the processor reads ahead from
+// by itself, and asking for them costs more than it saves: 6 % of 96 heads of 50 queries, while large ones gain 5 %.
+constexpr int64_t bytes_to_fetch_ahead = int64_t{8} << 20;
 
 // What follows a block of keys and a block of queries in memory, and the queries' output.
 inline Ahead rows_ahead(const AttentionForward& args, int64_t b, int64_t h, int64_t key_head, int64_t next_key,
@@ -172,6 +191,9 @@ inline Ahead rows_ahead(const AttentionForward& args, int64_t b, int64_t h, int6
   const AttentionShape& shape = p.shape;
   const int64_t next_query = queries.first + queries.count;
   Ahead ahead;
+  const int64_t rows = shape.batch * (shape.heads * shape.queries + shape.key_heads * shape.keys);
+  const int64_t elements = rows * (shape.size + shape.value_size);
+  if (elements * static_cast<int64_t>(sizeof(float)) < bytes_to_fetch_ahead) return ahead;
   ahead.add(p.key, p.dtype, b, key_head, next_key, count, shape.keys, shape.size);
   ahead.add(p.value, p.dtype, b, key_head, next_key, count, shape.keys, shape.value_size);
   ahead.add(p.query, p.dtype, b, h, next_query, queries.count, shape.queries, shape.size);
@@ -190,19 +212,18 @@ void attend_block(const AttentionForward& args, int64_t b, int64_t h, const Forw
     read_panel(p, b, h, panel, a.scores, a.key_stride, a.query + (panel.first - queries.first) * shape.size);
   });
   for (int64_t i = 0; i < a.queries; ++i) a.maximum[i] = -infinity<T>, a.denominator[i] = T{};
-  for (int64_t i = 0; i < a.queries / panel_queries<T>; ++i) a.has_sums[i] = false;
+  for (int64_t i = 0; i < a.queries / lanes<T>; ++i) a.state[i] = PanelState::empty;
   KeyWalk walk(p, b, h, queries);
   for (KeyBlock keys = {a.index, 0}; walk.fill(keys, a.keys);) {
     KeysAndValues<T> block = {keys, read_keys(p.key, p.dtype, b, key_head, keys, shape.size, a.key, a.key_stride),
                               read_keys(p.value, p.dtype, b, key_head, keys, shape.value_size, a.value, a.value_stride),
-                              {a.nonfinite, 0}};
+                              {a.nonfinite, 0}, walk.finished()};
     if (hides_some(p, keys, queries))
       block.nonfinite.count = find_nonfinite(block.value, keys.count, shape.value_size, a.nonfinite);
     Ahead ahead = rows_ahead(args, b, h, key_head, walk.following(), keys.count, queries);
-    ahead.start(ceil_div(queries.count, panel_queries<T>) * ceil_div(keys.count, tile_rows));
+    ahead.start(ceil_div(queries.count, panel_queries<T>) * ceil_div(keys.count, product_rows));
     for_panels<T>(queries, [&](Queries panel) {
-      panel.count > lanes<T> ? attend<2>(p, b, h, a, block, queries, panel, ahead)
-                             : attend<1>(p, b, h, a, block, queries, panel, ahead);
+      with_vectors<T>(panel.count, [&](auto n) { attend<n.value>(args, b, h, a, block, queries, panel, ahead); });
     });
   }
   for_panels<T>(queries, [&](Queries panel) { finish_panel(args, b, h, a, queries, panel); });

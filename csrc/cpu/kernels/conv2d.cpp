@@ -23,6 +23,9 @@ struct Algorithm {
   bool (*applies)(const Problem&);
   void (*run)(const Problem&, const ThreadPool&);
   bool (*pools)(const Problem&) = never;  // whether it can pool its own results, in the forward pass
+  // Of an algorithm that takes packed weights.
+  Conv2dPacking (*packing)(const Problem&) = nullptr;
+  void (*pack)(const Problem&, PackedHeader&, const ThreadPool&) = nullptr;
 };
 
 template <class Problem>
@@ -34,10 +37,11 @@ inline bool without_dilation(const Conv2dForward& p) { return p.shape.dilation_h
 template <class S>
 constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"Winograd", winograd_applies, correlate_by_winograd<3, S>, without_dilation},
-    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, always},
+    {"Winograd", winograd_applies, correlate_by_winograd<3, S>, without_dilation, winograd_packing<3, S>, winograd_pack<3, S>},
+    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, always, winograd_packing<2, S>,
+     winograd_pack<2, S>},
     {"direct", direct_applies, correlate_direct<S>, always},
-    {"implicit GEMM", always, correlate_by_gemm<S>},
+    {"implicit GEMM", always, correlate_by_gemm<S>, never, gemm_packing<S>, gemm_pack<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
@@ -96,11 +100,28 @@ void weight_grad(const Conv2dWeightGrad& problem, const ThreadPool& pool) {
   with_storage_type(problem.dtype, [&](auto s) { run_first(weight_grad_algorithms<decltype(s)>, problem, pool); });
 }
 
+Conv2dPacking packing(const Conv2dForward& problem) {
+  Conv2dPacking result = {};
+  with_storage_type(problem.dtype, [&](auto s) {
+    const auto& algorithm = first_of(forward_algorithms<decltype(s)>, problem);
+    if (algorithm.packing) result = algorithm.packing(problem);
+  });
+  return result;
+}
+
+void pack(const Conv2dForward& problem, void* to, const ThreadPool& pool) {
+  PackedHeader& header = *static_cast<PackedHeader*>(to);
+  header = {packed_origin(problem, static_cast<PackedForm>(packing(problem).form)), true};
+  with_storage_type(problem.dtype, [&](auto s) {
+    first_of(forward_algorithms<decltype(s)>, problem).pack(problem, header, pool);
+  });
+}
+
 }  // namespace
 
 namespace CVFAST_ISA {
 extern const Conv2dKernels conv2d;
-const Conv2dKernels conv2d = {forward, input_grad, weight_grad};
+const Conv2dKernels conv2d = {forward, input_grad, weight_grad, packing, pack};
 }  // namespace CVFAST_ISA
 
 }  // namespace cvfast

@@ -196,7 +196,7 @@ DepthwisePlan depthwise_plan(const Correlation<S>& c, int64_t threads) {
   const Conv2dShape& s = c.shape;
   const Patches<S> patches = make_phase(c, 0, 0, false).patches;
   DepthwisePlan p;
-  p.in_place = c.source_stride[1] == 1 && c.result_stride[1] == 1 && c.groups >= L;
+  p.in_place = c.source_stride[1] == 1 && c.result_stride[1] == 1 && c.groups >= L && !c.rounds_last();
   p.columns = patches.x.positions * patches.x.step + s.dilation_w * (s.kernel_width - 1);
   const int64_t span = s.dilation_h * (s.kernel_height - 1) + 1;  // the gradient to the input divides it by the stride
   // A band is transposed, or read in place by several phases in turn.
@@ -340,8 +340,7 @@ void depthwise_transposed(const Correlation<S>& c, const DepthwisePlan& p, int64
     }
     const Block<S> to = {c.result + sample * result_stride[0] + channel * result_stride[1] + first_line * result_stride[2],
                          result_stride[1], result_stride[2], result_stride[3]};
-    copy_planes(Block<const T>{result, 1, result_width * L, L}, to, channels, result_lines, result_width);
-    finish_with_epilogue(c, to, channels, result_lines, result_width);
+    store_results(c, Block<T>{result, 1, result_width * L, L}, to, channels, result_lines, result_width);
   }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 #include "conv2d_problem.h"
 #include "conv2d_winograd_transform.h"
-#include "sigmoid_tanh.h"
+#include "gelu.h"
 
 namespace cvfast {
 namespace {
@@ -16,19 +16,32 @@ V activate(V x, V slope) {
   if constexpr (activation == Activation::silu) return x * (x < -100 ? V{} : sigmoid<T>(x));  // -inf gives NaN, as torch's
   if constexpr (activation == Activation::sigmoid) return sigmoid<T>(x);
   if constexpr (activation == Activation::tanh) return tanh<T>(x);
+  if constexpr (activation == Activation::gelu) return gelu(x);
+  if constexpr (activation == Activation::gelu_tanh) return gelu_tanh(x);
+  if constexpr (activation == Activation::hardswish) return x * clamp<T>(x + 3, 0, 6) / 6;
+  if constexpr (activation == Activation::hardsigmoid) return clamp<T>(x + 3, 0, 6) / 6;
   return x;
 }
 
-// Neighbours in memory; residual may be nullptr.
-template <Activation activation, class S>
-void finish_run(S* to, const S* residual, int64_t count, Compute<S> slope) {
+// Elements [0, count) <= lanes that are `step` apart.
+template <class S>
+Vector<Compute<S>> load_spaced(const S* from, int64_t step, int64_t count) {
+  if (step == 1) return count == lanes<Compute<S>> ? load_vector(from) : load_first(from, count);
+  Vector<Compute<S>> v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = to_compute(from[i * step]);
+  return v;
+}
+
+// Neighbours in memory; residual, whose neighbours are `step` apart, may be nullptr.
+template <Activation activation, class S, class R>
+void finish_run(S* to, const R* residual, int64_t step, int64_t count, Compute<S> slope) {
   using V = Vector<Compute<S>>;
   constexpr int64_t L = lanes<Compute<S>>;
   const V slopes = V{} + slope;
   for (int64_t i = 0; i < count; i += L) {
     const int64_t some = min(count - i, L);
     V x = some == L ? load_vector(to + i) : load_first(to + i, some);
-    if (residual) x += some == L ? load_vector(residual + i) : load_first(residual + i, some);
+    if (residual) x += load_spaced(residual + i * step, step, some);
     x = activate<activation>(x, slopes);
     if (some == L)
       store_vector(x, to + i);
@@ -38,59 +51,78 @@ void finish_run(S* to, const S* residual, int64_t count, Compute<S> slope) {
 }
 
 // Four neighbouring pixels, as a tile of Winograd's has them, of as many channels as fill a vector at a time.
-template <Activation activation, class S>
-void finish_quads(Block<S> block, const S* residual, int64_t channels, int64_t lines, float slope) {
+template <Activation activation, class S, class R>
+void finish_quads(Block<S> block, Block<R> residual, int64_t channels, int64_t lines, float slope) {
   const FloatVector slopes = FloatVector{} + slope;
   for (int64_t channel = 0; channel < channels; channel += quads)
     for (int64_t line = 0; line < lines; ++line) {
-      const int64_t at = channel * block.channel_stride + line * block.line_stride;
-      FloatVector x = load_quads(block.data + at, block.channel_stride);
-      if (residual) x += load_quads(residual + at, block.channel_stride);
-      store_quads(activate<activation>(x, slopes), block.data + at, block.channel_stride);
+      S* to = block.data + channel * block.channel_stride + line * block.line_stride;
+      FloatVector x = load_quads(to, block.channel_stride);
+      if (residual.data)
+        x += load_quads(residual.data + channel * residual.channel_stride + line * residual.line_stride,
+                        residual.channel_stride);
+      store_quads(activate<activation>(x, slopes), to, block.channel_stride);
     }
 }
 
-template <Activation activation, class S>
-void finish_block(Block<S> block, const S* residual, int64_t channels, int64_t lines, int64_t pixels, Compute<S> slope) {
+template <Activation activation, class S, class R>
+void finish_block(Block<S> block, Block<R> residual, int64_t channels, int64_t lines, int64_t pixels, Compute<S> slope) {
   if constexpr (sizeof(Compute<S>) == sizeof(float))
-    if (block.pixel_stride == 1 && pixels == 4 && channels % quads == 0)
+    if (block.pixel_stride == 1 && (!residual.data || residual.pixel_stride == 1) && pixels == 4 && channels % quads == 0)
       return finish_quads<activation>(block, residual, channels, lines, slope);
   // Along what is contiguous in memory, as far as that goes; else one by one.
-  if (block.channel_stride == 1 && block.pixel_stride == channels) channels *= pixels, pixels = 1;
-  if (block.channel_stride == 1 && pixels == 1 && block.line_stride == channels) channels *= lines, lines = 1;
-  if (block.channel_stride != 1 && block.pixel_stride == 1 && block.line_stride == pixels) pixels *= lines, lines = 1;
+  if (!residual.data || (block.channel_stride == residual.channel_stride && block.line_stride == residual.line_stride &&
+                         block.pixel_stride == residual.pixel_stride)) {
+    if (block.channel_stride == 1 && block.pixel_stride == channels) channels *= pixels, pixels = 1;
+    if (block.channel_stride == 1 && pixels == 1 && block.line_stride == channels) channels *= lines, lines = 1;
+    if (block.channel_stride != 1 && block.pixel_stride == 1 && block.line_stride == pixels) pixels *= lines, lines = 1;
+  }
   const bool by_channels = block.channel_stride == 1, by_pixels = !by_channels && block.pixel_stride == 1;
   const int64_t channel_runs = by_channels ? 1 : channels, pixel_runs = by_pixels ? 1 : pixels;
   const int64_t count = by_channels ? channels : by_pixels ? pixels : 1;
   for (int64_t channel = 0; channel < channel_runs; ++channel)
     for (int64_t line = 0; line < lines; ++line)
       for (int64_t pixel = 0; pixel < pixel_runs; ++pixel) {
-        const int64_t at = channel * block.channel_stride + line * block.line_stride + pixel * block.pixel_stride;
-        finish_run<activation>(block.data + at, residual ? residual + at : nullptr, count, slope);
+        S* to = block.data + channel * block.channel_stride + line * block.line_stride + pixel * block.pixel_stride;
+        R* added = residual.data ? residual.data + channel * residual.channel_stride + line * residual.line_stride +
+                                       pixel * residual.pixel_stride
+                                 : nullptr;
+        finish_run<activation>(to, added, by_channels ? residual.channel_stride : residual.pixel_stride, count, slope);
       }
 }
 
-// activation(block + residual) in place; `residual` is laid out as the block is, or nullptr.
-template <class S>
-void apply_epilogue(const Epilogue& e, Block<S> block, const S* residual, int64_t channels, int64_t lines, int64_t pixels) {
+// activation(block + residual) in place; residual.data may be nullptr.
+template <class S, class R>
+void apply_epilogue(const Epilogue& e, Block<S> block, Block<R> residual, int64_t channels, int64_t lines, int64_t pixels) {
   const auto finish = [&]<Activation activation> {
     finish_block<activation>(block, residual, channels, lines, pixels, static_cast<Compute<S>>(e.negative_slope));
   };
   switch (e.activation) {
-    case Activation::none: return residual ? finish.template operator()<Activation::none>() : void();
+    case Activation::none: return residual.data ? finish.template operator()<Activation::none>() : void();
     case Activation::relu: return finish.template operator()<Activation::relu>();
     case Activation::relu6: return finish.template operator()<Activation::relu6>();
     case Activation::leaky_relu: return finish.template operator()<Activation::leaky_relu>();
     case Activation::silu: return finish.template operator()<Activation::silu>();
     case Activation::sigmoid: return finish.template operator()<Activation::sigmoid>();
     case Activation::tanh: return finish.template operator()<Activation::tanh>();
+    case Activation::gelu: return finish.template operator()<Activation::gelu>();
+    case Activation::gelu_tanh: return finish.template operator()<Activation::gelu_tanh>();
+    case Activation::hardswish: return finish.template operator()<Activation::hardswish>();
+    case Activation::hardsigmoid: return finish.template operator()<Activation::hardsigmoid>();
   }
+}
+
+// What is added to `block`, a part of c.result.
+template <class S>
+Block<const S> residual_of(const Correlation<S>& c, Block<S> block) {
+  const S* data = c.residual ? c.residual + (block.data - c.result) : nullptr;
+  return {data, block.channel_stride, block.line_stride, block.pixel_stride};
 }
 
 // `block`: final results, a part of c.result.
 template <class S>
 void finish_with_epilogue(const Correlation<S>& c, Block<S> block, int64_t channels, int64_t lines, int64_t pixels) {
-  apply_epilogue(c.epilogue, block, c.residual ? c.residual + (block.data - c.result) : nullptr, channels, lines, pixels);
+  apply_epilogue(c.epilogue, block, residual_of(c, block), channels, lines, pixels);
 }
 
 // ---- Pooling of 2x2 results in a worker's scratch ----
@@ -143,13 +175,22 @@ void store_pooled(const Correlation<S>& c, Block<Compute<S>> from, Block<S> to, 
   const Epilogue& e = c.epilogue;
   // Activations that keep the order are left for the largest; not where rounding might disturb it.
   const bool late = e.pooling == Pooling::max && (e.activation == Activation::relu || e.activation == Activation::relu6);
-  if (!late) apply_epilogue<T>(e, from, nullptr, channels, lines, pixels);
+  const Block<const S> nothing = {};
+  if (!late) apply_epilogue(e, from, nothing, channels, lines, pixels);
   lines /= 2, pixels /= 2;
   from = e.pooling == Pooling::max ? pool_in_place<Pooling::max>(from, channels, lines, pixels)
                                    : pool_in_place<Pooling::average>(from, channels, lines, pixels);
-  if (late) apply_epilogue<T>(e, from, nullptr, channels, lines, pixels);
+  if (late) apply_epilogue(e, from, nothing, channels, lines, pixels);
   copy_planes(Block<const T>{from.data, from.channel_stride, from.line_stride, from.pixel_stride}, to, channels, lines,
               pixels);
+}
+
+// Whether the results for `to` had better take the epilogue in a worker's scratch: narrow ones are rounded last, and vectors
+// are loaded from there. What is added lies as `to` does, so with a residual that must have no runs to be loaded as vectors.
+template <class S>
+bool finish_in_scratch(const Correlation<S>& c, Block<S> to, int64_t channels) {
+  const bool runs = to.pixel_stride == 1 || (to.channel_stride == 1 && channels >= lanes<Compute<S>>);
+  return c.rounds_last() || (c.finishes() && !(c.residual && runs));
 }
 
 // The same with pooling or without.
@@ -158,9 +199,11 @@ void store_results(const Correlation<S>& c, Block<Compute<S>> from, Block<S> to,
                    int64_t pixels) {
   using T = Compute<S>;
   if (c.pools()) return store_pooled(c, from, to, channels, lines, pixels);
+  const bool first = finish_in_scratch(c, to, channels);
+  if (first) apply_epilogue(c.epilogue, from, residual_of(c, to), channels, lines, pixels);
   copy_planes(Block<const T>{from.data, from.channel_stride, from.line_stride, from.pixel_stride}, to, channels, lines,
               pixels);
-  finish_with_epilogue(c, to, channels, lines, pixels);
+  if (!first) finish_with_epilogue(c, to, channels, lines, pixels);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 #include "../scratch.h"
 #include "conv2d_epilogue.h"
+#include "conv2d_packed.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -180,6 +181,10 @@ PackedWeights<Compute<S>> packed_weights(Compute<S>* packed, const Correlation<S
   return {packed + taps * c.in_channels * p.packed_channels, phase.patches.columns(), p.packed_channels, p.channels_are_cols};
 }
 
+// Kept panels; they are read only.
+template <class T>
+T* kept_panels(const PackedHeader* kept) { return static_cast<T*>(const_cast<void*>(kept->data())); }
+
 // A panel of `outs` >= lanes output channels whose weights lie in memory as [out][channel, tap]. `weight` is the panel's.
 template <class S>
 void pack_planes(const S* weight, int64_t out_stride, int64_t outs, int64_t channels, int64_t taps, int64_t place,
@@ -316,10 +321,16 @@ void finish_results(const Correlation<S>& c, const CorrelationPiece<S>& piece, i
                 [&](int64_t n, int64_t y, int64_t x, int64_t count, int64_t index) {
     S* to = phase.result + n * phase.result_batch_stride + y * phase.result_y_stride + x * phase.result_x_stride +
             first_channel * phase.result_channel_stride;
+    T* from = result.data + index * result.row_stride;
+    const Block<S> block = {to, phase.result_channel_stride, 0, phase.result_x_stride};
+    const bool first = !in_place && finish_in_scratch(c, block, channels);
+    if (first)
+      apply_epilogue(c.epilogue, Block<T>{from, result.col_stride, 0, result.row_stride}, residual_of(c, block), channels, 1,
+                     count);
     if (!in_place)
-      copy_block(Matrix<const T>{result.data + index * result.row_stride, result.row_stride, result.col_stride},
+      copy_block(Matrix<const T>{from, result.row_stride, result.col_stride},
                  Matrix<S>{to, phase.result_x_stride, phase.result_channel_stride}, count, channels);
-    finish_with_epilogue(c, Block<S>{to, phase.result_channel_stride, 0, phase.result_x_stride}, channels, 1, count);
+    if (!first) finish_with_epilogue(c, block, channels, 1, count);
   });
 }
 
@@ -385,10 +396,10 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
   }
 }
 
-// Each weight meets one block of pixels: the patches are gathered as a whole, a piece of work packs a panel of weights and
-// uses it at once.
+// Each weight meets one block of pixels: the patches are gathered as a whole, a piece of work packs a panel of weights, if
+// they aren't kept, and uses it at once.
 template <class S>
-void correlate_few_pixels(const Correlation<S>& c, const CorrelationPlan& p, const ThreadPool& pool) {
+void correlate_few_pixels(const Correlation<S>& c, const CorrelationPlan& p, const PackedHeader* kept, const ThreadPool& pool) {
   using T = Compute<S>;
   const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
   const int64_t kernel_depth = c.shape.kernel_height * c.shape.kernel_width * c.in_channels;
@@ -419,19 +430,65 @@ void correlate_few_pixels(const Correlation<S>& c, const CorrelationPlan& p, con
       const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
       const int64_t pixels = phase.pixels(c.batch), channels = min<int64_t>(c.out_channels - channel, tile_cols<T>);
       if (pixels == 0) continue;
-      const PackedWeights<T> weights = {weights_data, phase.patches.columns(), tile_cols<T>, true};
-      pack_weights(c, phase, group, channel, 0, weights);
+      const PackedWeights<T> weights =
+          kept ? packed_weights(kept_panels<T>(kept), c, p, phase, group)
+               : PackedWeights<T>{weights_data, phase.patches.columns(), tile_cols<T>, true};
+      const int64_t place = kept ? channel : 0;
+      if (!kept) pack_weights(c, phase, group, channel, place, weights);
       const T* patches = patches_of(phase, group);
       if (weights.depth == 0) zero_matrix(Matrix<T>{result, tile_cols<T>, 1}, pixels, tile_cols<T>);
       for (int64_t start = 0; start < weights.depth; start += block_depth) {
         const int64_t block = weights.block(start);
         block_product(pixels, tile_cols<T>, block, Matrix<const T>{patches + start * pixels, block, 1},
-                      Panels<T>{weights.at(start, 0), 0, tile_cols<T>}, result, tile_cols<T>, start > 0);
+                      Panels<T>{weights.at(start, place), 0, tile_cols<T>}, result, tile_cols<T>, start > 0);
       }
       finish_results(c, CorrelationPiece<S>{phase, group, 0, pixels, channel, channels}, channel, channels,
                      Matrix<T>{result, tile_cols<T>, 1}, false);
     }
   });
+}
+
+// Packs all weights; whether they are finite, where that is asked for.
+template <class S>
+bool pack_all_weights(const Correlation<S>& c, const CorrelationPlan& p, bool ask, Compute<S>* packed, const ThreadPool& pool) {
+  using T = Compute<S>;
+  bool finite = true;
+  const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x, panels = ceil_div(c.out_channels, tile_cols<T>);
+  parallel_for(pool, phases * c.groups * panels, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t channel = i % panels * tile_cols<T>, group = i / panels % c.groups, index = i / panels / c.groups;
+      const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
+      const PackedWeights<T> weights = packed_weights(packed, c, p, phase, group);
+      pack_weights(c, phase, group, channel, channel, weights);
+      if (ask && !all_finite(weights, channel, min<int64_t>(p.packed_channels - channel, tile_cols<T>)))
+        __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+    }
+  });
+  return finite;
+}
+
+template <class S>
+int64_t packed_elements(const Correlation<S>& c, const CorrelationPlan& p) {
+  return c.shape.kernel_height * c.shape.kernel_width * c.groups * c.in_channels * p.packed_channels;
+}
+
+// With more pixels the packing hardly counts; and rows of weights are packed faster than columns.
+constexpr int64_t most_pixels_to_pack = 1024;
+
+template <class S>
+Conv2dPacking gemm_packing(const Conv2dForward& problem) {
+  const Correlation<S> c = correlation<S>(problem);
+  const int64_t pixels = make_phase(c, 0, 0).pixels(c.batch);
+  if (pixels == 0 || pixels > most_pixels_to_pack || c.groups * c.out_channels * c.in_channels == 0) return {};
+  const CorrelationPlan p = plan(c, 1);
+  if (!p.channels_are_cols) return {};
+  return packing(PackedForm::panels, packed_elements(c, p) * static_cast<int64_t>(sizeof(Compute<S>)));
+}
+
+template <class S>
+void gemm_pack(const Conv2dForward& problem, PackedHeader& to, const ThreadPool& pool) {
+  const Correlation<S> c = correlation<S>(problem);
+  to.finite = pack_all_weights(c, plan(c, 1), true, static_cast<Compute<S>*>(to.data()), pool);
 }
 
 template <class S, class Problem>
@@ -440,23 +497,12 @@ void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
   const Correlation<S> c = correlation<S>(problem);
   if (c.batch == 0 || c.groups * c.out_channels == 0 || make_phase(c, 0, 0).pixels(c.batch) == 0) return;
   const CorrelationPlan p = plan(c, pool.threads);
-  if (p.weights_used_once) return correlate_few_pixels(c, p, pool);
+  const PackedHeader* kept = p.channels_are_cols ? kept_weights(problem, PackedForm::panels) : nullptr;
+  if (p.weights_used_once) return correlate_few_pixels(c, p, kept, pool);
   const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
-  T* packed = scratch<T>(ScratchUse::caller, c.shape.kernel_height * c.shape.kernel_width * c.groups * c.in_channels *
-                                                 p.packed_channels);
-
-  bool skip_padding = p.skip_padding;  // and no weight gives NaN where it meets padding
-  const int64_t panels = ceil_div(c.out_channels, tile_cols<T>);
-  parallel_for(pool, phases * c.groups * panels, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t channel = i % panels * tile_cols<T>, group = i / panels % c.groups, index = i / panels / c.groups;
-      const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
-      const PackedWeights<T> weights = packed_weights(packed, c, p, phase, group);
-      pack_weights(c, phase, group, channel, channel, weights);
-      if (p.skip_padding && !all_finite(weights, channel, min<int64_t>(p.packed_channels - channel, tile_cols<T>)))
-        __atomic_store_n(&skip_padding, false, __ATOMIC_RELAXED);
-    }
-  });
+  T* packed = kept ? kept_panels<T>(kept) : scratch<T>(ScratchUse::caller, packed_elements(c, p));
+  const bool finite = kept ? kept->finite : pack_all_weights(c, p, p.skip_padding, packed, pool);
+  const bool skip_padding = p.skip_padding && finite;  // else a weight may give NaN where it meets padding
 
   const int64_t units = p.samples_apart ? c.batch : 1, unit_batch = p.samples_apart ? 1 : c.batch;
   const int64_t cells = p.y.count * p.x.count, cell_pieces = units * p.pixel_blocks * c.groups * p.channel_ranges;

@@ -49,7 +49,7 @@ void forward_then_pool(const Conv2dForward& problem, void (*forward)(const Conv2
   const Conv2dShape& s = problem.shape;
   const int64_t channels = s.out_channels, lines = s.out_height, pixels = s.out_width, elements = channels * lines * pixels;
   if (elements * s.batch == 0) return;
-  const int64_t held = pool.threads * l2_cache_bytes() / 2 / (elements * static_cast<int64_t>(sizeof(S)));
+  const int64_t held = 4 * pool.threads * l2_cache_bytes() / (elements * static_cast<int64_t>(sizeof(S)));
   const int64_t block = min(s.batch, max<int64_t>(1, held));
   S* unpooled = static_cast<S*>(thread_scratch(ScratchUse::unpooled, block * elements * static_cast<int64_t>(sizeof(S))));
   const bool channels_last = problem.output.stride[1] == 1 && channels > 1;

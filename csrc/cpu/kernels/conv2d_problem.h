@@ -27,6 +27,9 @@ struct Correlation {
   Epilogue epilogue;
 
   bool pools() const { return epilogue.pooling != Pooling::none; }
+  bool finishes() const { return residual || epilogue.activation != Activation::none; }
+  // Results are stored narrower than they are computed, and rounded after the epilogue.
+  bool rounds_last() const { return sizeof(S) < sizeof(Compute<S>) && finishes(); }
   int64_t phases_y() const { return input_grad ? min(shape.stride_h, shape.in_height) : 1; }
   int64_t phases_x() const { return input_grad ? min(shape.stride_w, shape.in_width) : 1; }
 };
@@ -159,7 +162,8 @@ Correlation<S> correlation(const Conv2dInputGrad& p) {
           static_cast<const S*>(p.grad_output.data), {g[0], g[1], g[2], g[3]},
           static_cast<const S*>(p.weight.data), w[1], w[0], w[2], w[3], in * w[0],
           static_cast<const S*>(p.bias),
-          static_cast<S*>(p.grad_input.data), {o[0], o[1], o[2], o[3]}, nullptr, {}};
+          static_cast<S*>(p.grad_input.data), {o[0], o[1], o[2], o[3]},
+          static_cast<const S*>(p.epilogue.residual), p.epilogue};
 }
 
 }  // namespace

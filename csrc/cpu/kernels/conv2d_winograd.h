@@ -277,14 +277,19 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile ti
 
 // With fewer tiles at a time, reading (or making) the weights would cost more than the products.
 constexpr int64_t winograd_least_tiles = 64;
-// Transformed weights beyond this many elements are not kept for all chunks but made again by each.
-constexpr int64_t winograd_most_packed = int64_t{1} << 23;
+// Up to this many tiles it pays to make U anew for every four of them, in registers, if there are enough registers.
+constexpr int64_t winograd_few_tiles = 8;
+constexpr bool many_registers = tile_rows == 12;
+// With more tiles the reading of the weights hardly counts, packed or not.
+constexpr int64_t winograd_most_tiles_to_pack = 128;
+// Transformed weights beyond this many elements are not made for all chunks but again by each.
+constexpr int64_t winograd_most_u = int64_t{1} << 23;
 
 struct WinogradPlan {
   int64_t chunk_tiles, chunks;
   bool chunk_per_thread;  // else all threads work on one chunk together
   int64_t range_tiles;    // of a chunk, per piece of work
-  bool pack;              // all weights before the first chunk
+  bool transform_first;   // all weights before the first chunk
 };
 
 // The cut depends on the number of threads, an element's bits don't.
@@ -299,7 +304,7 @@ WinogradPlan winograd_plan(const Winograd<S, Taps>& w, int64_t threads) {
   const int64_t ranges = p.chunk_per_thread ? 1 : ceil_div(2 * threads, w.c.groups * w.panels);
   p.range_tiles = min(p.chunk_tiles, max<int64_t>(2 * tile_rows, ceil_div(p.chunk_tiles, ranges)));
   const bool used_again = p.chunks > 1 || p.range_tiles < p.chunk_tiles;
-  p.pack = used_again && winograd_packed_elements(w) <= winograd_most_packed;
+  p.transform_first = used_again && winograd_u_elements(w) <= winograd_most_u;
   return p;
 }
 
@@ -356,14 +361,80 @@ void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t tiles, co
     }
 }
 
-// The results of a chunk of `tiles` tiles from `first` on. `packed` is U, or nullptr: then it is made on the way.
+// M of one block for a column of points and few tiles, whose U goes from the taps through registers: to make U and to read it
+// again would cost more than the products.
+template <int Column, int Tiles>
+[[gnu::noinline]] void few_tiles_column(const float* taps, const float* next, int64_t depth, const float* v,
+                                        int64_t tile_stride, int64_t point_stride, float* m, int64_t m_point_stride,
+                                        bool add) {
+  constexpr int points = winograd_inputs<3>;
+  // Of the nine taps; the first and the last column read few of their own.
+  constexpr int first_ahead = Column == 0 ? 0 : Column + 2, ahead = Column == 0 ? 3 : Column == points - 1 ? 2 : 1;
+  FloatVector sum[points][Tiles] = {};
+  const float* from[points];
+  for (int y = 0; y < points; ++y) from[y] = v + (points * y + Column) * point_stride;
+  for (int64_t k = 0; k < depth; ++k, taps += 9 * lanes<float>) {
+    FloatVector g[9], column[3], u[points];
+    for (int tap = first_ahead; tap < first_ahead + ahead; ++tap)
+      __builtin_prefetch(next + (9 * k + tap) * lanes<float>, 0, 2);
+    load_taps<3>(taps, g);
+#pragma GCC unroll 3
+    for (int y = 0; y < 3; ++y) {
+      FloatVector row[points];
+      transform_kernel({g[3 * y], g[3 * y + 1], g[3 * y + 2]}, row);
+      column[y] = row[Column];
+    }
+    transform_kernel(column, u);
+#pragma GCC unroll 6
+    for (int y = 0; y < points; ++y)
+#pragma GCC unroll 4
+      for (int t = 0; t < Tiles; ++t) sum[y][t] += from[y][t * tile_stride + k] * u[y];
+  }
+  for (int y = 0; y < points; ++y)
+    for (int t = 0; t < Tiles; ++t) {
+      float* to = m + (points * y + Column) * m_point_stride + t * winograd_width;
+      store_vector(add ? load_vector(to) + sum[y][t] : sum[y][t], to);
+    }
+}
+
+template <int Tiles, int... Column>
+void few_tiles_columns(std::integer_sequence<int, Column...>, const float* taps, const float* next, int64_t depth,
+                       const float* v, int64_t tile_stride, int64_t point_stride, float* m, int64_t m_point_stride,
+                       bool add) {
+  (few_tiles_column<Column, Tiles>(taps, next, depth, v, tile_stride, point_stride, m, m_point_stride, add), ...);
+}
+
+// The same bits as block_products(). What lies behind `taps` is brought near, as it is needed next.
+template <class S>
+void few_tiles_products(const Winograd<S, 3>& w, int64_t block, int64_t tiles, const float* v, int64_t v_stride,
+                        const float* taps, float* m, int64_t m_stride) {
+  constexpr std::make_integer_sequence<int, winograd_inputs<3>> columns = {};
+  const int64_t depth = w.source.block_channels(block), width = w.source.block_width;
+  for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += w.taps_vector_stride())
+    for (int64_t tile = 0, count; tile < tiles; tile += count) {
+      const float* from = v + tile * width;
+      float* to = m + tile * winograd_width + out;
+      const auto multiply = [&](auto tiles) {
+        few_tiles_columns<tiles>(columns, taps, taps + w.taps_vector_stride(), depth, from, width, v_stride, to, m_stride,
+                                 block > 0);
+      };
+      count = min<int64_t>(tiles - tile, 4);
+      if (count == 1) multiply(std::integral_constant<int, 1>{});
+      if (count == 2) multiply(std::integral_constant<int, 2>{});
+      if (count == 3) multiply(std::integral_constant<int, 3>{});
+      if (count == 4) multiply(std::integral_constant<int, 4>{});
+    }
+}
+
+// The results of a chunk of `tiles` tiles from `first` on. `all_u` is U, or nullptr: then it is made on the way.
 template <class S, int Taps>
-void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float* packed, const float* v, int64_t first,
+void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float* all_u, const float* v, int64_t first,
                   int64_t tiles, const ThreadPool& pool) {
   const auto& source = w.source;
   const int64_t ranges = ceil_div(tiles, p.range_tiles), m_stride = p.range_tiles * winograd_width + line_floats;
   const int64_t m_elements = w.points * w.points * m_stride;
   const Access access = access_of(w.phase.result_channel_stride, w.phase.result_x_stride);
+  const bool in_scratch = w.c.pools() || w.c.rounds_last() || access == Access::any;
   const bool prefetch = images_are_large<S>(w.c.shape);
   const int64_t next_tiles = prefetch && p.chunk_per_thread ? min(source.tiles() - first - tiles, p.chunk_tiles) : 0;
   parallel_for(pool, w.c.groups * w.panels * ranges, [&](int64_t begin, int64_t end) {
@@ -380,37 +451,40 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
           result_prefetcher(w, first + tile, prefetch ? count : 0, group * w.c.out_channels + out, outs, calls);
       const auto fetch = [&] { results(), next_source(); };
       for (int64_t block = 0; block < source.blocks; ++block) {
-        const float* u = packed + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();
-        if (!packed) transform_weights(w, group, panel, block, own_u), u = own_u;
         const float* block_v =
             v + (group * source.blocks + block) * source.block_stride(tiles) + tile * source.block_width;
+        if constexpr (Taps == 3 && many_registers)
+          if (!all_u && count <= winograd_few_tiles) {
+            if (!w.kept_taps) gather_taps(w, group, panel, block, own_u);
+            const float* taps = w.kept_taps ? w.kept_taps_of(group, panel, block) : own_u;
+            few_tiles_products(w, block, count, block_v, source.point_stride(tiles), taps, m, m_stride);
+            continue;
+          }
+        const float* u = all_u + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();
+        if (!all_u) transform_weights(w, group, panel, block, own_u), u = own_u;
         block_products(w, block, count, block_v, source.point_stride(tiles), u, m, m_stride, fetch);
       }
       const auto finish = access == Access::channels ? result_tiles<S, Taps, Access::channels>
                           : access == Access::line   ? result_tiles<S, Taps, Access::line>
                                                      : result_tiles<S, Taps, Access::any>;
-      finish(w, group, first + tile, count, out, m, m_stride, w.c.pools() ? tile_results : nullptr);
+      finish(w, group, first + tile, count, out, m, m_stride, in_scratch ? tile_results : nullptr);
     }
   });
 }
 
-// `packed`: what winograd_pack() made, or nullptr.
 template <class S, int Taps>
-void correlate_by_winograd(const Winograd<S, Taps>& w, const float* packed, const ThreadPool& pool) {
+void correlate_by_winograd(const Winograd<S, Taps>& w, const ThreadPool& pool) {
   const WinogradPlan p = winograd_plan(w, pool.threads);
   const int64_t v_elements = round_up(w.source.elements(p.chunk_tiles), line_floats);
   const int64_t slots = p.chunk_per_thread ? pool.threads : 1;
-  const int64_t u_elements = packed || !p.pack ? 0 : winograd_packed_elements(w);
+  const int64_t u_elements = p.transform_first ? winograd_u_elements(w) : 0;
   float* v = scratch<float>(ScratchUse::caller, slots * v_elements + u_elements);
-  if (u_elements) {
-    float* u = v + slots * v_elements;
-    winograd_pack(w, u, pool);
-    packed = u;
-  }
+  float* all_u = p.transform_first ? v + slots * v_elements : nullptr;
+  if (all_u) transform_all_weights(w, all_u, pool);
   const auto run_chunk = [&](int64_t chunk, float* chunk_v, const ThreadPool& threads) {
     const int64_t first = chunk * p.chunk_tiles, tiles = min(w.source.tiles() - first, p.chunk_tiles);
     transform_patches(w.source, first, tiles, chunk_v, threads);
-    product_step(w, p, packed, chunk_v, first, tiles, threads);
+    product_step(w, p, all_u, chunk_v, first, tiles, threads);
   };
   if (p.chunk_per_thread) {
     parallel_for(pool, slots, [&](int64_t begin, int64_t end) {
@@ -502,19 +576,50 @@ inline bool winograd_on_phases_applies(const Conv2dInputGrad& p) {
          winograd_on_phases_applies(p.shape, p.dtype, ceil_div(p.shape.in_height, 2), ceil_div(p.shape.in_width, 2));
 }
 
+template <int Taps>
+constexpr PackedForm winograd_form = Taps == 3 ? PackedForm::taps3 : PackedForm::taps2;
+
 template <int Taps, class S, class Problem>
 void correlate_by_winograd(const Problem& problem, const ThreadPool& pool) {
   if constexpr (sizeof(Compute<S>) == sizeof(float)) {
     const Correlation<S> c = correlation<S>(problem);
     if (c.batch == 0) return;
+    const PackedHeader* kept = kept_weights(problem, winograd_form<Taps>);
     const auto each_phase = [&](const Correlation<S>& part) {
       for (int64_t y = 0; y < part.phases_y(); ++y)
-        for (int64_t x = 0; x < part.phases_x(); ++x) correlate_by_winograd(winograd<S, Taps>(part, y, x), nullptr, pool);
+        for (int64_t x = 0; x < part.phases_x(); ++x) {
+          Winograd<S, Taps> w = winograd<S, Taps>(part, y, x);
+          if (kept) w.kept_taps = static_cast<const float*>(kept->data());
+          correlate_by_winograd(w, pool);
+        }
     };
     if (c.shape.dilation_h * c.shape.dilation_w == 1) return each_phase(c);
     for (int64_t y = 0; y < c.shape.dilation_h; ++y)
       for (int64_t x = 0; x < c.shape.dilation_w; ++x) each_phase(dilation_part(c, y, x));
   }
+}
+
+// Taps of one phase of the result, the only one, and of one part of a dilated convolution, all of which have the same.
+template <int Taps, class S>
+Winograd<S, Taps> winograd_to_pack(const Conv2dForward& p) {
+  const Correlation<S> c = correlation<S>(p);
+  return winograd<S, Taps>(c.shape.dilation_h * c.shape.dilation_w == 1 ? c : dilation_part(c, 0, 0), 0, 0);
+}
+
+template <int Taps, class S>
+Conv2dPacking winograd_packing(const Conv2dForward& p) {
+  if constexpr (sizeof(Compute<S>) == sizeof(float)) {
+    const Winograd<S, Taps> w = winograd_to_pack<Taps, S>(p);
+    if (w.source.tiles() > 0 && w.source.tiles() <= winograd_most_tiles_to_pack)
+      return packing(winograd_form<Taps>, w.taps_elements() * static_cast<int64_t>(sizeof(float)));
+  }
+  return {};
+}
+
+template <int Taps, class S>
+void winograd_pack(const Conv2dForward& p, PackedHeader& to, const ThreadPool& pool) {
+  if constexpr (sizeof(Compute<S>) == sizeof(float))
+    gather_all_taps(winograd_to_pack<Taps, S>(p), static_cast<float*>(to.data()), pool);
 }
 
 }  // namespace

@@ -105,6 +105,7 @@ struct Winograd {
   TiledImages<S, points, points> source;
   TapRun taps_y[winograd_most_phases], taps_x[winograd_most_phases];  // of each of the source's phases
   int64_t panels;                                                      // of a group
+  const float* kept_taps;                                              // of all weights, see below; or nullptr
 
   int64_t height() const { return phase.patches.y.positions; }
   int64_t width() const { return phase.patches.x.positions; }
@@ -116,6 +117,14 @@ struct Winograd {
   int64_t u_point_stride() const { return source.block_width * winograd_width + line_floats; }
   int64_t u_block_stride() const { return points * points * u_point_stride(); }
   int64_t u_panel_stride() const { return source.blocks * u_block_stride(); }
+
+  // Taps [group, panel, block, vector of the panel's channels, channel, tap, lane]: as the transform of U reads them.
+  int64_t taps_vector_stride() const { return source.block_width * Taps * Taps * lanes<float>; }
+  int64_t taps_block_stride() const { return winograd_width / lanes<float> * taps_vector_stride(); }
+  int64_t taps_elements() const { return c.groups * panels * source.blocks * taps_block_stride(); }
+  const float* kept_taps_of(int64_t group, int64_t panel, int64_t block) const {
+    return kept_taps + ((group * panels + panel) * source.blocks + block) * taps_block_stride();
+  }
 };
 
 template <class S, int Taps>
@@ -136,7 +145,7 @@ Winograd<S, Taps> winograd(const Correlation<S>& c, int64_t phase_y, int64_t pha
   source.batch = c.batch, source.groups = c.groups, source.channels = c.in_channels;
   source.tiles_y = ceil_div(w.height(), winograd_outputs), source.tiles_x = ceil_div(w.width(), winograd_outputs);
   source.cut_channels(winograd_depth);
-  w.panels = ceil_div(c.out_channels, winograd_width);
+  w.panels = ceil_div(c.out_channels, winograd_width), w.kept_taps = nullptr;
   return w;
 }
 

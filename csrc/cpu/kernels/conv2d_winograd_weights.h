@@ -151,9 +151,9 @@ struct WeightSquares {
   }
 };
 
-// U for one panel and one block.
-template <class S, int Taps>
-void transform_weights(const Winograd<S, Taps>& w, int64_t group, int64_t panel, int64_t block, float* u) {
+// Calls use(taps, channel, out) for each input channel of one panel and block and each vector of output channels.
+template <class S, int Taps, class Use>
+void for_each_weight(const Winograd<S, Taps>& w, int64_t group, int64_t panel, int64_t block, Use&& use) {
   const Correlation<S>& c = w.c;
   const int64_t first = panel * winograd_width, outs = min(c.out_channels - first, winograd_width);
   const int64_t channels = w.source.block_channels(block), phase = block / w.source.channel_blocks;
@@ -161,15 +161,12 @@ void transform_weights(const Winograd<S, Taps>& w, int64_t group, int64_t panel,
   const S* weight = c.weight + group * c.weight_group_stride + first * c.weight_out_stride +
                     w.source.first_channel(block) * c.weight_in_stride;
   FloatVector loaded[4][Taps * Taps] = {};
-  const auto transform = [&](const FloatVector (&g)[Taps * Taps], int64_t channel, int64_t out) {
-    transform_weights<Taps>(g, u + channel * winograd_width + out, w.u_point_stride());
-  };
   int64_t channel = 0;
   if (WeightSquares<S, Taps> squares(c); squares.able() && outs == winograd_width)
     for (; channel + lanes<float> <= channels; channel += lanes<float>)
       for (int64_t out = 0; out < winograd_width; out += lanes<float>) {
         squares.load(c, weight + channel * c.weight_in_stride + out * c.weight_out_stride);
-        for (int64_t i = 0; i < lanes<float>; ++i) squares.taps(i, taps, loaded[0]), transform(loaded[0], channel + i, out);
+        for (int64_t i = 0; i < lanes<float>; ++i) squares.taps(i, taps, loaded[0]), use(loaded[0], channel + i, out);
       }
   for (; channel < channels; channel += 4)
     for (int64_t out = 0; out < winograd_width; out += lanes<float>) {
@@ -179,22 +176,69 @@ void transform_weights(const Winograd<S, Taps>& w, int64_t group, int64_t panel,
         load_weights<S, Taps>(c, from, taps, count, loaded);
       else
         load_part_of_weights<S, Taps>(c, from, taps, count, max<int64_t>(outs - out, 0), loaded);
-      for (int64_t i = 0; i < count; ++i) transform(loaded[i], channel + i, out);
+      for (int64_t i = 0; i < count; ++i) use(loaded[i], channel + i, out);
     }
+}
+
+// The taps of one panel and one block.
+template <class S, int Taps>
+void gather_taps(const Winograd<S, Taps>& w, int64_t group, int64_t panel, int64_t block, float* to) {
+  for_each_weight(w, group, panel, block, [&](const FloatVector (&g)[Taps * Taps], int64_t channel, int64_t out) {
+    float* vectors = to + out / lanes<float> * w.taps_vector_stride() + channel * Taps * Taps * lanes<float>;
+    for (int tap = 0; tap < Taps * Taps; ++tap) store_vector(g[tap], vectors + tap * lanes<float>);
+  });
+}
+
+template <int Taps>
+void load_taps(const float* from, FloatVector (&g)[Taps * Taps]) {
+#pragma GCC unroll 9
+  for (int tap = 0; tap < Taps * Taps; ++tap) g[tap] = load_vector(from + tap * lanes<float>);
+}
+
+// U for one panel and one block.
+template <class S, int Taps>
+void transform_weights(const Winograd<S, Taps>& w, int64_t group, int64_t panel, int64_t block, float* u) {
+  const auto transform = [&](const FloatVector (&g)[Taps * Taps], int64_t channel, int64_t out) {
+    transform_weights<Taps>(g, u + channel * winograd_width + out, w.u_point_stride());
+  };
+  if (!w.kept_taps) return for_each_weight(w, group, panel, block, transform);
+  constexpr int64_t channels_ahead = 16;
+  for (int64_t out = 0; out < winograd_width; out += lanes<float>) {
+    const float* taps = w.kept_taps_of(group, panel, block) + out / lanes<float> * w.taps_vector_stride();
+    for (int64_t channel = 0; channel < w.source.block_channels(block); ++channel, taps += Taps * Taps * lanes<float>) {
+      FloatVector g[Taps * Taps];
+      for (int tap = 0; tap < Taps * Taps; ++tap)
+        __builtin_prefetch(taps + (channels_ahead * Taps * Taps + tap) * lanes<float>);
+      load_taps<Taps>(taps, g);
+      transform(g, channel, out);
+    }
+  }
+}
+
+// Calls one(group, panel, block, place of the three together) for all of them.
+template <class S, int Taps, class One>
+void for_each_block(const Winograd<S, Taps>& w, const ThreadPool& pool, One&& one) {
+  const int64_t blocks = w.source.blocks;
+  parallel_for(pool, w.c.groups * w.panels * blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) one(i / blocks / w.panels, i / blocks % w.panels, i % blocks, i);
+  });
 }
 
 // Elements of the weights transformed once for all chunks.
 template <class S, int Taps>
-int64_t winograd_packed_elements(const Winograd<S, Taps>& w) { return w.c.groups * w.panels * w.u_panel_stride(); }
+int64_t winograd_u_elements(const Winograd<S, Taps>& w) { return w.c.groups * w.panels * w.u_panel_stride(); }
 
 template <class S, int Taps>
-void winograd_pack(const Winograd<S, Taps>& w, float* packed, const ThreadPool& pool) {
-  const int64_t blocks = w.source.blocks;
-  parallel_for(pool, w.c.groups * w.panels * blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i / blocks;
-      transform_weights(w, panel / w.panels, panel % w.panels, i % blocks, packed + i * w.u_block_stride());
-    }
+void transform_all_weights(const Winograd<S, Taps>& w, float* u, const ThreadPool& pool) {
+  for_each_block(w, pool, [&](int64_t group, int64_t panel, int64_t block, int64_t place) {
+    transform_weights(w, group, panel, block, u + place * w.u_block_stride());
+  });
+}
+
+template <class S, int Taps>
+void gather_all_taps(const Winograd<S, Taps>& w, float* taps, const ThreadPool& pool) {
+  for_each_block(w, pool, [&](int64_t group, int64_t panel, int64_t block, int64_t place) {
+    gather_taps(w, group, panel, block, taps + place * w.taps_block_stride());
   });
 }
 

@@ -46,13 +46,10 @@ struct Stamp {
   int64_t shape[8];
   char elements[weights][samples * 8];
 
-  template <class T>
-  void sample(int64_t weight, Storage<T> storage, const void* from, int64_t count) {
-    const int64_t size = storage.bytes(1);
-    for (int64_t i = 0; i < samples && count > 0; ++i) {
-      const int64_t at = (count - 1) * i / (samples - 1);
-      __builtin_memcpy(elements[weight] + i * size, static_cast<const char*>(from) + at * size, size);
-    }
+  template <class S>
+  void sample(int64_t weight, const void* from, int64_t count) {
+    for (int64_t i = 0; i < samples && count > 0; ++i)
+      store_as(elements[weight] + i * sizeof(S), static_cast<const S*>(from)[(count - 1) * i / (samples - 1)]);
   }
 };
 
@@ -113,11 +110,15 @@ struct Forward {
     const int64_t rows = cell.gates * hidden;
     Stamp stamp = {{L, sizeof(T), static_cast<int64_t>(p.dtype), static_cast<int64_t>(p.cell), inputs, hidden, projected,
                     p.weights.b_ih != nullptr}, {}};
-    stamp.sample(0, storage, p.weights.w_ih, rows * inputs);
-    stamp.sample(1, storage, p.weights.w_hh, rows * outputs);
-    stamp.sample(2, storage, p.weights.b_ih, p.weights.b_ih ? rows : 0);
-    stamp.sample(3, storage, p.weights.b_hh, p.weights.b_hh ? rows : 0);
-    stamp.sample(4, storage, p.weights.w_hr, projected * hidden);
+    auto sample = [&](int64_t weight, const void* from, int64_t count) {
+      if (storage.converts()) stamp.sample<uint16_t>(weight, from, count);
+      else stamp.sample<T>(weight, from, count);
+    };
+    sample(0, p.weights.w_ih, rows * inputs);
+    sample(1, p.weights.w_hh, rows * outputs);
+    sample(2, p.weights.b_ih, p.weights.b_ih ? rows : 0);
+    sample(3, p.weights.b_hh, p.weights.b_hh ? rows : 0);
+    sample(4, p.weights.w_hr, projected * hidden);
     return stamp;
   }
 

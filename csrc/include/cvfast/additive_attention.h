@@ -1,6 +1,7 @@
 // The weights of additive attention (Bahdanau et al. 2015), without a tensor [B, T, S, A]: softmax over s of
 //   score[b, t, s] = sum over a of weight[a] * tanh(query[b, t, a] + key[b, s, a])
-// with query and key already projected to A features. A query that sees no key has weights and gradients 0.
+// with query and key already projected to A features. A query that sees no key has weights and gradients 0. Forward, the
+// score may be the dot product instead: scale * sum over a of query[b, t, a] * key[b, s, a].
 #pragma once
 #include "common.h"
 
@@ -16,7 +17,8 @@ struct AdditiveShape {
 struct AdditiveProblem {
   AdditiveShape shape;
   DType dtype;
-  const void *query, *key, *weight;  // [B, T, A], [B, S, A], [A]
+  const void *query, *key, *weight;  // [B, T, A], [B, S, A], [A]; weight nullptr: dot products
+  double scale;                      // of dot products
   const unsigned char* mask;
   int64_t mask_stride[3];
 };
@@ -24,6 +26,11 @@ struct AdditiveProblem {
 struct AdditiveWeights {
   AdditiveProblem problem;
   void* weights;  // [B, T, S], contiguous, in the compute type; 0 where hidden
+  // context [B, T, E] = weights values, of values [B, S, E], contiguous; nullptr: not wanted. A value whose weights are 0
+  // takes no part, NaN or not.
+  const void* values;
+  int64_t value_size;
+  void* context;
 };
 
 struct AdditiveWeightsBackward {

@@ -24,7 +24,7 @@ struct Conv2dShape {
 // any number of threads, for a sample alone or in a batch, and for any strides of the tensors.
 
 // What becomes of a result r: activation(r + residual); then, of each 2x2 results, the largest (NaN if one is NaN) or the mean.
-enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, sigmoid, tanh };
+enum class Activation : int32_t { none, relu, relu6, leaky_relu, silu, sigmoid, tanh, gelu, gelu_tanh, hardswish, hardsigmoid };
 enum class Pooling : int32_t { none, max, average };
 struct Epilogue {
   Activation activation;
@@ -43,17 +43,25 @@ struct Conv2dForward {
   const void* bias;
   Tensor4 output;
   Epilogue epilogue = {};
+  const void* packed = nullptr;  // what the kernels packed of these weights, or of others: then it is ignored
+};
+
+// The form in which a forward convolution reads its weights if somebody keeps them: a number that is the same for all calls
+// that can share them (0: none pays), and the bytes of it.
+struct Conv2dPacking {
+  int64_t form, bytes;
 };
 
 // grad_input [N, C, H, W] from grad_output [N, K, P, Q] and weight; with + bias [C] (contiguous, or nullptr) it is the
-// transposed convolution of grad_output. P and Q may be smaller than what a convolution of [H, W] gives: the rest of its
-// output counts as zeros.
+// transposed convolution of grad_output, with its epilogue (no pooling). P and Q may be smaller than what a convolution of
+// [H, W] gives: the rest of its output counts as zeros.
 struct Conv2dInputGrad {
   Conv2dShape shape;
   DType dtype;
   ConstTensor4 grad_output, weight;
   const void* bias;
   Tensor4 grad_input;
+  Epilogue epilogue = {};
 };
 
 // grad_weight [K, C/G, R, S] from grad_output and input.

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from cvfast import _library
-from cvfast.ops.card import call
+from cvfast.backends.ext import linear
+from cvfast.ops.attention_lstm_cell import STEP
+from cvfast.ops.card import call, derives, watched
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 
@@ -31,29 +33,27 @@ def run(
     query: Tensor, keys: Tensor, values: Tensor, w_query: Tensor, w_key: Tensor | None, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Context [B, T, E] and weights [B, T, S]; query [B, T, Q], mask [B, 1 or T, S], else as in cvfast.functional."""
-    k = keys if w_key is None else _linear(keys, w_key)
-    q = _linear_of_few(query, w_query) if query.shape[1] == 1 else _linear(query, w_query)
+    k = keys if w_key is None else linear.run(keys, w_key, None)
+    q = _linear_of_few(query, w_query) if query.shape[1] == 1 else linear.run(query, w_query, None)
     weights = call(torch.ops.cvfast.additive_weights.default, q, k, v, mask).to(values.dtype)
     if mask is not None:
         values = values.masked_fill(~mask.any(1).unsqueeze(-1), 0)
     return _product(weights, values, False), weights
 
 
+def lstm_step(*operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """As cvfast/ops/attention_lstm_cell.py says; None where a derivative, a tracer or a narrow dtype asks for more."""
+    input = operands[0]
+    if input.dtype not in (torch.float32, torch.float64) or watched(input) or derives(operands):
+        return None
+    return STEP(*operands)
+
+
 # torch's own products would not give the same bits for any number of threads and samples.
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T by a 1x1 convolution: the rows of x are pixels."""
-    if x.numel() == 0:
-        return torch.nn.functional.linear(x, weight)
-    pixels = x.flatten(0, -2).t()[None, :, :, None]
-    op = torch.ops.cvfast.conv2d.default
-    result = call(op, pixels, weight[:, :, None, None], None, (1, 1), (0, 0), (1, 1), 1)
-    return result.squeeze((0, 3)).t().reshape(*x.shape[:-1], -1)
-
-
 def _linear_of_few(x: Tensor, weight: Tensor) -> Tensor:
-    """[B, 1, A] from x [B, 1, Q]: a convolution would pack the weight, which costs more than so small a product."""
+    """[B, 1, A] from x [B, 1, Q]: linear.run would pack the weight, which costs more than so small a product."""
     return _product(x.transpose(0, 1), weight.unsqueeze(0), True).transpose(0, 1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +10,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from cvfast import _library
+from cvfast._packed import packed
 from cvfast.ops.card import autocast_dtype, call, derives, watched
-from cvfast.ops.conv2d import epilogue_kernel, result_format
+from cvfast.ops.conv2d import epilogue_kernel, pack_kernel, packed_form_kernel, result_format
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 CUDA_DTYPES = (torch.float32, torch.float64)
@@ -53,9 +53,6 @@ def _cuts_patches(weight: Tensor, stride: Sequence[int], padding: Sequence[int])
     return tuple(stride) == tuple(weight.shape[2:]) and not any(padding) and weight.shape[1] <= 4
 
 
-IN_KERNEL = ("none", "relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh")  # activations
-
-
 def run_with_epilogue(
     residual: Tensor | None,
     activation: str,
@@ -69,21 +66,13 @@ def run_with_epilogue(
     """activation(conv2d(...) + residual) in one pass; None where derivatives or tracers have to see the parts.
 
     `pooling` must be "none" where a residual is given.
-
-    bfloat16 and float16 would be rounded twice, so those are left to separate calls, too.
     """
-    tensors = [t for t in (input, weight, bias, residual) if t is not None]
-    if (
-        activation not in IN_KERNEL
-        or not all(t.is_cpu and t.dtype is input.dtype for t in tensors)
-        or input.dtype not in (torch.float32, torch.float64)
-        or watched(input)
-        or derives(tensors)
-    ):
+    if not runs_with_epilogue(input, weight, bias, residual):
         return None
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
-    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options)
+    kept = _packed_weight(input, weight, options)
+    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
 
 
 def prepare(
@@ -95,8 +84,7 @@ def prepare(
     """
     tensors = [t for t in (weight, bias) if t is not None]
     if (
-        activation not in IN_KERNEL
-        or weight.dtype not in (torch.float32, torch.float64)
+        weight.dtype not in CPU_DTYPES
         or not all(type(t) in (Tensor, Parameter) and t.is_cpu and t.dtype is weight.dtype for t in tensors)
         or why_not(weight, weight, bias, *options)
     ):
@@ -109,11 +97,45 @@ def prepare(
         if forward_ad._current_level >= 0 or not (residual is None or type(residual) is Tensor):
             return None
         try:
-            return kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options)
+            kept = _packed_weight(input, weight, options)
+            return kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
         except RuntimeError:  # what does not fit: other calls convert it, or find better words
             return None
 
     return prepared
 
 
-run = partial(call, torch.ops.cvfast.conv2d.default)  # shapes and meaning as in cvfast.functional.conv2d
+def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:
+    """Whether a kernel's epilogue may be used: on the CPU, in one dtype, and nobody has to see the parts."""
+    tensors = [input, *(t for t in operands if t is not None)]
+    return (
+        all([t.is_cpu and t.dtype is input.dtype for t in tensors])
+        and input.dtype in CPU_DTYPES
+        and not watched(input)
+        and not derives(tensors)
+    )
+
+
+_LEAST_TO_PACK = 4096  # weights: fewer are packed as fast as the kept ones are looked up
+
+
+def _packed_weight(input: Tensor, weight: Tensor, options: tuple) -> Tensor | None:
+    """The weight in the form in which the kernels read it, where that is kept."""
+    if weight.numel() < _LEAST_TO_PACK:
+        return None
+    return packed(
+        (input.shape, input.stride(), options),
+        lambda: packed_form_kernel(input, weight, *options),
+        lambda: pack_kernel(input, weight, *options),
+        weight,
+    )
+
+
+def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
+    """Shapes and meaning as in cvfast.functional.conv2d."""
+    args = (input, weight, bias)
+    if weight.numel() >= _LEAST_TO_PACK and input.is_cpu and not watched(input) and not derives(args):
+        kept = _packed_weight(input, weight, options)
+        if kept is not None:
+            return epilogue_kernel(*args, None, "none", 0.0, "none", *options, kept)
+    return call(torch.ops.cvfast.conv2d.default, *args, *options)

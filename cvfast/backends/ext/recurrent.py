@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def _run_at_once(call, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | 
     """As `run`, without derivatives: one operator for all layers, which takes weights that were packed before."""
     kept: list[Tensor] = []
     if len(call.input) > 1:  # of a single step the kernels read each weight once, where it lies
-        kept = [packed(PACK[call.cell], *w) for w in call.weights]
+        kept = [packed(None, lambda: 1, partial(PACK[call.cell], *w), *w) for w in call.weights]
     output, h_n, c_n = STACK[call.cell](
         call.input, call.lengths, call.batch_sizes, call.h_0, call.c_0, weights, call.weights[0].b_ih is not None,
         call.directions, [] if any(k is None for k in kept) else kept,

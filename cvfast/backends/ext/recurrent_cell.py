@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cvfast.backends.ext.recurrent import reasons
-from cvfast.ops.card import call
-from cvfast.ops.recurrent import CELLS, wants_saved
+from cvfast.ops.card import call, derives, watched
+from cvfast.ops.recurrent import CELLS, STEP, wants_saved
 
 OPERATORS = {cell: getattr(torch.ops.cvfast, f"{cell}_cell").default for cell in CELLS}
 
@@ -34,5 +34,8 @@ def run(
 ) -> tuple[Tensor, ...]:
     """(h, c) or (h,) after the step; shapes as in cvfast.functional.lstm_cell."""
     operands = (input, h, c, w_ih, w_hh, b_ih, b_hh)
-    new_h, new_c, _ = call(OPERATORS[cell], *operands, wants_saved(*operands))
+    if watched(input) or derives(operands):
+        new_h, new_c, _ = call(OPERATORS[cell], *operands, wants_saved(*operands))
+    else:
+        new_h, new_c = STEP[cell](*operands)
     return (new_h,) if c is None else (new_h, new_c)

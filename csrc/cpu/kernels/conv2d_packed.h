@@ -1,0 +1,64 @@
+// Weights of a forward convolution in the form in which an algorithm reads them, kept by the caller from call to call.
+//
+// In front of them stands what they were made of. A call compares this with its own weights and options, and packs anew
+// where it differs, so whatever a caller hands over the result is right as long as the weights' sampled elements tell a
+// change.
+#pragma once
+#include "cvfast/conv2d.h"
+#include "simd.h"
+
+namespace cvfast {
+namespace {
+
+// panels: conv2d_implicit_gemm.h; taps: conv2d_winograd_weights.h, of a kernel with 3x3 or with 2x2 taps per phase.
+enum class PackedForm : int64_t { none, panels, taps3, taps2 };
+
+struct alignas(64) PackedHeader {
+  static constexpr int64_t samples = 32;
+  struct Origin {
+    PackedForm form;
+    int64_t vector_bytes, dtype, groups, size[4], stride[4];
+    char elements[samples * 8];
+  } origin;
+  bool finite;  // no weight is NaN or infinite; said of panels only
+
+  // Behind the header, aligned to 64 bytes.
+  void* data() { return this + 1; }
+  const void* data() const { return this + 1; }
+};
+
+inline int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+inline PackedHeader::Origin packed_origin(const Conv2dForward& p, PackedForm form) {
+  const Conv2dShape& s = p.shape;
+  PackedHeader::Origin origin;
+  __builtin_memset(&origin, 0, sizeof origin);  // compared as bytes
+  origin.form = form, origin.vector_bytes = CVFAST_VECTOR_BYTES;
+  origin.dtype = static_cast<int64_t>(p.dtype), origin.groups = s.groups;
+  const int64_t size[4] = {s.out_channels, s.in_channels / s.groups, s.kernel_height, s.kernel_width};
+  int64_t count = 1;
+  for (int d = 0; d < 4; ++d) origin.size[d] = size[d], origin.stride[d] = p.weight.stride[d], count *= size[d];
+  const int64_t bytes = element_bytes(p.dtype);
+  for (int64_t i = 0; i < PackedHeader::samples && count > 0; ++i) {
+    int64_t index = (count - 1) * i / (PackedHeader::samples - 1), at = 0;
+    for (int d = 3; d >= 0; index /= size[d], --d) at += index % size[d] * p.weight.stride[d];
+    __builtin_memcpy(origin.elements + i * bytes, static_cast<const char*>(p.weight.data) + at * bytes, bytes);
+  }
+  return origin;
+}
+
+inline Conv2dPacking packing(PackedForm form, int64_t bytes) {
+  return {static_cast<int64_t>(form), bytes + static_cast<int64_t>(sizeof(PackedHeader))};
+}
+
+// The kept weights of a call in the form `form`, or nullptr.
+inline const PackedHeader* kept_weights(const Conv2dForward& p, PackedForm form) {
+  const auto* kept = static_cast<const PackedHeader*>(p.packed);
+  if (!kept || kept->origin.form != form) return nullptr;
+  const PackedHeader::Origin own = packed_origin(p, form);
+  return __builtin_memcmp(&own, &kept->origin, sizeof own) == 0 ? kept : nullptr;
+}
+inline const PackedHeader* kept_weights(const Conv2dInputGrad&, PackedForm) { return nullptr; }
+
+}  // namespace
+}  // namespace cvfast

@@ -1,0 +1,49 @@
+"""linear by cvfast's C++ kernels (CPU): a 1x1 convolution of one image whose pixels are the rows."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cvfast import _library
+from cvfast.backends.ext import conv2d
+from cvfast.ops.card import autocast_dtype
+from cvfast.ops.conv2d import linear
+
+# torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512.
+_MKL_IS_SLOW = _library.C is not None and _library.C.best_isa() == "avx512" and not _library.C.made_by_intel
+_LEAST_ROWS = 16
+_LEAST_PRODUCTS = 2_000_000
+
+
+def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
+    """Reasons why the compiled kernels cannot run this call."""
+    if not input.is_cpu:
+        return [f"no kernel of linear for device {input.device.type!r} (there is one for the CPU)"]
+    if input.dim() == 0 or weight.dim() != 2 or (bias is not None and bias.dim() != 1):
+        return ["a weight without rows, or a bias for all outputs, is torch's"]
+    if input.is_nested or weight.is_quantized:
+        return ["nested and quantized tensors are torch's"]
+    return conv2d.why_not(input, weight, bias)
+
+
+def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
+    """Where torch's own operator is taken although the kernels could run; figures in docs/benchmarks.md."""
+    if not _MKL_IS_SLOW or autocast_dtype(input, "cpu") is not torch.float32:
+        return ["torch's product is as fast: only in float32 with AVX-512, on other processors than Intel's, it is not"]
+    rows = input.numel() // max(1, input.shape[-1])
+    if rows < _LEAST_ROWS or rows * weight.numel() < _LEAST_PRODUCTS:
+        return [f"few rows or products ({rows}, {rows * weight.numel()}): torch's takes less time"]
+    if torch.compiler.is_exporting():
+        return ["a graph that is exported has torch's product"]
+    return []
+
+
+def is_torchs(input: Tensor, weight: Tensor) -> bool:
+    """Whether `why_slower` has a reason that is known at once: small products must not wait for a choice."""
+    return not _MKL_IS_SLOW or input.numel() * weight.shape[0] < _LEAST_PRODUCTS
+
+
+run = partial(linear, torch.ops.cvfast.conv2d.default)  # shapes and meaning as in cvfast.functional.linear

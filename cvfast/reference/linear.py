@@ -1,0 +1,11 @@
+"""The linear map."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input [*, I] times weight [O, I] transposed, plus bias [O]: [*, O]. As torch.nn.functional.linear."""
+    output = (input.unsqueeze(-2) * weight).sum(-1)
+    return output if bias is None else output + bias
