@@ -202,7 +202,7 @@ class Ncnn(Peer):
     @staticmethod
     def _convert(work: Work) -> tuple[Path, Path]:
         """(param, bin), made by pnnx from the ONNX file of one sample."""
-        files = work.file(".ncnn.param"), work.file(".ncnn.bin")
+        files = work.file(".fused.ncnn.param"), work.file(".fused.ncnn.bin")
         if not all(path.exists() for path in files):
             beside = Path(sys.executable).with_name("pnnx")
             pnnx = str(beside) if beside.exists() else shutil.which("pnnx")
