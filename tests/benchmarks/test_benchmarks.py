@@ -19,6 +19,7 @@ from benchmarks.subject import Work, load, training
 from benchmarks.timing import Effort, take_turns
 from cvfast import _library, _peak
 from cvfast.cli import app
+from cvfast.testing.recurrent import cell_case, layer_case
 
 EFFORT = Effort(0, 2, 2)
 CASE = GROUPS["small"][0]
@@ -113,6 +114,18 @@ def test_every_provider_measures_the_case_or_says_why_not(provider):
     assert measured.relative_error < 1e-4
     assert measured.peak_share > 0
     assert not measured.note
+
+
+@pytest.mark.parametrize("direction", run.DIRECTIONS)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("lstm", layer_case("lstm", "small", 3, 2, 4, 5)), ("lstm_cell", cell_case("lstm_cell", "small", 2, 4, 5))],
+    ids=["lstm", "lstm_cell"],
+)
+def test_operators_of_several_results_are_judged_by_the_first(name, case, direction):
+    eager = tuple(provider for provider in providers.PROVIDERS if provider.name.endswith(" contiguous"))
+    for measured in run.measure(load(name).work(case, direction, 1), "small", EFFORT, eager):
+        assert measured.min_ms > 0 and measured.relative_error < 1e-5, measured
 
 
 def test_a_missing_engine_is_reported_not_dropped(monkeypatch):
