@@ -46,7 +46,7 @@ struct WorkerBlocks {
 
 // Channels of a piece of work at most: those that share the gathered patches.
 constexpr int64_t most_channels = 1024;
-// Below, channels are the columns: their weights are packed faster.
+// Below (in the gradient to the input, 4 times as many), channels are the columns: their weights are packed faster.
 constexpr int64_t few_pixels = 256;
 // Pixels along an edge, in all samples, that are worth a cell of their own.
 constexpr int64_t edge_pixels = 48;
@@ -133,7 +133,8 @@ CorrelationPlan plan(const Correlation<S>& c, int64_t threads) {
   const int64_t inside_y = taps_inside(y), inside_x = taps_inside(x);
   p.y = equal_cells(y, inside_y), p.x = equal_cells(x, inside_x);
   // With fewer channels than half a vector, most of a tile of channels would be computed in vain.
-  p.channels_are_cols = (c.result_stride[1] == 1 || c.batch * p.y.largest() * p.x.largest() < few_pixels) &&
+  p.channels_are_cols = (c.result_stride[1] == 1 ||
+                         c.batch * p.y.largest() * p.x.largest() < (c.input_grad ? 4 : 1) * few_pixels) &&
                         2 * c.out_channels > lanes<T>;
   if (c.batch * x.positions >= edge_pixels) p.y = cut_edges(p.y, y, inside_y);
   // Where pixels are neighbours, few of them would be slow to gather.
@@ -212,6 +213,37 @@ void pack_planes(const S* weight, int64_t out_stride, int64_t outs, int64_t chan
   }
 }
 
+// The same where they lie as [channel][out][tap], as the gradient to the input sees them: whole cache lines of taps are loaded,
+// of which the phase takes its own. `taps`: of the kernel, kernel_width of them in a row.
+template <class S>
+void pack_phase_of_planes(const S* weight, int64_t in_stride, int64_t outs, int64_t kernel_width, int64_t taps,
+                          const Patches<S>& patches, int64_t place, const PackedWeights<Compute<S>>& to) {
+  using T = Compute<S>;
+  constexpr int64_t L = lanes<T>, ahead = 6;  // channels, each of which is another page of memory
+  const Axis &y = patches.y, &x = patches.x;
+  const auto place_of = [&](int64_t tap) {
+    return (y.first_tap + tap / x.taps * y.tap_step) * kernel_width + x.first_tap + tap % x.taps * x.tap_step;
+  };
+  for (int64_t channel = 0; channel < patches.channels; ++channel, weight += in_stride)
+    for (int64_t j = 0; j < outs; j += L) {
+      const int64_t out = min(j, outs - L);  // the last ones overlap
+      for (int64_t first = 0; first < taps; first += L) {
+        Vector<T> square[L];
+#pragma GCC unroll 16
+        for (int k = 0; k < L; ++k) {
+          const S* from = weight + (out + k) * taps + first;
+          square[k] = load_first(from, min(taps - first, L));
+          __builtin_prefetch(from + ahead * in_stride);
+        }
+        transpose_square<T>(square);
+        for (int64_t tap = 0; tap < y.taps * x.taps; ++tap) {
+          const int64_t lane = place_of(tap) - first;
+          if (lane >= 0 && lane < L) store_vector(square[lane], to.row(tap * patches.channels + channel, place) + out);
+        }
+      }
+    }
+}
+
 // Packs the weights of output channels [channel, channel + tile_cols) of one group and phase, at channel `place` of `to`.
 template <class S>
 void pack_weights(const Correlation<S>& c, const Phase<S>& phase, int64_t group, int64_t channel, int64_t place,
@@ -229,6 +261,11 @@ void pack_weights(const Correlation<S>& c, const Phase<S>& phase, int64_t group,
                       c.weight_in_stride == taps;
   if (to.channels_are_cols && planes && channels >= lanes<T> && depth >= lanes<T>)
     return pack_planes(weight, c.weight_out_stride, channels, c.in_channels, taps, place, to);
+  const int64_t kernel_taps = c.shape.kernel_height * c.shape.kernel_width;
+  const bool inner_planes = c.input_grad && kernel_taps > 1 && c.weight_x_stride == 1 &&
+                            c.weight_y_stride == c.shape.kernel_width && c.weight_out_stride == kernel_taps;
+  if (to.channels_are_cols && inner_planes && channels >= lanes<T>)
+    return pack_phase_of_planes(weight, c.weight_in_stride, channels, c.shape.kernel_width, kernel_taps, patches, place, to);
   for (int64_t start = 0; start < depth; start += block_depth) {
     const int64_t block = to.block(start);
     T* block_data = to.at(start, place);
