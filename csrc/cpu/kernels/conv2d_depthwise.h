@@ -87,12 +87,20 @@ struct DepthwiseLine {
   int64_t weight_stride;
   const Compute<S>* bias;  // or nullptr
   Bounds<Compute<S>> bounds;
+  bool ahead;  // what comes next is asked for
   S* to;
   int64_t to_stride;
 };
 
-// Zen 5 fetches by itself what comes next, and asking for it costs a fifth of the time; Zen 1 gains as much by it.
-constexpr bool asks_ahead = CVFAST_VECTOR_BYTES < 64;
+// From this size of source and result on they come from memory. What lies in the caches Zen 5 fetches in time by itself, and
+// asking for it costs a fifth of the time; Zen 1 gains as much by it.
+constexpr int64_t ahead_bytes = CVFAST_VECTOR_BYTES < 64 ? 0 : int64_t{8} << 20;
+template <class S>
+bool asks_ahead(const Correlation<S>& c) {
+  const Conv2dShape& s = c.shape;
+  const int64_t pixels = s.in_height * s.in_width + s.out_height * s.out_width;
+  return c.batch * c.groups * pixels * static_cast<int64_t>(sizeof(S)) >= ahead_bytes;
+}
 
 // Step 0: line.step.
 template <class S, int Taps, int Step, int Pixels>
@@ -102,10 +110,10 @@ void depthwise_tile(const DepthwiseLine<S>& line, int64_t pixel) {
   const int64_t step = Step ? Step : line.step;
   S* to = line.to + pixel * line.to_stride;
   // The pixels that the next line of results is the first to read, and the next tile's results, are fetched meanwhile.
-  const bool another = asks_ahead && Pixels > 1 && pixel + 2 * Pixels <= line.pixels;
+  const bool another = line.ahead && Pixels > 1 && pixel + 2 * Pixels <= line.pixels;
   for (int64_t c = line.begin; c < line.end; c += L) {
     const int64_t channel = min(c, line.end - L);  // the last vector may overlap the one before
-    if constexpr (asks_ahead && Pixels > 1 && Step > 0)
+    if (Pixels > 1 && Step > 0 && line.ahead)
       for (int64_t i = max<int64_t>(0, line.row_count - Step); i < line.row_count; ++i)
 #pragma GCC unroll 32
         for (int j = 0; j < Pixels * Step; ++j) __builtin_prefetch(line.next_rows[i][pixel * Step + j] + channel);
@@ -236,13 +244,13 @@ void pack_depthwise_weights(const Correlation<S>& c, int64_t padded, Compute<S>*
 template <class S, class AfterLine>
 void depthwise_lines(const PixelTable<S>& table, const Axis& y, const Axis& x, int64_t position, int64_t lines, int64_t begin,
                      int64_t end, const Compute<S>* weights, int64_t weight_stride, const Compute<S>* bias,
-                     Bounds<Compute<S>> bounds, const PixelLines<S>& result, AfterLine&& after_line) {
+                     Bounds<Compute<S>> bounds, bool ahead, const PixelLines<S>& result, AfterLine&& after_line) {
   const DepthwiseLineKernel<S> kernel = depthwise_line_kernel<S>(x);
   const Columns columns(x);
   const int64_t rows_per_line = x.taps / kernel.row_taps;
   const S* const* rows[2][block_depth];
   DepthwiseLine<S> line = {begin, end, nullptr, y.taps * rows_per_line, x.positions, x.step, nullptr, weights, weight_stride,
-                           bias, bounds, nullptr, columns.direction * result.pixel_stride};
+                           bias, bounds, ahead, nullptr, columns.direction * result.pixel_stride};
   const auto find_rows = [&](int64_t i) {
     for (int64_t row = 0; row < line.row_count; ++row)
       rows[i % 2][row] = table.line(y.source(i, row / rows_per_line)) + row % rows_per_line * columns.tap_step;
@@ -291,8 +299,8 @@ void depthwise_in_place(const Correlation<S>& c, const DepthwisePlan& p, int64_t
     for (int64_t begin = first, end; begin < last; begin = end) {
       end = last - begin < p.block + L ? last : begin + p.block;
       depthwise_lines(table, phase.patches.y, phase.patches.x, position, d.lines, begin, end,
-                      weights + phase.taps_before * padded, padded, bias, clamps ? bounds_of(c) : Bounds<T>{}, result,
-                      [&](int64_t line) {
+                      weights + phase.taps_before * padded, padded, bias, clamps ? bounds_of(c) : Bounds<T>{}, asks_ahead(c),
+                      result, [&](int64_t line) {
         if (!clamps)
           finish_with_epilogue(c, Block<S>{result.at(line, 0) + begin, 1, result.line_stride, result.pixel_stride},
                                end - begin, 1, phase.patches.x.positions);
@@ -348,7 +356,7 @@ void depthwise_transposed(const Correlation<S>& c, const DepthwisePlan& p, int64
       T* first_result = result + (index / c.phases_x() * result_width + index % c.phases_x()) * L;
       depthwise_lines(table(d, Columns(x), index), y, x, position, d.lines, 0, L,
                       weights + d.phase.taps_before * padded + channel, padded, bias ? bias + channel : nullptr,
-                      clamps ? bounds_of(c) : Bounds<T>{},
+                      clamps ? bounds_of(c) : Bounds<T>{}, false,
                       PixelLines<T>{first_result, position, step_y * result_width * L, step_x * L}, [](int64_t) {});
     }
     const Block<S> to = {c.result + sample * result_stride[0] + channel * result_stride[1] + first_line * result_stride[2],

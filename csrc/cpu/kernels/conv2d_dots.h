@@ -1,6 +1,6 @@
 // Convolution with a few results per sample and group, each a sum of very many products: dot products of a gathered patch
-// with the weights of a channel. A sum is 64 chains of multiply-adds, product k in chain k mod 64, which are added pairwise:
-// more accurate than the long chains of the implicit GEMM, and without a tile that would be computed in vain.
+// with the weights of a channel. A sum is 64 chains of multiply-adds in double, product k in chain k mod 64, which are added
+// pairwise: more accurate than the long chains of the implicit GEMM, and without a tile that would be computed in vain.
 #pragma once
 #include "conv2d_implicit_gemm.h"
 
@@ -16,20 +16,25 @@ inline bool dots_apply(const Conv2dForward& p) {
   return s.out_channels / s.groups * s.out_height * s.out_width <= most_dots && depth >= least_dot_depth;
 }
 
+inline Vector<double> load_wide(const double* from) { return load_as<Vector<double>>(from); }
+inline Vector<double> load_wide(const float* from) {
+  typedef float Narrow __attribute__((vector_size(CVFAST_VECTOR_BYTES / 2)));
+  return __builtin_convertvector(load_as<Narrow>(from), Vector<double>);
+}
+
 // a and b have `depth` elements, zeros up to a multiple of dot_chains.
 template <class T>
 T dot(const T* a, const T* b, int64_t depth) {
-  using V = Vector<T>;
-  constexpr int L = lanes<T>, vectors = dot_chains / L;
-  V chain[vectors] = {};
+  constexpr int L = lanes<double>, vectors = dot_chains / L;
+  Vector<double> chain[vectors] = {};
   for (int64_t k = 0; k < depth; k += dot_chains)
-#pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) chain[v] += load_as<V>(a + k + v * L) * load_as<V>(b + k + v * L);
-  T sum[dot_chains];
+#pragma GCC unroll 32
+    for (int v = 0; v < vectors; ++v) chain[v] += load_wide(a + k + v * L) * load_wide(b + k + v * L);
+  double sum[dot_chains];
   for (int v = 0; v < vectors; ++v) store_as(sum + v * L, chain[v]);
   for (int64_t half = dot_chains / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
-  return sum[0];
+  return static_cast<T>(sum[0]);
 }
 
 template <class S>
