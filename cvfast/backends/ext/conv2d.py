@@ -131,11 +131,13 @@ def _packed_weight(input: Tensor, weight: Tensor, options: tuple) -> Tensor | No
     )
 
 
+_operator = torch.ops.cvfast.conv2d.default
+
+
 def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
     """Shapes and meaning as in cvfast.functional.conv2d."""
-    args = (input, weight, bias)
-    if weight.numel() >= _LEAST_TO_PACK and input.is_cpu and not watched(input) and not derives(args):
+    if weight.numel() >= _LEAST_TO_PACK and input.is_cpu and not watched(input) and not derives((input, weight, bias)):
         kept = _packed_weight(input, weight, options)
         if kept is not None:
-            return epilogue_kernel(*args, None, "none", 0.0, "none", *options, kept)
-    return call(torch.ops.cvfast.conv2d.default, *args, *options)
+            return epilogue_kernel(input, weight, bias, None, "none", 0.0, "none", *options, kept)
+    return call(_operator, input, weight, bias, *options)
