@@ -172,13 +172,24 @@ def unfold(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.unflatten(dim, (size, -1))
 
 
+def rows_as_pixels(input: Tensor) -> Tensor:
+    """[1, I, rows, 1], channels_last, from rows [*, I]: a linear map of them is a 1x1 convolution."""
+    return input.reshape(1, -1, 1, input.shape[-1]).permute(0, 3, 1, 2)
+
+
+def pixels_as_rows(output: Tensor, input: Tensor) -> Tensor:
+    """[*, O] from the convolution's result for `input` [*, I]."""
+    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], -1)
+
+
+ONE_BY_ONE = ((1, 1), (0, 0), (1, 1), 1)  # options of that convolution
+
+
 def linear(op: torch._ops.OpOverload, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[*, O] from input [*, I], weight [O, I], bias [O] by conv2d's operator: the rows are pixels of one image."""
+    """[*, O] from input [*, I], weight [O, I] and bias [O] by conv2d's operator `op`."""
     if input.numel() == 0 or weight.numel() == 0:
         return torch.nn.functional.linear(input, weight, bias)
-    pixels = input.reshape(1, -1, 1, input.shape[-1]).permute(0, 3, 1, 2)  # channels_last
-    output = call(op, pixels, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1), 1)
-    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], -1)
+    return pixels_as_rows(call(op, rows_as_pixels(input), weight[:, :, None, None], bias, *ONE_BY_ONE), input)
 
 
 # Without derivatives: the form of packed weights that a call of conv2d takes (0: none pays); a weight in that form.

@@ -71,7 +71,7 @@ def run_with_epilogue(
         return None
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
-    kept = _packed_weight(input, weight, options)
+    kept = packed_weight(input, weight, options)
     return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
 
 
@@ -97,7 +97,7 @@ def prepare(
         if forward_ad._current_level >= 0 or not (residual is None or type(residual) is Tensor):
             return None
         try:
-            kept = _packed_weight(input, weight, options)
+            kept = packed_weight(input, weight, options)
             return kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
         except RuntimeError:  # what does not fit: other calls convert it, or find better words
             return None
@@ -119,16 +119,22 @@ def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:
 _LEAST_TO_PACK = 4096  # weights: fewer are packed as fast as the kept ones are looked up
 
 
-def _packed_weight(input: Tensor, weight: Tensor, options: tuple) -> Tensor | None:
-    """The weight in the form in which the kernels read it, where that is kept."""
+def packed_weight(input: Tensor, weight: Tensor, options: tuple, owner: Tensor | None = None) -> Tensor | None:
+    """The weight in the form in which the kernels read it, where that is kept.
+
+    owner: the tensor that lasts, if `weight` is a view of one made for this call.
+    """
     if weight.numel() < _LEAST_TO_PACK:
         return None
     return packed(
         (input.shape, input.stride(), options),
         lambda: packed_form_kernel(input, weight, *options),
         lambda: pack_kernel(input, weight, *options),
-        weight,
+        weight if owner is None else owner,
     )
+
+
+_operator = torch.ops.cvfast.conv2d.default
 
 
 def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
@@ -137,6 +143,6 @@ def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
     large = (input.numel() > 4096 or weight.numel() >= _LEAST_TO_PACK) and input.is_cpu
     plain = large and type(input) is Tensor and type(weight) in (Tensor, Parameter)
     if plain and not watched(input) and not derives((input, weight, bias)):
-        kept = _packed_weight(input, weight, options)
+        kept = packed_weight(input, weight, options)
         return epilogue_kernel(input, weight, bias, None, "none", 0.0, "none", *options, kept)
-    return call(torch.ops.cvfast.conv2d.default, input, weight, bias, *options)
+    return call(_operator, input, weight, bias, *options)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from cvfast import _library
 from cvfast.backends.ext import conv2d
-from cvfast.ops.card import autocast_dtype
-from cvfast.ops.conv2d import linear
+from cvfast.ops.card import autocast_dtype, derives, watched
+from cvfast.ops.conv2d import ONE_BY_ONE, epilogue_kernel, linear, pixels_as_rows, rows_as_pixels
 
 # torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512.
 _MKL_IS_SLOW = _library.C is not None and _library.C.best_isa() == "avx512" and not _library.C.made_by_intel
@@ -46,4 +44,15 @@ def is_torchs(input: Tensor, weight: Tensor) -> bool:
     return not _MKL_IS_SLOW or input.numel() * weight.shape[0] < _LEAST_PRODUCTS
 
 
-run = partial(linear, torch.ops.cvfast.conv2d.default)  # shapes and meaning as in cvfast.functional.linear
+_operator = torch.ops.cvfast.conv2d.default
+
+
+def run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Shapes and meaning as in cvfast.functional.linear."""
+    if input.numel() * weight.numel() == 0 or watched(input) or derives((input, weight, bias)):
+        return linear(_operator, input, weight, bias)
+    pixels, kernel = rows_as_pixels(input), weight[:, :, None, None]
+    kept = conv2d.packed_weight(pixels, kernel, ONE_BY_ONE, weight)
+    if kept is None:
+        return linear(_operator, input, weight, bias)
+    return pixels_as_rows(epilogue_kernel(pixels, kernel, bias, None, "none", 0.0, "none", *ONE_BY_ONE, kept), input)

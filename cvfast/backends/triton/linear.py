@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cvfast.backends.triton import conv2d
-from cvfast.ops.conv2d import linear
+from cvfast.ops.conv2d import ONE_BY_ONE, linear, rows_as_pixels
 
 
 def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
@@ -19,8 +19,7 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
         return ["nested tensors are torch's"]
     if input.numel() == 0 or weight.numel() == 0:
         return []
-    pixels, kernel = input.reshape(1, -1, 1, input.shape[-1]).permute(0, 3, 1, 2), weight[:, :, None, None]
-    return conv2d.why_not(pixels, kernel, bias, (1, 1), (0, 0), (1, 1), 1)
+    return conv2d.why_not(rows_as_pixels(input), weight[:, :, None, None], bias, *ONE_BY_ONE)
 
 
 def why_slower(*args) -> list[str]:
