@@ -194,11 +194,20 @@ def prepared_conv2d(
 _ext_linear = _backend.BACKENDS["linear"]["ext"]
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """The linear map input weight^T + bias, with torch.nn.functional.linear's meaning and arguments.
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """activation(input weight^T + bias), with torch.nn.functional.linear's meaning and arguments.
 
     Args:
         input: [*, I]; weight: [O, I] (or [I], which is torch's); bias: [O] or None.
+        activation, negative_slope: as conv2d's.
         backend: "auto" (cvfast's kernel where it was measured to be faster), "ext", "triton" or "native"; None: what
             `cvfast.use_backend` or CVFAST_BACKEND says.
 
@@ -207,11 +216,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend
 
     Raises:
         RuntimeError: as torch's, for shapes or dtypes that do not fit; or where the named backend cannot run.
-        ValueError: unknown backend.
+        ValueError: unknown activation or backend.
     """
+    if activation != "none":
+        return _linear_with_activation(input, weight, bias, activation, negative_slope, backend)
     if backend is None and _backend.is_free() and _ext_linear.is_torchs(input, weight):
         return torch.nn.functional.linear(input, weight, bias)
-    args = (input, weight, bias)
+    return _choose_linear(input, weight, bias, backend).run(input, weight, bias)
+
+
+def _choose_linear(input: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> ModuleType:
     fits = (
         input.dim() > 0
         and weight.dim() == 2
@@ -221,7 +235,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend
     )
     # What is wrong, or known to torch alone, torch says or does.
     asked = backend if fits or backend is not None else "native"
-    return _backend.select("linear", asked, *args).run(*args)
+    return _backend.select("linear", asked, input, weight, bias)
+
+
+def _linear_with_activation(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float, backend: str | None
+) -> Tensor:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"linear: unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    chosen = _choose_linear(input, weight, bias, backend)
+    if hasattr(chosen, "run_with_activation"):
+        output = chosen.run_with_activation(activation, negative_slope, input, weight, bias)
+        if output is not None:
+            return output
+    return ACTIVATIONS[activation](chosen.run(input, weight, bias), negative_slope)
 
 
 def conv2d_size(

@@ -1,5 +1,7 @@
 """Chains of a graph that can run as one: convolution, batch-norm, a tensor added, activation, pooling of 2x2 pixels.
 
+Or a linear layer and its activation.
+
 A chain is matched on the graph (`fuse_graph`) and run by a `Chain`, which looks at each call whether it may run as one:
 batch-norm must be in eval mode and nobody may watch the layers by hooks. If so, batch-norm's scale and shift are folded
 into the convolution's weights, which are kept until a parameter changes; if not, the layers run one after the other.
@@ -27,6 +29,8 @@ from cvfast._accelerate import layers
 from cvfast._accelerate.plain import unwatched
 
 CONVOLUTIONS = (layers.Conv2d, layers.ConvTranspose2d, nn.Conv2d, nn.ConvTranspose2d)
+_LINEAR = (layers.Linear, nn.Linear)
+STARTS = (*CONVOLUTIONS, *_LINEAR)  # what a chain starts with; behind a linear layer it has an activation and no more
 
 
 class Activation(NamedTuple):
@@ -225,6 +229,8 @@ def _convolve(
 ) -> Tensor:
     """activation(conv's operation with this weight and bias + residual), pooled."""
     name, slope = ("none", 0.0) if activation is None else activation
+    if isinstance(conv, _LINEAR):
+        return functional.linear(input, weight, bias, activation=name, negative_slope=slope)
     if _is_added_in_place(conv, input, weight, residual):
         return conv._conv_forward(
             input, weight, bias, activation=name, negative_slope=slope, residual=residual, pooling=pooling or "none"
@@ -261,7 +267,7 @@ def _unwatched(modules: list[Module]) -> bool:
 
 
 def _foldable(conv: Module, norm: Module | None) -> bool:
-    if type(conv) not in CONVOLUTIONS:
+    if type(conv) not in STARTS:
         return False
     if norm is None:
         return True
@@ -353,7 +359,7 @@ class _Ready:
     ) -> _Ready | None:
         """None where this is no single call of conv2d."""
         known = _known(activation)
-        if isinstance(conv, torch.nn.ConvTranspose2d) or not runs_as_one(conv, norm, activation, pooling):
+        if not isinstance(conv, torch.nn.Conv2d) or not runs_as_one(conv, norm, activation, pooling):
             return None
         if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
             return None
@@ -464,7 +470,7 @@ def fuse_graph(graph: fx.Graph, root: Module) -> list[Found]:
     found = []
     module = partial(_module, root=root)
     for node in list(graph.nodes):
-        if type(module(node)) in CONVOLUTIONS and _one_argument(node):
+        if type(module(node)) in STARTS and _one_argument(node):
             links = _links(node, root)
             while len(links) > 1 and not (_movable(links) and _unwatched([*filter(None, map(module, links))])):
                 links.pop()
@@ -490,6 +496,9 @@ def _links(conv: fx.Node, root: Module) -> list[fx.Node]:
         if len(users) == 1 and fits(users[0]):
             links.append(users[0])
 
+    if type(_module(conv, root)) in _LINEAR:
+        extend(lambda node: _activation(node, root) is not None)
+        return links
     extend(lambda node: _is_norm(node, root))
     extend(lambda node: _residual(node, links[-1]) is not None)
     extend(lambda node: _activation(node, root) is not None)

@@ -17,7 +17,7 @@ from torch.fx import Proxy
 from torch.nn import Module
 
 from cvfast._accelerate import plain
-from cvfast._accelerate.chains import CONVOLUTIONS, Found, forget, fuse_graph
+from cvfast._accelerate.chains import CONVOLUTIONS, STARTS, Found, forget, fuse_graph
 from cvfast._accelerate.plain import original
 
 _PLAN = "_cvfast_plan"
@@ -74,9 +74,9 @@ def is_fused(module: Module) -> bool:
 def make_plan(module: Module) -> Plan:
     """The plan for a module that is not fused; raises plain.NotPlain where its chains cannot be proved."""
     cls = type(module)
-    if not module._modules or not any(isinstance(m, CONVOLUTIONS) for m in module.modules()):
+    if not module._modules or not any(isinstance(m, STARTS) for m in module.modules()):
         return Plan(cls.forward, plain.Facts(), [])
-    graph, facts = plain.trace(module, lambda m: isinstance(m, CONVOLUTIONS))
+    graph, facts = plain.trace(module, lambda m: isinstance(m, STARTS))
     chains = fuse_graph(graph, module)
     code = graph.python_code("self")
     namespace = dict(code.globals)

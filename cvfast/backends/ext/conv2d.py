@@ -140,8 +140,8 @@ _operator = torch.ops.cvfast.conv2d.default
 def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
     """Shapes and meaning as in cvfast.functional.conv2d."""
     # A small result lies in malloc's memory either way, and the plain operator is called faster.
-    large = (input.numel() > 4096 or weight.numel() >= _LEAST_TO_PACK) and input.is_cpu
-    plain = large and type(input) is Tensor and type(weight) in (Tensor, Parameter)
+    small = torch.compiler.is_compiling() or (input.numel() <= 4096 and weight.numel() < _LEAST_TO_PACK)
+    plain = not small and input.is_cpu and type(input) is Tensor and type(weight) in (Tensor, Parameter)
     if plain and not watched(input) and not derives((input, weight, bias)):
         kept = packed_weight(input, weight, options)
         return epilogue_kernel(input, weight, bias, None, "none", 0.0, "none", *options, kept)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cvfast import _library
 from cvfast.backends.ext import conv2d
-from cvfast.ops.card import autocast_dtype, derives, watched
+from cvfast.ops.card import autocast_dtype
 from cvfast.ops.conv2d import ONE_BY_ONE, epilogue_kernel, linear, pixels_as_rows, rows_as_pixels
 
 # torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512.
@@ -29,19 +29,19 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
 
 def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
     """Where torch's own operator is taken although the kernels could run; figures in docs/benchmarks.md."""
+    if torch.compiler.is_exporting():
+        return ["a graph that is exported has torch's product"]
     if not _MKL_IS_SLOW or autocast_dtype(input, "cpu") is not torch.float32:
         return ["torch's product is as fast: only in float32 with AVX-512, on other processors than Intel's, it is not"]
     rows = input.numel() // max(1, input.shape[-1])
     if rows < _LEAST_ROWS or rows * weight.numel() < _LEAST_PRODUCTS:
         return [f"few rows or products ({rows}, {rows * weight.numel()}): torch's takes less time"]
-    if torch.compiler.is_exporting():
-        return ["a graph that is exported has torch's product"]
     return []
 
 
 def is_torchs(input: Tensor, weight: Tensor) -> bool:
     """Whether `why_slower` has a reason that is known at once: small products must not wait for a choice."""
-    return not _MKL_IS_SLOW or input.numel() * weight.shape[0] < _LEAST_PRODUCTS
+    return not _MKL_IS_SLOW or torch.compiler.is_exporting() or input.numel() * weight.shape[0] < _LEAST_PRODUCTS
 
 
 _operator = torch.ops.cvfast.conv2d.default
@@ -49,10 +49,17 @@ _operator = torch.ops.cvfast.conv2d.default
 
 def run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Shapes and meaning as in cvfast.functional.linear."""
-    if input.numel() * weight.numel() == 0 or watched(input) or derives((input, weight, bias)):
-        return linear(_operator, input, weight, bias)
+    output = run_with_activation("none", 0.0, input, weight, bias)
+    return linear(_operator, input, weight, bias) if output is None else output
+
+
+def run_with_activation(
+    activation: str, negative_slope: float, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """activation(linear(...)) in one pass; None where derivatives or tracers see the parts, or nothing is there."""
+    if input.numel() * weight.numel() == 0 or not conv2d.runs_with_epilogue(input, weight, bias):
+        return None
     pixels, kernel = rows_as_pixels(input), weight[:, :, None, None]
     kept = conv2d.packed_weight(pixels, kernel, ONE_BY_ONE, weight)
-    if kept is None:
-        return linear(_operator, input, weight, bias)
-    return pixels_as_rows(epilogue_kernel(pixels, kernel, bias, None, "none", 0.0, "none", *ONE_BY_ONE, kept), input)
+    output = epilogue_kernel(pixels, kernel, bias, None, activation, negative_slope, "none", *ONE_BY_ONE, kept)
+    return pixels_as_rows(output, input)

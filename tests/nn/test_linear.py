@@ -1,0 +1,120 @@
+"""nn.Linear, its activation in one pass, and the choice between cvfast's product and torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import cvfast
+from cvfast import backend
+from cvfast.backends.ext import linear as ext
+from cvfast.functional import ACTIVATIONS
+from cvfast.testing import assert_as_accurate
+
+
+@pytest.fixture
+def slow_mkl(monkeypatch):
+    """As on a processor on which torch's product is slow: the rules of size decide."""
+    monkeypatch.setattr(ext, "_MKL_IS_SLOW", True)
+
+
+def chosen(*shape: int, outputs: int = 64, **more) -> str:
+    layer, names = cvfast.nn.Linear(shape[-1], outputs, **more), []
+    with backend.watch(lambda operator, module, args: names.append(backend.name_of(operator, module))):
+        layer(torch.randn(shape, **more))
+    return names[-1]
+
+
+def test_large_products_in_float32_are_cvfasts(slow_mkl):
+    assert chosen(1000, 64) == chosen(10, 100, 64) == "ext"
+    assert chosen(10, 64) == chosen(15, 6400) == chosen(1000, 64, dtype=torch.float64) == "native"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen(1000, 64) == "native"
+
+
+def test_on_intels_processors_torchs_product_is_taken(monkeypatch):
+    monkeypatch.setattr(ext, "_MKL_IS_SLOW", False)
+    assert chosen(1000, 64) == "native"
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("name", ["ext", "native"])
+def test_activation(activation, name):
+    layer, x = cvfast.nn.Linear(40, 30), torch.randn(5, 7, 40)
+    options = {"activation": activation, "negative_slope": 0.2, "backend": name}
+    exact = ACTIVATIONS[activation](nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()), 0.2)
+    with torch.no_grad():
+        result = cvfast.functional.linear(x, layer.weight, layer.bias, **options)
+    assert result.is_contiguous() and (result.double() - exact).abs().max() < 2e-6
+    result = cvfast.functional.linear(x, layer.weight, layer.bias, **options)
+    (grad,) = torch.autograd.grad(result.sum(), layer.weight)
+    (expected,) = torch.autograd.grad(exact.sum(), layer.weight)
+    assert (grad - expected).abs().max() < 1e-4
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match="linear: unknown activation 'swish'; allowed: none, relu"):
+        cvfast.functional.linear(torch.zeros(2, 3), torch.zeros(4, 3), activation="swish")
+
+
+def test_packed_weights_follow_every_change():
+    layer, x = cvfast.nn.Linear(96, 80), torch.randn(50, 96)
+    with torch.no_grad(), cvfast.use_backend("ext"):
+
+        def check():
+            exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+            for _ in range(3):  # the second call packs, the third reads
+                assert_close(layer(x), exact)
+
+        check()
+        layer.weight.mul_(2)
+        check()
+        layer.weight.data = torch.randn(80, 96)
+        check()
+        layer.load_state_dict(nn.Linear(96, 80).state_dict())
+        check()
+        layer.weight = nn.Parameter(torch.randn(80, 96))
+        check()
+
+
+def assert_close(result, exact):
+    assert (result.double() - exact).norm() <= 1e-6 * exact.norm()
+
+
+class Mlp(nn.Sequential):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__(nn.Linear(64, 128), activation, nn.Dropout(0.0), nn.Linear(128, 64))
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh()], ids=repr)
+def test_accelerate_joins_a_layer_and_its_activation(activation, slow_mkl, monkeypatch):
+    calls, run = [], ext.run_with_activation
+    monkeypatch.setattr(ext, "run_with_activation", lambda name, *args: (calls.append(name), run(name, *args))[1])
+    torch.manual_seed(0)
+    model, x = Mlp(activation).eval(), torch.randn(4, 100, 64)
+    exact = model.double()(x.double()).detach()
+    model.float()
+    state = model.state_dict()
+    cvfast.accelerate(model, fuse=True)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_close(model(x), exact)
+    assert len(calls) == 6 and sum(name != "none" for name in calls) == 3
+    seen = []
+    handle = model[0].register_forward_hook(lambda *args: seen.append(1))  # somebody watches: the layers are called
+    with torch.no_grad():
+        assert_close(model(x), exact)
+    handle.remove()
+    assert seen == [1] and model.state_dict().keys() == state.keys()
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None and model[0].weight.grad is not None
+    assert type(cvfast.restore(model)[0]) is nn.Linear
+
+
+def test_it_is_torchs_layer():
+    ours, theirs = cvfast.nn.Linear(5, 3), nn.Linear(5, 3)
+    ours.load_state_dict(theirs.state_dict())
+    assert isinstance(ours, nn.Linear) and repr(ours) == repr(theirs)
+    assert_as_accurate(ours(torch.ones(2, 5)), theirs(torch.ones(2, 5)), theirs.double()(torch.ones(2, 5).double()))
