@@ -31,6 +31,7 @@ from cvfast._accelerate.plain import unwatched
 CONVOLUTIONS = (layers.Conv2d, layers.ConvTranspose2d, nn.Conv2d, nn.ConvTranspose2d)
 _LINEAR = (layers.Linear, nn.Linear)
 STARTS = (*CONVOLUTIONS, *_LINEAR)  # what a chain starts with; behind a linear layer it has an activation and no more
+_BEHIND_LINEAR = ("gelu", "gelu_tanh", "silu")  # that take torch so long that a chain's own time doesn't matter
 
 
 class Activation(NamedTuple):
@@ -497,7 +498,7 @@ def _links(conv: fx.Node, root: Module) -> list[fx.Node]:
             links.append(users[0])
 
     if type(_module(conv, root)) in _LINEAR:
-        extend(lambda node: _activation(node, root) is not None)
+        extend(lambda node: getattr(_activation(node, root), "name", None) in _BEHIND_LINEAR)
         return links
     extend(lambda node: _is_norm(node, root))
     extend(lambda node: _residual(node, links[-1]) is not None)
