@@ -161,7 +161,8 @@ class Chain:
         if torch.compiler.is_compiling():
             return run(*self.layers, input, residual, self.pooling)
         ready = self.ready
-        if ready is not None and ready.holds():
+        in_one = residual is None or self.pooling is None  # no kernel pools with a residual
+        if ready is not None and in_one and ready.holds():
             output = ready.call(input, residual)
             if output is not None:
                 return output

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from cvfast import functional, reference
+from cvfast.ops.conv2d import ONE_BY_ONE, rows_as_pixels
 from cvfast.testing.conv2d import CPU_DTYPES
 from cvfast.testing.spec import Case, ErrorCase, OpSpec, Sample, Shape
 
@@ -87,9 +88,8 @@ class LinearSpec(OpSpec):
 
     def operator_calls(self, sample: Sample) -> Iterator[tuple[str, tuple]]:
         input, weight, bias = sample.operands.values()
-        pixels = input.detach().reshape(-1, input.shape[-1]).t()[None, :, :, None].requires_grad_()
-        options = ((1, 1), (0, 0), (1, 1), 1)
-        yield "conv2d", (pixels, weight.detach()[:, :, None, None].requires_grad_(), bias, *options)
+        pixels = rows_as_pixels(input.detach()).requires_grad_()
+        yield "conv2d", (pixels, weight.detach()[:, :, None, None].requires_grad_(), bias, *ONE_BY_ONE)
 
     def flops(self, sample: Sample) -> int:
         input, weight, _ = sample.operands.values()

@@ -141,10 +141,7 @@ struct WeightSquares {
   static void load_square(const S* from, int64_t stride, FloatVector* to) {
     FloatVector square[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-
-      square[i] = load_vector(from + i * stride);
-    }
+    for (int i = 0; i < L; ++i) square[i] = load_vector(from + i * stride);
     transpose_square<float>(square);
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) to[i] = square[i];
