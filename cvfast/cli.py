@@ -6,7 +6,7 @@ import errno
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from enum import IntEnum
@@ -31,7 +31,7 @@ from cvfast.engine.checkpoint import CheckpointError, load_checkpoint, replace_f
 from cvfast.engine.export import FORMATS
 from cvfast.engine.run import load_data
 from cvfast.engine.train import choose_device
-from cvfast.models import create_model, input_size, list_models
+from cvfast.models import create_model, example_inputs, list_models
 
 CLASSIFIERS = list_models(task="classification")
 BACKEND = backends.current()  # CVFAST_BACKEND is the default of --backend
@@ -282,9 +282,8 @@ def bench(ctx: typer.Context) -> None:
     raise typer.Exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *ctx.args], check=False).returncode)
 
 
-IMAGE_MODELS = [*list_models(task="classification"), *list_models(task="segmentation")]  # others take other inputs
 ModelOption = Annotated[
-    str, typer.Option(help=f"A checkpoint, the folder of a run, or one of: {', '.join(IMAGE_MODELS)}.",
+    str, typer.Option(help=f"A checkpoint, the folder of a run, or one of: {', '.join(list_models())}.",
                       show_default=False)
 ]  # fmt: skip
 
@@ -298,9 +297,9 @@ def explain(
     threads: ThreadsOption = None,
 ) -> None:
     """Shows layer by layer who computes, why, and how long it takes beside torch's operators."""
-    network, images = _network(model, batch, threads)
+    network, inputs = _network(model, batch, threads)
     with cvfast.use_backend(_usage(lambda: backends.checked_name(backend))):
-        explanation = cvfast.explain(cvfast.accelerate(network, fuse=fuse), images)
+        explanation = cvfast.explain(cvfast.accelerate(network, fuse=fuse), *inputs)
     Console(width=None if sys.stdout.isatty() else 200).print(explanation)
 
 
@@ -321,7 +320,7 @@ def tune(
         out = (path if path.is_dir() else path.parent) / CHOICES
     for images in batch:
         network, inputs = _network(model, images, threads)
-        slower = cvfast.tune(cvfast.accelerate(network, fuse=True), inputs, file=out)
+        slower = cvfast.tune(cvfast.accelerate(network, fuse=True), *inputs, file=out)
         typer.echo(f"{model}, {images} per call: torch's operator is faster for {slower} of the calls")
     typer.echo(f"kept in {out or default_file()}")
 
@@ -340,18 +339,18 @@ def _usage(make):
         raise typer.BadParameter(str(error)) from error
 
 
-def _network(model: str, batch: int, threads: int | None) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A model of the zoo (with fresh weights) or of a checkpoint, in eval mode, and that many images for it."""
+def _network(model: str, batch: int, threads: int | None) -> tuple[torch.nn.Module, Sequence[torch.Tensor]]:
+    """A model of the zoo (with fresh weights) or of a checkpoint, in eval mode, and inputs for it."""
     if threads is not None:
         torch.set_num_threads(threads)
-    if model in IMAGE_MODELS:
-        return create_model(model, in_chans=3).eval(), torch.rand(batch, 3, *input_size(model))
+    if model in list_models():
+        return create_model(model).eval(), tuple(example_inputs(model, batch).values())
     path = Path(model)
     if not path.exists():
-        raise typer.BadParameter(f"{model!r} is neither a checkpoint nor one of {', '.join(IMAGE_MODELS)}; models that "
-                                 "take other inputs: cvfast.explain(model, *inputs)", param_hint="--model")  # fmt: skip
+        raise typer.BadParameter(f"{model!r} is neither a checkpoint nor one of {', '.join(list_models())}",
+                                 param_hint="--model")  # fmt: skip
     classifier = engine.load_classifier(path)
-    return classifier, torch.randint(256, (batch, *classifier.image_shape), dtype=torch.uint8)
+    return classifier, [torch.randint(256, (batch, *classifier.image_shape), dtype=torch.uint8)]
 
 
 def _run_data(checkpoint: Path, data: str | None = None) -> DataSplits:

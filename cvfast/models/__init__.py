@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from cvfast.models import (
     attention_pooling,
@@ -26,7 +26,7 @@ from cvfast.models import (
 from cvfast.models.cnn import CNN
 from cvfast.models.entry import Entry
 
-__all__ = ["CNN", "create_model", "input_size", "list_models"]
+__all__ = ["CNN", "create_model", "example_inputs", "input_size", "list_models"]
 
 _MODELS: dict[str, Entry] = {
     **attention_pooling.MODELS,
@@ -60,6 +60,14 @@ def list_models(pattern: str | None = None, *, task: str | None = None) -> list[
 def input_size(name: str) -> tuple[int, int]:
     """(height, width) of the images that the model called ``name`` takes; ValueError if ``name`` is unknown."""
     return _find(name).input_size
+
+
+def example_inputs(name: str, batch: int = 1) -> dict[str, Tensor]:
+    """Random inputs by name, in the order of ``forward``, for a batch of that many and the model's own channels.
+
+    ``create_model(name)(*example_inputs(name).values())`` runs. ValueError if ``name`` is unknown.
+    """
+    return _find(name).example(batch)
 
 
 def create_model(name: str, *, num_classes: int | None = None, in_chans: int | None = None, **options) -> nn.Module:

@@ -215,7 +215,12 @@ def _allowed(logits: Tensor) -> Tensor:
     return logits.index_fill(-1, torch.tensor([PAD, START], device=logits.device), -torch.inf)
 
 
+def _example(batch: int) -> dict[str, Tensor]:
+    """Grey images and sentences of ten words."""
+    return {"images": torch.rand(batch, 1, 56, 56), "sentences": torch.randint(END + 1, 16, (batch, 10))}
+
+
 MODELS = {
-    "show_attend_tell": Entry(ShowAttendTell, (56, 56), "captioning"),
-    "show_tell": Entry(ShowTell, (56, 56), "captioning"),
+    "show_attend_tell": Entry(ShowAttendTell, (56, 56), "captioning", _example),
+    "show_tell": Entry(ShowTell, (56, 56), "captioning", _example),
 }

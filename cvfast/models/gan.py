@@ -135,6 +135,6 @@ def _init(layer: nn.Module) -> None:
 
 
 MODELS = {
-    "dcgan_generator": Entry(DCGANGenerator, (64, 64), "generation"),
+    "dcgan_generator": Entry(DCGANGenerator, (64, 64), "generation", lambda batch: {"z": torch.randn(batch, 100)}),
     "dcgan_discriminator": Entry(DCGANDiscriminator, (64, 64), "discrimination"),
 }

@@ -140,9 +140,14 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor | None = None) -> list[list[in
     return [[s for s in torch.unique_consecutive(row[:end]).tolist() if s] for row, end in zip(best, ends, strict=True)]
 
 
+def _videos(batch: int) -> dict[str, Tensor]:
+    """Of eight frames."""
+    return {"videos": torch.rand(batch, 8, 3, 32, 32)}
+
+
 MODELS = {
-    "row_lstm": Entry(RowLSTM, (28, 28)),
-    "cnn_lstm": Entry(VideoRNN, (32, 32), "video"),
-    "cnn_gru": Entry(partial(VideoRNN, cell="gru"), (32, 32), "video"),
-    "crnn": Entry(CRNN, (32, 128), "text"),
+    "row_lstm": Entry(RowLSTM, (28, 28), inputs=lambda batch: {"images": torch.rand(batch, 1, 28, 28)}),
+    "cnn_lstm": Entry(VideoRNN, (32, 32), "video", _videos),
+    "cnn_gru": Entry(partial(VideoRNN, cell="gru"), (32, 32), "video", _videos),
+    "crnn": Entry(CRNN, (32, 128), "text", lambda batch: {"images": torch.rand(batch, 1, 32, 128)}),
 }

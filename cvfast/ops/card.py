@@ -150,11 +150,12 @@ def call(op: torch._ops.OpOverload, *args):
 
 
 def watched(tensor: Tensor) -> bool:
-    """Whether a tracer, a mode, a transform of torch.func or autocast is to see an operator on `tensor`."""
+    """Whether a tracer, a mode, a transform of torch.func, autocast or the meta device is to see an operator's call."""
     return (
         torch.compiler.is_compiling()
         or transforms() is not None
         or _modes() > 0
+        or tensor.is_meta
         or torch.is_autocast_enabled("cpu" if tensor.is_cpu else tensor.device.type)
     )
 

@@ -100,7 +100,8 @@ def test_explain(run):
         result = cvfast("explain", "--model", model, "--batch", 2)
         assert result.exit_code == 0 and "conv1" in result.output and "µs" in result.output
     fails(2, "'lenet' is neither a checkpoint nor one of", "explain", "--model", "lenet")
-    fails(2, "'cnn_lstm' is neither a checkpoint nor one of", "explain", "--model", "cnn_lstm")
+    result = cvfast("explain", "--model", "show_tell")
+    assert result.exit_code == 0 and "LSTM" in result.output
 
 
 def test_tune_keeps_choices_beside_the_checkpoint(run, tmp_path):

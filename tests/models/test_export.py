@@ -10,22 +10,20 @@ from torch import nn
 
 from cvfast.data import ImageData, Preparation
 from cvfast.engine import Classifier, check_export, export, export_network
-from cvfast.models import create_model, input_size, list_models
+from cvfast.models import create_model, example_inputs, input_size, list_models
 
 # Name -> a size that is quick; what is left out is a larger model of one of these families.
 SMALL = {"cnn": 32, "resnet20_cifar": 32, "mobilenet_v2": 64, "unet_small": 32, "vit_tiny_cifar": 32,
          "cnn_attention": 32}  # fmt: skip
-IMAGES, VIDEOS = {"images": (2, 3, 32, 32)}, {"videos": (2, 4, 3, 32, 32)}
-SENTENCES = {"images": (2, 1, 56, 56), "sentences": (2, 5)}
-OTHERS = {  # models whose input is no image, or whose output no logits: options, shapes of the inputs, if it is quick
-    "dcgan_generator": ({"width": 8}, {"z": (2, 100)}, True),
-    "dcgan_discriminator": ({"width": 8, "image_size": 32}, IMAGES, True),
-    "srresnet": ({}, {"images": (2, 3, 8, 8)}, False),
-    "cnn_lstm": ({}, VIDEOS, True),
-    "cnn_gru": ({}, VIDEOS, False),
-    "crnn": ({}, {"images": (2, 1, 32, 64)}, False),
-    "show_attend_tell": ({}, SENTENCES, False),
-    "show_tell": ({}, SENTENCES, False),
+OTHERS = {  # models whose input is no image, or whose output no logits: options, if it is quick
+    "dcgan_generator": ({"width": 8}, True),
+    "dcgan_discriminator": ({"width": 8}, True),
+    "srresnet": ({}, False),
+    "cnn_lstm": ({}, True),
+    "cnn_gru": ({}, False),
+    "crnn": ({}, False),
+    "show_attend_tell": ({}, False),
+    "show_tell": ({}, False),
 }
 ALL = [*list_models(task="classification"), *list_models(task="segmentation")]
 
@@ -69,14 +67,12 @@ def test_all_models(name, tmp_path, request):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(name, tmp_path, request):
-    options, shapes, quick = OTHERS[name]
+    options, quick = OTHERS[name]
     if not quick and not request.config.getoption("--all-models", default=False):
         pytest.skip("needs --all-models")
     torch.manual_seed(0)
     model = create_model(name, **options).eval()
-    inputs = {key: torch.rand(shape) for key, shape in shapes.items()}
-    if "sentences" in inputs:
-        inputs["sentences"] = torch.randint(4, 10, shapes["sentences"])
+    inputs = example_inputs(name, 2)
     with torch.no_grad():
         expected = [output for output in as_tuple(model(*inputs.values())) if output is not None]
     session = onnxruntime.InferenceSession(str(export_network(model, inputs, tmp_path / "model.onnx")))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import cvfast
-from cvfast.models import create_model, list_models
+from cvfast.models import create_model, example_inputs, list_models
 from tests.models.oracle import torchvision_models
 
 PUBLISHED = {  # parameters for 1000 classes (10 for CIFAR's), as the papers or torchvision's documentation give them
@@ -74,6 +74,16 @@ def test_unets_convolutions_are_the_papers():
     weights += 4 * sum(2 * c * c for c in (512, 256, 128, 64)) + 2 * 64
     model = on_meta(partial(create_model, "unet"))
     assert sum(p.numel() for p in model.parameters() if p.dim() == 4) == weights
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_takes_its_example_inputs(name):
+    def run():
+        model, inputs = create_model(name).eval(), example_inputs(name, 2)
+        assert all(len(value) == 2 for value in inputs.values())
+        return model(*inputs.values())
+
+    on_meta(run)
 
 
 @pytest.mark.parametrize("name", NAMED)
