@@ -8,6 +8,7 @@
 #include "conv2d_direct_weight_grad.h"
 #include "conv2d_dots.h"
 #include "conv2d_implicit_gemm.h"
+#include "conv2d_live_taps.h"
 #include "conv2d_pooling.h"
 #include "conv2d_winograd.h"
 #include "conv2d_winograd_weight_grad.h"
@@ -83,7 +84,8 @@ void with_storage_type(DType dtype, Run&& run) {
   }
 }
 
-void forward(const Conv2dForward& problem, const ThreadPool& pool) {
+void forward(const Conv2dForward& whole, const ThreadPool& pool) {
+  const Conv2dForward problem = LiveTaps(whole.shape).of(whole);
   with_storage_type(problem.dtype, [&]<class S>(S) {
     const Algorithm<Conv2dForward>& algorithm = first_of(forward_algorithms<S>, problem);
     if (problem.epilogue.pooling == Pooling::none || algorithm.pools(problem))
@@ -98,10 +100,15 @@ void input_grad(const Conv2dInputGrad& problem, const ThreadPool& pool) {
 }
 
 void weight_grad(const Conv2dWeightGrad& problem, const ThreadPool& pool) {
-  with_storage_type(problem.dtype, [&](auto s) { run_first(weight_grad_algorithms<decltype(s)>, problem, pool); });
+  const LiveTaps taps(problem.shape);
+  with_storage_type(problem.dtype, [&]<class S>(S) {
+    if (!taps.all) zero_weight_grad<S>(problem, pool);
+    run_first(weight_grad_algorithms<S>, taps.of(problem), pool);
+  });
 }
 
-Conv2dPacking packing(const Conv2dForward& problem) {
+Conv2dPacking packing(const Conv2dForward& whole) {
+  const Conv2dForward problem = LiveTaps(whole.shape).of(whole);
   Conv2dPacking result = {};
   with_storage_type(problem.dtype, [&](auto s) {
     const auto& algorithm = first_of(forward_algorithms<decltype(s)>, problem);
@@ -110,9 +117,10 @@ Conv2dPacking packing(const Conv2dForward& problem) {
   return result;
 }
 
-void pack(const Conv2dForward& problem, void* to, const ThreadPool& pool) {
+void pack(const Conv2dForward& whole, void* to, const ThreadPool& pool) {
+  const Conv2dForward problem = LiveTaps(whole.shape).of(whole);
   PackedHeader& header = *static_cast<PackedHeader*>(to);
-  header = {packed_origin(problem, static_cast<PackedForm>(packing(problem).form)), true};
+  header = {packed_origin(problem, static_cast<PackedForm>(packing(whole).form)), true};
   with_storage_type(problem.dtype, [&](auto s) {
     first_of(forward_algorithms<decltype(s)>, problem).pack(problem, header, pool);
   });

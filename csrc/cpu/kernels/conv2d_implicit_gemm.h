@@ -637,25 +637,59 @@ Matrix<const Compute<S>> weight_grad_input(const Patches<S>& input, int64_t row,
   return {to.data, to.col_stride, to.row_stride};
 }
 
-// Sums pixels [pixel, end) of the rows and columns given into blocks.c [rows, c_stride]: chains over block_depth pixels,
-// added in order. The columns are gathered once for all rows.
+// The part of the gradient that belongs to one group and to its input channels [channel, channel + channels).
 template <class S>
-void weight_grad_block(const WeightGrad<S>& w, int64_t group, int64_t row, int64_t rows, int64_t row_block, int64_t col,
-                       int64_t cols, int64_t pixel, int64_t end, const WorkerBlocks<Compute<S>>& blocks, int64_t c_stride) {
+WeightGrad<S> part_of(WeightGrad<S> w, int64_t group, int64_t channel, int64_t channels) {
+  w.input.data += (group * w.input.channels + channel) * w.input.channel_stride;
+  w.grad_output.data += group * w.cols * w.grad_output.channel_stride;
+  w.result += group * w.cols * w.result_stride[0] + channel * w.result_stride[1];
+  w.groups = 1, w.input.channels = channels, w.rows = w.input.columns();
+  return w;
+}
+
+// Sums pixels [pixel, end) of all rows and the columns given, of one group, into blocks.c [rows, c_stride]: chains over
+// block_depth pixels, added in order. The columns are gathered once for all rows.
+template <class S>
+void weight_grad_block(const WeightGrad<S>& w, int64_t row_block, int64_t col, int64_t cols, int64_t pixel, int64_t end,
+                       const WorkerBlocks<Compute<S>>& blocks, int64_t c_stride) {
   using T = Compute<S>;
-  Patches<S> input = w.input, grad_output = w.grad_output;
-  input.data += group * input.channels * input.channel_stride;
-  grad_output.data += (group * w.cols + col) * grad_output.channel_stride;
-  if (pixel >= end) zero_matrix(Matrix<T>{blocks.c, c_stride, 1}, rows, cols);
+  Patches<S> grad_output = w.grad_output;
+  grad_output.data += col * grad_output.channel_stride;
+  if (pixel >= end) zero_matrix(Matrix<T>{blocks.c, c_stride, 1}, w.rows, cols);
   for (int64_t start = pixel; start < end; start += block_depth) {
     const int64_t depth = min(end - start, block_depth);
     zero_matrix(Matrix<T>{blocks.b + cols, gathered_stride<T>, 1}, depth, c_stride - cols);
     gather_patches(grad_output, start, depth, 0, cols, Matrix<T>{blocks.b, gathered_stride<T>, 1});
-    for (int64_t first = 0; first < rows; first += row_block) {
-      const int64_t count = min(rows - first, row_block);
-      const Matrix<const T> a = weight_grad_input(input, row + first, count, start, depth, blocks.a);
+    for (int64_t first = 0; first < w.rows; first += row_block) {
+      const int64_t count = min(w.rows - first, row_block);
+      const Matrix<const T> a = weight_grad_input(w.input, first, count, start, depth, blocks.a);
       block_product(count, cols, depth, a, Panels<T>{blocks.b, tile_cols<T>, gathered_stride<T>},
                     blocks.c + first * c_stride, c_stride, start > pixel);
+    }
+  }
+}
+
+// Stores all rows of one group and `cols` >= lanes columns where the weights lie in memory as [out][channel, tap]. `to` is
+// the place of the first.
+template <class S>
+void store_planes(const WeightGrad<S>& w, S* to, int64_t cols, const Compute<S>* from, int64_t from_stride) {
+  using T = Compute<S>;
+  constexpr int64_t L = lanes<T>;
+  const int64_t channels = w.input.channels, taps = w.rows / channels;
+  for (int64_t j = 0; j < cols; j += L) {
+    const int64_t col = min(j, cols - L);  // the last ones overlap
+    for (int64_t i = 0; i < w.rows; i += L) {
+      const int64_t first = min(i, w.rows - L);
+      int64_t channel = first / taps, tap = first % taps;
+      Vector<T> square[L];
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k) {
+        square[k] = load_vector(from + (tap * channels + channel) * from_stride + col);
+        if (++tap == taps) tap = 0, ++channel;
+      }
+      transpose_square<T>(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < L; ++k) store_vector(square[k], to + (col + k) * w.result_stride[0] + first);
     }
   }
 }
@@ -664,7 +698,11 @@ void weight_grad_block(const WeightGrad<S>& w, int64_t group, int64_t row, int64
 template <class S>
 void store_weight_grad(const WeightGrad<S>& w, int64_t group, int64_t row, int64_t rows, int64_t col, int64_t cols,
                        Matrix<const Compute<S>> from) {
-  const int64_t channels = w.input.channels;
+  constexpr int64_t L = lanes<Compute<S>>;
+  const int64_t channels = w.input.channels, taps_x = w.input.x.taps, taps = w.input.y.taps * taps_x;
+  const bool planes = taps > 1 && w.result_stride[1] == taps && w.result_stride[2] == taps_x && w.result_stride[3] == 1;
+  if (planes && rows == w.rows && min(rows, cols) >= L && from.col_stride == 1)
+    return store_planes(w, w.result + (group * w.cols + col) * w.result_stride[0], cols, from.data, from.row_stride);
   for (int64_t i = row; i < row + rows;) {
     const int64_t tap = i / channels, channel = i % channels;
     const int64_t run = min(channels - channel, row + rows - i);
@@ -729,22 +767,30 @@ void weight_grad_by_gemm(const Conv2dWeightGrad& problem, const ThreadPool& pool
   if (lines_follow(w.input)) join_lines(w.input);
   const Slices<S> slices(w);
   const int64_t col_block = even_block(w.cols, conv_cols<T>, tile_cols<T>), col_blocks = ceil_div(w.cols, col_block);
-  // Four pieces or more for each of several threads.
+  // Four pieces or more for each of several threads. A piece has all taps of its channels, so that it stores whole runs.
   const int64_t wanted = pool.threads == 1 ? 1 : ceil_div(4 * pool.threads, slices.count * w.groups * col_blocks);
-  const int64_t most_rows = min(most_sums / col_block, round_up(ceil_div(w.rows, wanted), tile_rows));
-  const int64_t row_range = even_block(w.rows, most_rows, tile_rows), row_ranges = ceil_div(w.rows, row_range);
-  const int64_t row_block = even_block(row_range, block_rows, tile_rows);
-  parallel_for(pool, slices.count * w.groups * row_ranges * col_blocks, [&](int64_t begin, int64_t end) {
-    const WorkerBlocks<T> blocks(row_range * col_block);
+  const int64_t most_rows = min(most_sums / col_block, ceil_div(w.rows, wanted));
+  const int64_t taps = w.rows / w.input.channels;
+  const int64_t range = even_block(w.input.channels, max<int64_t>(most_rows / taps, lanes<T>), lanes<T>);
+  const int64_t ranges = ceil_div(w.input.channels, range), row_block = even_block(range * taps, block_rows, tile_rows);
+  parallel_for(pool, slices.count * w.groups * ranges * col_blocks, [&](int64_t begin, int64_t end) {
+    const WorkerBlocks<T> blocks(range * taps * col_block);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % row_ranges * row_range, rows = min(w.rows - row, row_range);
-      const int64_t col = i / row_ranges % col_blocks * col_block, cols = min(w.cols - col, col_block);
-      const int64_t group = i / (row_ranges * col_blocks) % w.groups;
-      const int64_t slice = i / (row_ranges * col_blocks * w.groups);
+      const int64_t channel = i % ranges * range, channels = min(w.input.channels - channel, range);
+      const int64_t col = i / ranges % col_blocks * col_block, cols = min(w.cols - col, col_block);
+      const int64_t group = i / (ranges * col_blocks) % w.groups;
+      const int64_t slice = i / (ranges * col_blocks * w.groups);
       const int64_t pixel = slice * slices.pixels, c_stride = round_up(cols, tile_cols<T>);
       const int64_t stop = min(pixel + slices.pixels, w.pixels);
-      weight_grad_block(w, group, row, rows, row_block, col, cols, pixel, stop, blocks, c_stride);
-      store_slice(w, slices, slice, group, row, rows, col, cols, Matrix<const T>{blocks.c, c_stride, 1});
+      const WeightGrad<S> part = part_of(w, group, channel, channels);
+      weight_grad_block(part, row_block, col, cols, pixel, stop, blocks, c_stride);
+      if (!slices.partial) {
+        store_weight_grad(part, 0, 0, part.rows, col, cols, Matrix<const T>{blocks.c, c_stride, 1});
+        continue;
+      }
+      for (int64_t tap = 0; tap < taps; ++tap)
+        store_slice(w, slices, slice, group, tap * w.input.channels + channel, channels, col, cols,
+                    Matrix<const T>{blocks.c + tap * channels * c_stride, c_stride, 1});
     }
   });
   sum_slices(w, slices, pool);

@@ -70,6 +70,8 @@ void copy_block(Matrix<const From> from, Matrix<To> to, int64_t rows, int64_t co
     for (int64_t i = 0; i < rows; ++i) copy_every_second(from.data + i * from.row_stride, to.data + i * to.row_stride, cols);
   } else if (from.row_stride != 1 && from.col_stride != 1) {
     copy_along(from, to, rows, cols, from.row_stride < from.col_stride);
+  } else if (squares && from.col_stride == 1 && to.row_stride != 1 && to.row_stride < to.col_stride) {
+    copy_transposed_apart(from.data, from.row_stride, to.data, to.col_stride, to.row_stride, cols, rows);
   } else if (to.row_stride != 1 && to.col_stride != 1) {
     copy_along(from, to, rows, cols, to.row_stride < to.col_stride);
   } else {

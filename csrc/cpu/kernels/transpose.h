@@ -52,7 +52,22 @@ void copy_transposed(const From* from, int64_t from_stride, To* to, int64_t to_s
     }
 }
 
-// The same for cols < lanes, whose vectors in `to` are stored in part.
+// The same with j that are to_step apart in `to`.
+template <class From, class To>
+void copy_transposed_apart(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t to_step, int64_t rows,
+                           int64_t cols) {
+  using T = Compute<To>;
+  constexpr int64_t L = lanes<T>;
+  for (int64_t row = 0; row < rows; row += L)
+    for (int64_t col = 0; col < cols; col += L) {
+      const int64_t i = min(row, rows - L), j = min(col, cols - L);
+      T square[L * L];
+      copy_transposed(from + i + j * from_stride, from_stride, square, L, L, L);
+      for (int64_t k = 0; k < L; ++k) copy_strided(square + k * L, 1, to + (i + k) * to_stride + j * to_step, to_step, L);
+    }
+}
+
+// The same as the first for cols < lanes, whose vectors in `to` are stored in part.
 template <class From, class To>
 void copy_to_short_rows(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t cols) {
   using T = Compute<To>;
