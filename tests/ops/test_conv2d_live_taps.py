@@ -31,5 +31,5 @@ def test_a_kept_weight_serves_maps_of_all_sizes(memory_format):
         for size in (1, 1, 8, 8, 1, 2, 2, 1, 8):
             input = torch.randn(2, 64, size, size)
             exact = torch.nn.functional.conv2d(input.double(), weight.double(), padding=1)
-            torch.testing.assert_close(functional.conv2d(input, weight, padding=1, backend="ext").double(), exact,
-                                       rtol=1e-4, atol=1e-4)  # fmt: skip
+            result = functional.conv2d(input, weight, padding=1, backend="ext")
+            assert (result - exact).norm() <= 4e-6 * exact.norm()  # Winograd's bound
