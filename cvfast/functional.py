@@ -56,9 +56,10 @@ def conv2d(
 ) -> Tensor:
     """2-D convolution (cross-correlation), with torch.nn.functional.conv2d's meaning and arguments, and an epilogue.
 
-    activation(conv2d(input, weight, bias) + residual), pooled if asked for: on the CPU, where no gradient is asked for,
-    sum, activation and, without a residual, pooling are computed while the results are in the cache, and bfloat16 and
-    float16 are rounded after them; elsewhere by torch's operators, differentiable as those are.
+    activation(conv2d(input, weight, bias) + residual), pooled if asked for: on the CPU sum and activation and, without
+    gradients and a residual, pooling are computed while the results are in the cache, and bfloat16 and float16 are
+    rounded after them. Where gradients are asked for this holds for "none", "relu", "relu6", "leaky_relu" (slope >= 0),
+    "sigmoid" and "tanh", whose results tell their derivatives; all else is left to torch's operators.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; contiguous and channels_last are both read in place.
@@ -159,6 +160,10 @@ def _with_epilogue(
         output = chosen.run_with_epilogue(residual, activation, negative_slope, pooled, *args)
         if output is not None:
             return output if pooled == pooling else POOLINGS[pooling](output)
+    if hasattr(chosen, "run_with_differentiable_epilogue") and (activation != "none" or residual is not None):
+        output = chosen.run_with_differentiable_epilogue(residual, activation, negative_slope, *args)
+        if output is not None:
+            return POOLINGS[pooling](output)
     output = chosen.run(*args)
     output = ACTIVATIONS[activation](output if residual is None else output + residual, negative_slope)
     return POOLINGS[pooling](output)

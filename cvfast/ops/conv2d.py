@@ -6,10 +6,11 @@ the derivative of each with respect to one operand is another of the three, so d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 
 from cvfast.ops.card import Card, call, define_kernel, register
 
@@ -65,13 +66,16 @@ def conv2d_setup(ctx, inputs, output) -> None:
 
 
 def conv2d_backward(ops, ctx, needs, grad: Tensor):
-    input, weight = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias = needs[:3]
+    return (*_gradients(ops, grad, *ctx.saved_tensors, ctx.options, needs[:3]), *(None for _ in ctx.options))
+
+
+def _gradients(ops, grad: Tensor, input: Tensor, weight: Tensor, options, needs) -> tuple[Tensor | None, ...]:
+    """Of input, weight and bias, where they are needed, from that of conv2d's result."""
+    needs_input, needs_weight, needs_bias = needs
     return (
-        call(ops.conv2d_input_grad.default, grad, weight, input.shape, *ctx.options) if needs_input else None,
-        call(ops.conv2d_weight_grad.default, grad, input, weight.shape, *ctx.options) if needs_weight else None,
+        call(ops.conv2d_input_grad.default, grad, weight, input.shape, *options) if needs_input else None,
+        call(ops.conv2d_weight_grad.default, grad, input, weight.shape, *options) if needs_weight else None,
         grad.sum((0, 2, 3)) if needs_bias else None,
-        *(None for _ in ctx.options),
     )
 
 
@@ -206,6 +210,39 @@ epilogue_kernel = define_kernel(
     "conv2d_epilogue(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
     f"float negative_slope, str pooling, {_OPTIONS}, Tensor? packed) -> Tensor",
 )
+
+# Activations whose result tells their derivative: (gradient of the result, result, slope) -> gradient of the argument.
+_aten = torch.ops.aten
+TOLD_BY_RESULT: dict[str, Callable[[Tensor, Tensor | None, float], Tensor]] = {
+    "none": lambda grad, result, slope: grad,
+    "relu": lambda grad, result, slope: _aten.threshold_backward(grad, result, 0),
+    "relu6": lambda grad, result, slope: _aten.hardtanh_backward(grad, result, 0, 6),
+    "leaky_relu": lambda grad, result, slope: _aten.leaky_relu_backward(grad, result, slope, True),  # slope >= 0
+    "sigmoid": lambda grad, result, slope: _aten.sigmoid_backward(grad, result),
+    "tanh": lambda grad, result, slope: _aten.tanh_backward(grad, result),
+}
+
+
+class _WithEpilogue(_SingleLevelFunction):
+    """activation(conv2d(...) + residual) in one pass, for autograd alone: tracers and transforms see the parts."""
+
+    @staticmethod
+    def forward(ctx, residual, activation, slope, input, weight, bias, *options):
+        output = epilogue_kernel(input, weight, bias, residual, activation, slope, "none", *options, None)
+        ctx.epilogue, ctx.options = (activation, slope), options
+        ctx.save_for_backward(input, weight, None if activation == "none" else output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        (activation, slope), (input, weight, output) = ctx.epilogue, ctx.saved_tensors
+        grad = TOLD_BY_RESULT[activation](grad, output, slope)
+        needs_residual, _, _, *needs = ctx.needs_input_grad
+        gradients = _gradients(torch.ops.cvfast, grad, input, weight, ctx.options, needs[:3])
+        return grad if needs_residual else None, None, None, *gradients, *(None for _ in ctx.options)
+
+
+differentiable_epilogue = _WithEpilogue.apply
 
 register(
     [

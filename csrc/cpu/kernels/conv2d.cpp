@@ -85,8 +85,8 @@ void with_storage_type(DType dtype, Run&& run) {
 }
 
 void forward(const Conv2dForward& whole, const ThreadPool& pool) {
-  const Conv2dForward problem = LiveTaps(whole.shape).of(whole);
-  with_storage_type(problem.dtype, [&]<class S>(S) {
+  with_storage_type(whole.dtype, [&]<class S>(S) {
+    const Conv2dForward problem = with_live_taps<S>(whole, pool);
     const Algorithm<Conv2dForward>& algorithm = first_of(forward_algorithms<S>, problem);
     if (problem.epilogue.pooling == Pooling::none || algorithm.pools(problem))
       algorithm.run(problem, pool);
@@ -99,12 +99,9 @@ void input_grad(const Conv2dInputGrad& problem, const ThreadPool& pool) {
   with_storage_type(problem.dtype, [&](auto s) { run_first(input_grad_algorithms<decltype(s)>, problem, pool); });
 }
 
-void weight_grad(const Conv2dWeightGrad& problem, const ThreadPool& pool) {
-  const LiveTaps taps(problem.shape);
-  with_storage_type(problem.dtype, [&]<class S>(S) {
-    if (!taps.all) zero_weight_grad<S>(problem, pool);
-    run_first(weight_grad_algorithms<S>, taps.of(problem), pool);
-  });
+void weight_grad(const Conv2dWeightGrad& whole, const ThreadPool& pool) {
+  with_storage_type(whole.dtype,
+                    [&]<class S>(S) { run_first(weight_grad_algorithms<S>, with_live_taps<S>(whole, pool), pool); });
 }
 
 Conv2dPacking packing(const Conv2dForward& whole) {
@@ -118,11 +115,13 @@ Conv2dPacking packing(const Conv2dForward& whole) {
 }
 
 void pack(const Conv2dForward& whole, void* to, const ThreadPool& pool) {
-  const Conv2dForward problem = LiveTaps(whole.shape).of(whole);
+  const LiveTaps taps(whole.shape);
+  const Conv2dForward problem = taps.of(whole);
   PackedHeader& header = *static_cast<PackedHeader*>(to);
   header = {packed_origin(problem, static_cast<PackedForm>(packing(whole).form)), true};
-  with_storage_type(problem.dtype, [&](auto s) {
-    first_of(forward_algorithms<decltype(s)>, problem).pack(problem, header, pool);
+  with_storage_type(problem.dtype, [&]<class S>(S) {
+    first_of(forward_algorithms<S>, problem).pack(problem, header, pool);
+    header.finite = header.finite && (taps.all || weights_finite<S>(whole, pool));
   });
 }
 

@@ -1,5 +1,5 @@
 // A convolution without the outer taps of its kernel that meet nothing but padding wherever it stands, as a 3x3 kernel's do
-// on a map of one pixel. An infinite weight there does not count, as in most of torch's kernels.
+// on a map of one pixel. Not where a factor of that padding is NaN or infinite: it makes NaN of zeros.
 #pragma once
 #include "conv2d_packed.h"
 #include "conv2d_problem.h"
@@ -52,24 +52,72 @@ struct LiveTaps {
   static const char* bytes_of(const void* data) { return static_cast<const char*>(data); }
 };
 
-// Zeros for all taps of the gradient to the weights.
+// Calls run(data, count, step) for the elements of tensor [i, C, H, W]: all in one run where they lie densely.
+template <class S, class Tensor, class Run>
+void for_each_run(const Tensor& t, int64_t i, int64_t channels, int64_t height, int64_t width, Run&& run) {
+  auto* data = static_cast<S*>(t.data) + i * t.stride[0];
+  const int64_t* stride = t.stride;
+  const bool planes = stride[1] == height * width && stride[2] == width && stride[3] == 1;
+  const bool pixels = stride[1] == 1 && stride[2] == width * channels && stride[3] == channels;
+  if (planes || pixels) return run(data, channels * height * width, int64_t{1});
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x) run(data + y * stride[2] + x * stride[3], channels, stride[1]);
+}
+
+// Whether all elements of a tensor of this size are finite.
 template <class S>
-void zero_weight_grad(const Conv2dWeightGrad& p, const ThreadPool& pool) {
-  const Conv2dShape& s = p.shape;
-  const int64_t channels = s.in_channels / s.groups, taps = s.kernel_height * s.kernel_width, *stride = p.grad_weight.stride;
-  const bool planes = stride[1] == taps && stride[2] == s.kernel_width && stride[3] == 1;
-  const bool pixels = stride[1] == 1 && stride[2] == s.kernel_width * channels && stride[3] == channels;
-  parallel_for(pool, s.out_channels, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      S* to = static_cast<S*>(p.grad_weight.data) + k * stride[0];
-      if (planes || pixels)
-        zero_matrix(Matrix<S>{to, 0, 1}, 1, channels * taps);
-      else
-        for (int64_t tap = 0; tap < taps; ++tap)
-          zero_matrix(Matrix<S>{to + tap / s.kernel_width * stride[2] + tap % s.kernel_width * stride[3], 0, stride[1]}, 1,
-                      channels);
-    }
+bool all_finite(const ConstTensor4& t, int64_t count, int64_t channels, int64_t height, int64_t width, const ThreadPool& pool) {
+  using T = Compute<S>;
+  constexpr int64_t L = lanes<T>;
+  bool finite = true;
+  parallel_for(pool, count, [&](int64_t begin, int64_t end) {
+    Vector<T> nan = {};
+    for (int64_t i = begin; i < end; ++i)
+      for_each_run<const S>(t, i, channels, height, width, [&](const S* data, int64_t elements, int64_t step) {
+        if (step != 1)
+          for (int64_t j = 0; j < elements; ++j) nan[0] += to_compute(data[j * step]) - to_compute(data[j * step]);
+        else
+          for (int64_t j = 0; j < elements; j += L) {
+            const Vector<T> x = elements - j < L ? load_first(data + j, elements - j) : load_vector(data + j);
+            nan += x - x;
+          }
+      });
+    for (int64_t j = 0; j < L; ++j)
+      if (nan[j] != 0) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
   });
+  return finite;
+}
+
+// Whether all weights are finite.
+template <class S>
+bool weights_finite(const Conv2dForward& p, const ThreadPool& pool) {
+  const Conv2dShape& s = p.shape;
+  return all_finite<S>(p.weight, s.out_channels, s.in_channels / s.groups, s.kernel_height, s.kernel_width, pool);
+}
+
+// The convolution with the taps that count. Kept weights, if they are those of the result, say whether all are finite.
+template <class S>
+Conv2dForward with_live_taps(const Conv2dForward& whole, const ThreadPool& pool) {
+  const LiveTaps taps(whole.shape);
+  if (taps.all) return whole;
+  const Conv2dForward live = taps.of(whole);
+  const auto* packed = static_cast<const PackedHeader*>(whole.packed);
+  const PackedHeader* kept = packed ? kept_weights(live, packed->origin.form) : nullptr;
+  return (kept ? kept->finite : weights_finite<S>(whole, pool)) ? live : whole;
+}
+
+// Likewise the gradient to the weights; the others' are written here.
+template <class S>
+Conv2dWeightGrad with_live_taps(const Conv2dWeightGrad& whole, const ThreadPool& pool) {
+  const LiveTaps taps(whole.shape);
+  const Conv2dShape& s = whole.shape;
+  if (taps.all || !all_finite<S>(whole.grad_output, s.batch, s.out_channels, s.out_height, s.out_width, pool)) return whole;
+  parallel_for(pool, s.out_channels, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for_each_run<S>(whole.grad_weight, k, s.in_channels / s.groups, s.kernel_height, s.kernel_width,
+                      [](S* data, int64_t elements, int64_t step) { zero_matrix(Matrix<S>{data, 0, step}, 1, elements); });
+  });
+  return taps.of(whole);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct alignas(64) PackedHeader {
     int64_t vector_bytes, dtype, groups, size[4], stride[4];
     char elements[samples * 8];
   } origin;
-  bool finite;  // no weight is NaN or infinite; said of panels only
+  bool finite;  // no weight is NaN or infinite; said of panels, and where taps were left out (conv2d_live_taps.h)
 
   // Behind the header, aligned to 64 bytes.
   void* data() { return this + 1; }

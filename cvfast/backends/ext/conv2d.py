@@ -12,7 +12,14 @@ from torch.nn import Parameter
 from cvfast import _library
 from cvfast._packed import packed
 from cvfast.ops.card import autocast_dtype, call, derives, watched
-from cvfast.ops.conv2d import epilogue_kernel, pack_kernel, packed_form_kernel, result_format
+from cvfast.ops.conv2d import (
+    TOLD_BY_RESULT,
+    differentiable_epilogue,
+    epilogue_kernel,
+    pack_kernel,
+    packed_form_kernel,
+    result_format,
+)
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 CUDA_DTYPES = (torch.float32, torch.float64)
@@ -63,16 +70,36 @@ def run_with_epilogue(
     bias: Tensor | None,
     *options,
 ) -> Tensor | None:
-    """activation(conv2d(...) + residual) in one pass; None where derivatives or tracers have to see the parts.
+    """pooling(activation(conv2d(...) + residual)) in one pass; None where derivatives or tracers have to see the parts.
 
     `pooling` must be "none" where a residual is given.
     """
     if not runs_with_epilogue(input, weight, bias, residual):
         return None
-    if residual is not None:
-        residual = residual.contiguous(memory_format=result_format(input, weight))
+    residual = _in_result_format(residual, input, weight)
     kept = packed_weight(input, weight, options)
     return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
+
+
+def run_with_differentiable_epilogue(
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *options,
+) -> Tensor | None:
+    """activation(conv2d(...) + residual) in one pass that has derivatives; None where the parts have to be called."""
+    told = activation in TOLD_BY_RESULT and not (activation == "leaky_relu" and negative_slope < 0)
+    if not told or not _fits_kernel(input, weight, bias, residual) or forward_ad._current_level >= 0:
+        return None
+    residual = _in_result_format(residual, input, weight)
+    return differentiable_epilogue(residual, activation, negative_slope, input, weight, bias, *options)
+
+
+def _in_result_format(residual: Tensor | None, input: Tensor, weight: Tensor) -> Tensor | None:
+    return None if residual is None else residual.contiguous(memory_format=result_format(input, weight))
 
 
 def prepare(
@@ -107,12 +134,13 @@ def prepare(
 
 def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:
     """Whether a kernel's epilogue may be used: on the CPU, in one dtype, and nobody has to see the parts."""
+    return _fits_kernel(input, *operands) and not derives([input, *(t for t in operands if t is not None)])
+
+
+def _fits_kernel(input: Tensor, *operands: Tensor | None) -> bool:
     tensors = [input, *(t for t in operands if t is not None)]
     return (
-        all([t.is_cpu and t.dtype is input.dtype for t in tensors])
-        and input.dtype in CPU_DTYPES
-        and not watched(input)
-        and not derives(tensors)
+        all([t.is_cpu and t.dtype is input.dtype for t in tensors]) and input.dtype in CPU_DTYPES and not watched(input)
     )
 
 
