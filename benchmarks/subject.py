@@ -38,6 +38,7 @@ class Subject(ABC):
     training_groups: dict[str, list[Any]] | None = None  # where training has cases of its own
     goals: tuple[Goal, ...] = ()
     data: tuple[str, ...] = ("input",)  # operands that are given at each call; the others are constants of a model
+    by_sample: tuple[str, ...] = ()  # constants that may differ from sample to sample, broadcast against data
     formats: tuple[str, ...] = ("contiguous",)  # memory formats in which torch and cvfast compete
     batch_first: bool = False  # samples are independent along the first dimension of data and result
 
@@ -53,7 +54,7 @@ class Subject(ABC):
 def load(name: str) -> Subject:
     """The subject of this name: an operator's, or of the kind that its cases file calls SUBJECT."""
     module = importlib.import_module(f"benchmarks.cases.{name}")
-    optional = ("training_groups", "goals", "data", "formats", "batch_first")
+    optional = ("training_groups", "goals", "data", "by_sample", "formats", "batch_first")
     given = {key: getattr(module, key.upper()) for key in optional if hasattr(module, key.upper())}
     return getattr(module, "SUBJECT", Operator)(name, module.GROUPS, **given)
 
@@ -216,8 +217,18 @@ class OperatorWork(Work):
 
     @cached_property
     def judged_sample(self) -> Sample:
-        operands = {n: self.judged(t) if n in self.subject.data else t for n, t in self.sample.operands.items()}
-        return replace(self.sample, operands=operands)
+        operands, options = (self.judged_arguments(a) for a in (self.sample.operands, self.sample.options))
+        return replace(self.sample, operands=operands, options=options)
+
+    def judged_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {name: self.judged(value) if self.has_samples(name, value) else value for name, value in arguments.items()}
+
+    def has_samples(self, name: str, value: Any) -> bool:
+        """Whether an argument's first dimension is the batch; a mask's may be one of heads or queries, or of size 1."""
+        if name in self.subject.data:
+            return True
+        like = self.data[0]
+        return name in self.subject.by_sample and value.dim() == like.dim() and len(value) == len(like)
 
     @cached_property
     def exact(self) -> Tensor:

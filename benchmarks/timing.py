@@ -41,18 +41,22 @@ def take_turns(
 ) -> Turns:
     """Times all calls; one untimed-for-the-result call of each comes first and says how often it can run.
 
+    Each round begins with the call that ended the last one, so that each is at times timed on operands that no other
+    call has just driven from the caches.
     A call that runs less often than another sits out rounds, evenly spread. between: called once a round.
     synchronize: waits for a device, within the timed part.
     """
     repeats = {name: effort.repeats(timed(call, synchronize)) for name, call in calls.items()}
     rounds = max(repeats.values(), default=0)
+    names = list(calls)
     turns = Turns({name: [] for name in calls})
     for i in range(rounds):
         if between is not None:
             turns.between.append(between())
-        for name, call in calls.items():
+        first = -i % len(calls)
+        for name in names[first:] + names[:first]:
             if (i + 1) * repeats[name] // rounds > i * repeats[name] // rounds:
-                turns.seconds[name].append(timed(call, synchronize))
+                turns.seconds[name].append(timed(calls[name], synchronize))
     return turns
 
 

@@ -19,6 +19,7 @@ def square(b: int, h: int, length: int, d: int, kind: str = "", **options):
 
 
 DATA = ("query", "key", "value")
+BY_SAMPLE = ("attn_mask",)
 BATCH_FIRST = True
 
 GROUPS = {

@@ -19,6 +19,9 @@ from benchmarks.subject import Work, load, training
 from benchmarks.timing import Effort, take_turns
 from cvfast import _library, _peak
 from cvfast.cli import app
+from cvfast.testing import SPECS
+from cvfast.testing.attention import case as attention_case
+from cvfast.testing.attention import mask
 from cvfast.testing.recurrent import cell_case, layer_case
 
 EFFORT = Effort(0, 2, 2)
@@ -97,7 +100,22 @@ def test_calls_take_turns_and_slow_ones_sit_out_rounds():
     assert len(turns.seconds["quick"]) == len(turns.between) == 12
     assert 3 <= len(turns.seconds["slow"]) <= 5
     assert min(turns.seconds["slow"]) >= 0.01
-    assert "slow" in order[2:9] and order[-1] == "slow"  # spread over the rounds
+    assert "slow" in order[2:9] and "slow" in order[-2:]  # spread over the rounds
+
+
+def test_each_round_begins_with_the_call_that_ended_the_last():
+    order = []
+    take_turns({name: lambda name=name: order.append(name) for name in "abc"}, Effort(0, 4, 4))
+    assert "".join(order) == "abc" + "abc" + "cab" + "bca" + "abc"
+
+
+def test_a_mask_is_judged_by_the_samples_that_are_judged():
+    subject = load("attention")
+    for shape in ((3, 1, 1, 5), (3, 5, 5), (1, 3, 5, 5), (5, 5)):
+        case = attention_case("masked", (3, 3, 5, 4), 5, attn_mask=mask(*shape))
+        judged = subject.work(case, "forward", 1)
+        whole = judged.sample.to(torch.float64).call(SPECS["attention"].reference)
+        torch.testing.assert_close(judged.exact, judged.judged(whole))
 
 
 def test_a_call_of_20_ms_is_timed_20_times():
