@@ -32,8 +32,8 @@ template <class T>
 void product_of_vectors(const BatchedProduct& p, const Sample<T>& s, int64_t first, int64_t count) {
   for (int64_t k = 0; k < p.depth; k += block_depth)
     block_product<T>(p.rows, count, min(block_depth, p.depth - k), columns_from(s.left, k),
-                     {s.right.data + k * s.right.row_stride + first, tile_cols<T>, s.right.row_stride}, s.result + first,
-                     p.cols, k > 0);
+                     {s.right.data + k * s.right.row_stride + first, panel_cols<T>, panel_cols<T>, s.right.row_stride},
+                     s.result + first, p.cols, k > 0);
 }
 
 // The last columns, less than a vector, through a copy of whole vectors.

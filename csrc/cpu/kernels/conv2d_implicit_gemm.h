@@ -21,12 +21,17 @@ inline int64_t even_block(int64_t total, int64_t most, int64_t multiple) {
   return max(multiple, round_up(ceil_div(total, blocks), multiple));
 }
 
-// Columns of a block: as many as channels often are, 16 tiles. Gathered columns have rows of 17 tiles: an odd number of cache
+// Columns of a block: as many as channels often are. Gathered columns have rows of 17 tiles: an odd number of cache
 // lines spreads a panel over all sets of the L1 cache.
 template <class T>
 constexpr int64_t conv_cols = 16 * tile_cols<T>;
 template <class T>
 constexpr int64_t gathered_stride = 17 * tile_cols<T>;
+template <class T>
+Panels<T> gathered_panels(const T* data, int64_t cols) {
+  const int64_t width = even_block(cols, panel_cols<T>, lanes<T>);
+  return {data, width, width, gathered_stride<T>};
+}
 
 // Scratch of a worker, in elements: one block of A, one of B and `c_elements` of C.
 template <class T>
@@ -102,6 +107,7 @@ struct CorrelationPlan {
   int64_t pixel_block, pixel_blocks;         // of the largest cell, in a sample or in all
   int64_t channel_block;                     // of a product
   int64_t channel_range, channel_ranges;     // of a piece
+  int64_t panel_channels;                    // of a panel of weights
   int64_t packed_channels;                   // out_channels, rounded up to whole panels where they are the columns
 };
 
@@ -109,8 +115,8 @@ struct CorrelationPlan {
 // from the channels, at last from the pixels again.
 template <class T>
 void cut_into_pieces(CorrelationPlan& p, int64_t pixels, int64_t channels, int64_t units, int64_t threads) {
-  const int64_t channel_multiple = p.channels_are_cols ? tile_cols<T> : tile_rows;
-  const int64_t pixel_multiple = p.channels_are_cols ? tile_rows : tile_cols<T>;
+  const int64_t channel_multiple = p.channels_are_cols ? p.panel_channels : tile_rows;
+  const int64_t pixel_multiple = p.channels_are_cols ? tile_rows : panel_cols<T>;
   const int64_t most_pixels = p.channels_are_cols ? block_rows : conv_cols<T>;
   const int64_t wanted = threads == 1 ? 1 : ceil_div(4 * threads, units);
   p.pixel_block = even_block(pixels, most_pixels, pixel_multiple);
@@ -142,14 +148,15 @@ CorrelationPlan plan(const Correlation<S>& c, int64_t threads) {
     p.x = cut_edges(p.x, x, inside_x);
   const int64_t cells = p.y.count * p.x.count, sample_pixels = p.y.largest() * p.x.largest();
   p.skip_padding = cells > 1 || 5 * inside_y < 4 * y.taps * y.positions || 5 * inside_x < 4 * x.taps * x.positions;
-  p.packed_channels = p.channels_are_cols ? round_up(c.out_channels, tile_cols<T>) : c.out_channels;
+  p.panel_channels = even_block(c.out_channels, panel_cols<T>, lanes<T>);
+  p.packed_channels = p.channels_are_cols ? round_up(c.out_channels, p.panel_channels) : c.out_channels;
   // Then products can add up the results in place.
   p.samples_apart = !p.channels_are_cols && sample_pixels % lanes<T> == 0;
   const int64_t pixels = p.samples_apart ? sample_pixels : c.batch * sample_pixels;
   const int64_t units = c.groups * c.phases_y() * c.phases_x() * cells * (p.samples_apart ? c.batch : 1);
   const int64_t kernel_depth = c.shape.kernel_height * c.shape.kernel_width * c.groups * c.in_channels;
   p.weights_used_once = p.channels_are_cols && cells == 1 && pixels <= block_rows &&
-                        kernel_depth * max<int64_t>(pixels, tile_cols<T>) <= most_gathered;
+                        kernel_depth * max<int64_t>(pixels, panel_cols<T>) <= most_gathered;
   if (p.weights_used_once)
     p.pixel_block = pixels;
   else
@@ -158,20 +165,25 @@ CorrelationPlan plan(const Correlation<S>& c, int64_t threads) {
 }
 
 // Packed weights of one phase and group: for each block of depth, output channels as columns in panels
-// [panel][depth][tile_cols], or as rows [row][depth].
+// [panel][depth][channel], or as rows [row][depth].
 template <class T>
 struct PackedWeights {
   T* data;
   int64_t depth, channels;  // channels: rounded up to whole panels where they are columns
+  int64_t panel;            // its channels
   bool channels_are_cols;
 
   int64_t block(int64_t start) const { return min(depth - start, block_depth); }
   // Output channels from `channel` on, within the block of depth from `start` on.
   T* at(int64_t start, int64_t channel) const { return data + start * channels + channel * block(start); }
+  // Channels as columns from `channel` on, within the block of depth from `start` on, but for its first `skipped` rows.
+  Panels<T> panels(int64_t start, int64_t channel, int64_t skipped = 0) const {
+    return {at(start, channel) + skipped * panel, panel, panel * block(start), panel};
+  }
   // Row `k` of the panel of columns that begins with `channel`.
   T* row(int64_t k, int64_t channel) const {
     const int64_t start = k / block_depth * block_depth;
-    return at(start, channel) + (k - start) * tile_cols<T>;
+    return at(start, channel) + (k - start) * panel;
   }
 };
 
@@ -179,7 +191,8 @@ template <class S>
 PackedWeights<Compute<S>> packed_weights(Compute<S>* packed, const Correlation<S>& c, const CorrelationPlan& p,
                                          const Phase<S>& phase, int64_t group) {
   const int64_t taps = phase.taps_before * c.groups + group * phase.patches.y.taps * phase.patches.x.taps;
-  return {packed + taps * c.in_channels * p.packed_channels, phase.patches.columns(), p.packed_channels, p.channels_are_cols};
+  return {packed + taps * c.in_channels * p.packed_channels, phase.patches.columns(), p.packed_channels, p.panel_channels,
+          p.channels_are_cols};
 }
 
 // Kept panels; they are read only.
@@ -244,14 +257,13 @@ void pack_phase_of_planes(const S* weight, int64_t in_stride, int64_t outs, int6
     }
 }
 
-// Packs the weights of output channels [channel, channel + tile_cols) of one group and phase, at channel `place` of `to`.
+// Packs the weights of the panel of output channels from `channel` on of one group and phase, at channel `place` of `to`.
 template <class S>
 void pack_weights(const Correlation<S>& c, const Phase<S>& phase, int64_t group, int64_t channel, int64_t place,
                   const PackedWeights<Compute<S>>& to) {
   using T = Compute<S>;
-  constexpr int64_t width = tile_cols<T>;
   const Patches<S>& patches = phase.patches;
-  const int64_t depth = to.depth, channels = min(c.out_channels - channel, width);
+  const int64_t width = to.panel, depth = to.depth, channels = min(c.out_channels - channel, width);
   const int64_t taps = patches.y.taps * patches.x.taps;
   const S* weight = c.weight + group * c.weight_group_stride + channel * c.weight_out_stride;
   if (to.channels_are_cols && channels < width)
@@ -415,7 +427,7 @@ Matrix<const Compute<S>> piece_patches(const Correlation<S>& c, const Correlatio
   gather_patches(patches, piece.pixel, piece.pixels, columns.begin, depth, to);
   if (!p.channels_are_cols)
     zero_matrix(Matrix<T>{to.data + piece.pixels, gathered_stride<T>, 1}, depth,
-                round_up(piece.pixels, tile_cols<T>) - piece.pixels);
+                round_up(piece.pixels, lanes<T>) - piece.pixels);
   return {to.data, to.row_stride, to.col_stride};
 }
 
@@ -441,8 +453,8 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
     for (int64_t first = 0; first < piece.channels; first += p.channel_block) {
       const int64_t channels = min(piece.channels - first, p.channel_block);
       const T* operand = weights.at(start, piece.channel + first);
+      const Panels<T> panels = weights.panels(start, piece.channel + first, skipped);
       T* to = result.data + first * result.col_stride;
-      const Panels<T> panels = {operand + skipped * tile_cols<T>, whole * tile_cols<T>, tile_cols<T>};
       if (bounded && start + whole == weights.depth)
         block_product(piece.pixels, channels, depth, patches, panels, to, result.row_stride, add,
                       bias_and_bounds(c, piece.group * c.out_channels + piece.channel + first, channels, bias));
@@ -450,7 +462,7 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
         block_product(piece.pixels, channels, depth, patches, panels, to, result.row_stride, add);
       else
         block_product(channels, piece.pixels, depth, Matrix<const T>{operand + skipped, whole, 1},
-                      Panels<T>{patches.data, tile_cols<T>, gathered_stride<T>}, to, result.col_stride, add);
+                      gathered_panels(patches.data, piece.pixels), to, result.col_stride, add);
     }
     add = true;
   }
@@ -470,7 +482,7 @@ void correlate_few_pixels(const Correlation<S>& c, const CorrelationPlan& p, con
   const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
   const int64_t kernel_depth = c.shape.kernel_height * c.shape.kernel_width * c.in_channels;
   const int64_t depth_blocks = max<int64_t>(1, ceil_div(kernel_depth, block_depth));
-  const int64_t panels = ceil_div(c.out_channels, tile_cols<T>);
+  const int64_t width = p.panel_channels, panels = ceil_div(c.out_channels, width);
   T* gathered = scratch<T>(ScratchUse::caller, kernel_depth * c.groups * p.pixel_block);
   // [depth block][pixel][depth]
   const auto patches_of = [&](const Phase<S>& phase, int64_t group) {
@@ -489,27 +501,27 @@ void correlate_few_pixels(const Correlation<S>& c, const CorrelationPlan& p, con
     }
   });
   parallel_for(pool, phases * c.groups * panels, [&](int64_t begin, int64_t end) {
-    T* weights_data = scratch<T>(ScratchUse::worker, (kernel_depth + p.pixel_block) * tile_cols<T>);
-    T* result = weights_data + kernel_depth * tile_cols<T>;
+    T* weights_data = scratch<T>(ScratchUse::worker, (kernel_depth + p.pixel_block) * width);
+    T* result = weights_data + kernel_depth * width;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t channel = i % panels * tile_cols<T>, group = i / panels % c.groups, index = i / panels / c.groups;
+      const int64_t channel = i % panels * width, group = i / panels % c.groups, index = i / panels / c.groups;
       const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
-      const int64_t pixels = phase.pixels(c.batch), channels = min<int64_t>(c.out_channels - channel, tile_cols<T>);
+      const int64_t pixels = phase.pixels(c.batch), channels = min(c.out_channels - channel, width);
       if (pixels == 0) continue;
       const PackedWeights<T> weights =
           kept ? packed_weights(kept_panels<T>(kept), c, p, phase, group)
-               : PackedWeights<T>{weights_data, phase.patches.columns(), tile_cols<T>, true};
+               : PackedWeights<T>{weights_data, phase.patches.columns(), width, width, true};
       const int64_t place = kept ? channel : 0;
       if (!kept) pack_weights(c, phase, group, channel, place, weights);
       const T* patches = patches_of(phase, group);
-      if (weights.depth == 0) zero_matrix(Matrix<T>{result, tile_cols<T>, 1}, pixels, tile_cols<T>);
+      if (weights.depth == 0) zero_matrix(Matrix<T>{result, width, 1}, pixels, width);
       for (int64_t start = 0; start < weights.depth; start += block_depth) {
         const int64_t block = weights.block(start);
-        block_product(pixels, tile_cols<T>, block, Matrix<const T>{patches + start * pixels, block, 1},
-                      Panels<T>{weights.at(start, place), 0, tile_cols<T>}, result, tile_cols<T>, start > 0);
+        block_product(pixels, channels, block, Matrix<const T>{patches + start * pixels, block, 1},
+                      weights.panels(start, place), result, width, start > 0);
       }
       finish_results(c, CorrelationPiece<S>{phase, group, 0, pixels, channel, channels}, channel, channels,
-                     Matrix<T>{result, tile_cols<T>, 1}, false, false);
+                     Matrix<T>{result, width, 1}, false, false);
     }
   });
 }
@@ -519,14 +531,15 @@ template <class S>
 bool pack_all_weights(const Correlation<S>& c, const CorrelationPlan& p, bool ask, Compute<S>* packed, const ThreadPool& pool) {
   using T = Compute<S>;
   bool finite = true;
-  const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x, panels = ceil_div(c.out_channels, tile_cols<T>);
+  const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
+  const int64_t width = p.panel_channels, panels = ceil_div(c.out_channels, width);
   parallel_for(pool, phases * c.groups * panels, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t channel = i % panels * tile_cols<T>, group = i / panels % c.groups, index = i / panels / c.groups;
+      const int64_t channel = i % panels * width, group = i / panels % c.groups, index = i / panels / c.groups;
       const Phase<S> phase = make_phase(c, index / phases_x, index % phases_x);
       const PackedWeights<T> weights = packed_weights(packed, c, p, phase, group);
       pack_weights(c, phase, group, channel, channel, weights);
-      if (ask && !all_finite(weights, channel, min<int64_t>(p.packed_channels - channel, tile_cols<T>)))
+      if (ask && !all_finite(weights, channel, min(p.packed_channels - channel, width)))
         __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     }
   });
@@ -663,7 +676,7 @@ void weight_grad_block(const WeightGrad<S>& w, int64_t row_block, int64_t col, i
     for (int64_t first = 0; first < w.rows; first += row_block) {
       const int64_t count = min(w.rows - first, row_block);
       const Matrix<const T> a = weight_grad_input(w.input, first, count, start, depth, blocks.a);
-      block_product(count, cols, depth, a, Panels<T>{blocks.b, tile_cols<T>, gathered_stride<T>},
+      block_product(count, cols, depth, a, gathered_panels<T>(blocks.b, cols),
                     blocks.c + first * c_stride, c_stride, start > pixel);
     }
   }

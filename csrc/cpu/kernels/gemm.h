@@ -1,6 +1,6 @@
 // The matrix product that every operator shares: C [rows, cols] (+)= A [rows, depth] * B [depth, cols], in float or double.
 //
-// One tile of C, tile_rows x (2 vectors), stays in registers while the whole depth of a block passes by; A is broadcast
+// One tile of C, a few rows x 1 to 4 vectors, stays in registers while the whole depth of a block passes by; A is broadcast
 // element by element, B is read a vector at a time. An element of C is one chain of multiply-adds from 0, in the order
 // of depth, added to C at the end: its bits depend on neither its place in the matrix nor the instruction set's width.
 #pragma once
@@ -9,7 +9,8 @@
 namespace cvfast {
 namespace {
 
-// Registers: accumulators 2 * tile_rows, B 2, A 1. 16 registers with SSE and AVX2, 32 with AVX-512 and NEON.
+// Registers of a tile of two vectors: accumulators 2 * tile_rows, B 2, A 1. 16 registers with SSE and AVX2, 32 with AVX-512
+// and NEON.
 #if CVFAST_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int tile_rows = 12;
 #else
@@ -18,19 +19,31 @@ constexpr int tile_rows = 6;
 template <class T>
 constexpr int tile_cols = 2 * lanes<T>;
 
+// A block's tiles are as wide as 6 rows leave registers for: a broadcast serves more multiply-adds than in a taller tile, and
+// rows of A whole pages apart do not evict each other from the L1 cache, where they share a few lines.
+constexpr int most_vectors = 2 * tile_rows / 6;
+template <class T>
+constexpr int panel_cols = most_vectors * lanes<T>;
+// Rows of a tile of so many vectors.
+constexpr int rows_beside(int vectors) { return min(tile_rows, 2 * tile_rows / vectors); }
+
+template <class T>
+constexpr int64_t line_elements = 64 / sizeof(T);  // of a cache line
+
 // Cache blocks. With AVX2 and either type: A 96 x 256 and B 256 x 15 tiles at most 240 KiB each, C 90 KiB, all in L2,
-// and one 16 KiB panel of B (256 x tile_cols) in L1. 15 tiles: an odd number of cache lines between the rows of B
-// spreads a panel over all sets of the L1 cache.
+// and one 16 KiB panel of B (256 x panel_cols) in L1; with AVX-512 a panel's 64 KiB come from L2. 15 tiles: an odd number of
+// cache lines between the rows of B spreads a panel over all sets of the L1 cache.
 constexpr int64_t block_rows = 96;
 constexpr int64_t block_depth = 256;
 template <class T>
 constexpr int64_t block_cols = 15 * tile_cols<T>;
 
-// B in panels of tile_cols columns; columns of the last panel beyond the matrix are readable and ignored.
+// B in panels of `cols` <= panel_cols columns, of whole vectors; columns of the last vector beyond the matrix are readable and
+// ignored.
 template <class T>
 struct Panels {
   const T* data;
-  int64_t panel_stride, row_stride;
+  int64_t cols, panel_stride, row_stride;
 };
 
 // The least and the largest value of an element; NaN stays NaN.
@@ -53,31 +66,40 @@ struct AsItIs {
   AsItIs from(int64_t) const { return {}; }  // the same for a matrix that begins with this column
 };
 
-// One tile of `Vectors` <= 2 vectors of columns; C has as many writable columns with stride 1. The strides are scalars: a
-// Matrix would go through memory, where it costs more than a shallow tile's share of anything else.
-template <class T, int Rows, int Vectors, class Finish>
+// One tile of `Vectors` vectors of columns; C has as many writable columns with stride 1. The strides are scalars: a
+// Matrix would go through memory, where it costs more than a shallow tile's share of anything else. `A_ahead`: as many rows of A as
+// come behind these, which the next tile will read, are brought near meanwhile.
+template <class T, int Rows, int Vectors, bool A_ahead, class Finish>
 void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const T* b, int64_t b_stride, int64_t depth, T* c,
                   int64_t c_stride, bool add, Finish finish) {
   constexpr int L = lanes<T>;
   Vector<T> sum[Rows][Vectors] = {};
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) __builtin_prefetch(c + i * c_stride, 1);
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector<T> row[Vectors];
+  for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < Vectors; ++j) row[j] = load_as<Vector<T>>(b + j * L);
+    for (int j = 0; j < Vectors; j += 2) __builtin_prefetch(c + i * c_stride + j * L, 1);  // cache lines come in pairs
+  const int64_t step = A_ahead ? line_elements<T> : depth;
+  for (int64_t first = 0; first < depth; first += step) {
+    if constexpr (A_ahead)
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const T x = a[i * a_row_stride];
-#pragma GCC unroll 2
-      for (int j = 0; j < Vectors; ++j) sum[i][j] += x * row[j];
+      for (int i = 0; i < Rows; ++i) __builtin_prefetch(a + (Rows + i) * a_row_stride);
+    for (int64_t k = min(step, depth - first); k > 0; --k) {
+      Vector<T> row[Vectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) row[j] = load_as<Vector<T>>(b + j * L);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const T x = a[i * a_row_stride];
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) sum[i][j] += x * row[j];
+      }
+      a += a_col_stride;
+      b += b_stride;
     }
-    a += a_col_stride;
-    b += b_stride;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
       T* to = c + i * c_stride + j * L;
       store_as(to, finish(add ? load_as<Vector<T>>(to) + sum[i][j] : sum[i][j], j * L));
@@ -85,29 +107,39 @@ void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const 
 }
 
 // A tile of `rows` <= Rows rows.
-template <class T, int Vectors = 2, int Rows = tile_rows, class Finish = AsItIs>
+template <class T, int Vectors = 2, int Rows = tile_rows, bool A_ahead = false, class Finish = AsItIs>
 [[gnu::always_inline]] inline void tile_product_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t b_stride,
                                                      int64_t depth, T* c, int64_t c_stride, bool add, Finish finish = {}) {
   if constexpr (Rows > 1)
     if (rows < Rows)
-      return tile_product_rows<T, Vectors, Rows - 1>(rows, a, b, b_stride, depth, c, c_stride, add, finish);
-  tile_product<T, Rows, Vectors>(a.data, a.row_stride, a.col_stride, b, b_stride, depth, c, c_stride, add, finish);
+      return tile_product_rows<T, Vectors, Rows - 1, A_ahead>(rows, a, b, b_stride, depth, c, c_stride, add, finish);
+  tile_product<T, Rows, Vectors, A_ahead>(a.data, a.row_stride, a.col_stride, b, b_stride, depth, c, c_stride, add, finish);
 }
 
+// For what may be called after a tile.
 struct Nothing {
   void operator()() const {}
 };
 
-// A column of tiles. The rows are cut evenly. after_tile() is called after each.
-template <class T, int Vectors = 2, class AfterTile = Nothing, class Finish = AsItIs>
+// A column of tiles. The rows are cut evenly.
+template <class T, int Vectors, class Finish = AsItIs>
 void column_product(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-                    bool add, AfterTile&& after_tile = {}, Finish finish = {}) {
+                    bool add, Finish finish = {}) {
+  constexpr int most = rows_beside(Vectors);
   for (int64_t row = 0, count; row < rows; row += count) {
-    count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
+    count = ceil_div(rows - row, ceil_div(rows - row, most));
     const Matrix<const T> a_rows = {a.data + row * a.row_stride, a.row_stride, a.col_stride};
-    tile_product_rows<T, Vectors, tile_rows>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add, finish);
-    after_tile();
+    tile_product_rows<T, Vectors, most, true>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add, finish);
   }
+}
+
+// The same for a panel's first `vectors` <= Vectors vectors.
+template <class T, int Vectors = most_vectors, class Finish>
+void panel_column(int64_t vectors, int64_t rows, int64_t depth, Matrix<const T> a, Panels<T> b, T* c, int64_t c_stride,
+                  bool add, Finish finish) {
+  if constexpr (Vectors > 1)
+    if (vectors < Vectors) return panel_column<T, Vectors - 1>(vectors, rows, depth, a, b, c, c_stride, add, finish);
+  column_product<T, Vectors>(rows, depth, a, b.data, b.row_stride, c, c_stride, add, finish);
 }
 
 // A block: rows <= block_rows, cols <= block_cols, depth <= block_depth for the caches' sake. `c` has row stride
@@ -115,13 +147,8 @@ void column_product(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, 
 template <class T, class Finish = AsItIs>
 void block_product(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, Panels<T> b, T* c, int64_t c_stride,
                    bool add, Finish finish = {}) {
-  for (int64_t col = 0; col < cols; col += tile_cols<T>) {
-    if (cols - col > lanes<T>)
-      column_product<T>(rows, depth, a, b.data, b.row_stride, c + col, c_stride, add, Nothing{}, finish.from(col));
-    else
-      column_product<T, 1>(rows, depth, a, b.data, b.row_stride, c + col, c_stride, add, Nothing{}, finish.from(col));
-    b.data += b.panel_stride;
-  }
+  for (int64_t col = 0; col < cols; col += b.cols, b.data += b.panel_stride)
+    panel_column(ceil_div(min(cols - col, b.cols), lanes<T>), rows, depth, a, b, c + col, c_stride, add, finish.from(col));
 }
 
 }  // namespace
