@@ -31,15 +31,14 @@ struct Algorithm {
 
 template <class Problem>
 bool always(const Problem&) { return true; }
-inline bool without_dilation(const Conv2dForward& p) { return p.shape.dilation_h * p.shape.dilation_w == 1; }
 
 // For each of the three products and each storage type S: the first algorithm that applies is taken; the last one
 // always does.
 template <class S>
 constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"Winograd", winograd_applies, correlate_by_winograd<3, S>, without_dilation, winograd_packing<3, S>, winograd_pack<3, S>},
-    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, always, winograd_packing<2, S>,
+    {"Winograd", winograd_applies, correlate_by_winograd<3, S>, winograd_pools, winograd_packing<3, S>, winograd_pack<3, S>},
+    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, winograd_pools, winograd_packing<2, S>,
      winograd_pack<2, S>},
     {"dot products", dots_apply, correlate_by_dots<S>},
     {"direct", direct_applies, correlate_direct<S>, always},

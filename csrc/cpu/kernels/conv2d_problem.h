@@ -26,6 +26,7 @@ struct Correlation {
   int64_t result_stride[4];
   const S* residual;  // strides as the result's; or nullptr
   Epilogue epilogue;
+  int64_t lines_left_out = 0, pixels_left_out = 0;  // at the result's end, by pooling
 
   bool pools() const { return epilogue.pooling != Pooling::none; }
   bool finishes() const { return residual || epilogue.activation != Activation::none; }
@@ -147,6 +148,17 @@ Bounds<Compute<S>> bounds_of(const Correlation<S>& c) {
   return bounds;
 }
 
+// Results on an axis of a forward pass, before pooling leaves out a last one without a neighbour.
+inline int64_t unpooled_size(int64_t in, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
+  return (in + 2 * padding - dilation * (taps - 1) - 1) / stride + 1;
+}
+inline int64_t unpooled_height(const Conv2dShape& s) {
+  return unpooled_size(s.in_height, s.kernel_height, s.stride_h, s.padding_h, s.dilation_h);
+}
+inline int64_t unpooled_width(const Conv2dShape& s) {
+  return unpooled_size(s.in_width, s.kernel_width, s.stride_w, s.padding_w, s.dilation_w);
+}
+
 template <class S>
 Correlation<S> correlation(const Conv2dForward& p) {
   const Conv2dShape& s = p.shape;
@@ -157,7 +169,8 @@ Correlation<S> correlation(const Conv2dForward& p) {
           static_cast<const S*>(p.weight.data), w[0], w[1], w[2], w[3], out * w[0],
           static_cast<const S*>(p.bias),
           static_cast<S*>(p.output.data), {o[0], o[1], o[2], o[3]},
-          static_cast<const S*>(p.epilogue.residual), p.epilogue};
+          static_cast<const S*>(p.epilogue.residual), p.epilogue,
+          unpooled_height(s) - s.out_height, unpooled_width(s) - s.out_width};
 }
 
 // Where the gradient of the output has one line, any stride is right. This one gives every line of the result a phase of

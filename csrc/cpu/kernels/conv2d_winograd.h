@@ -5,8 +5,8 @@
 // stride-1 correlations of them. Those of the gradient to the input are the result's pixels: each is a stride-1 correlation
 // by itself.
 //
-// The result is cut into tiles of 4x4 pixels. A chunk of tiles takes three steps, each over vectors of channels in both
-// memory formats; P is 6 or 5:
+// The result is cut into tiles of 4x4 pixels, 3 at the end of an axis where 4 don't fit (TileAxis). A chunk of tiles takes
+// three steps, each over vectors of channels in both memory formats; P is 6 or 5:
 //   1. source [PxP patch, channel] -> V [block: phase of the source and channels, point, tile, channel];
 //   2. for each panel of output channels and each of the P x P points: M [point, tile, out] = V[point] * U[point], where U
 //      are the transformed weights;
@@ -85,34 +85,37 @@ void transform_whole_patch(const S* from, const int64_t* stride, float* v, int64
   transform_columns(lines, v, point_stride);
 }
 
-// The same for any patch, whose first pixel is (y, x), and `channels` channels that exist. Neither this nor the gathering of
+// The same for any patch, whose first pixel is (y, x), of an image that ends at (end_y, end_x), and `channels` channels that
+// exist. Neither this nor the gathering of
 // a line is inlined: the compiler would move multiplications from one branch to another, away from their additions, and then
 // no longer fuse them.
 template <class S, Access access, int Pixels, int Points>
-[[gnu::noinline]] void transform_part_of_patch(const PhaseImages<S>& images, const S* from, int64_t y, int64_t x,
-                                               int64_t channels, float* v, int64_t point_stride) {
+[[gnu::noinline]] void transform_part_of_patch(const int64_t* stride, const S* from, int64_t y, int64_t x, int64_t end_y,
+                                               int64_t end_x, int64_t channels, float* v, int64_t point_stride) {
   FloatVector lines[Pixels][Points];
-  const int64_t begin = max<int64_t>(0, -x), end = min<int64_t>(Pixels, images.width - x), *stride = images.stride;
+  const int64_t begin = max<int64_t>(0, -x), end = min<int64_t>(Pixels, end_x - x);
   for (int i = 0; i < Pixels; ++i) {
     FloatVector d[Pixels];
-    const bool inside = y + i >= 0 && y + i < images.height;
+    const bool inside = y + i >= 0 && y + i < end_y;
     load_part_of_line<S, access>(from + i * stride[2], stride[1], stride[3], begin, inside ? end : begin, channels, d);
     transform_line(d, lines[i]);
   }
   transform_columns(lines, v, point_stride);
 }
 
-// Transforms the patch of `tile` for the channels [channel, channel + lanes) of all groups, of which `channels` exist.
+// Transforms the patch of `tile` for the channels [channel, channel + lanes) of all groups, of which `channels` exist. Of a
+// patch that is the tile itself, a short one's last line or column is 0.
 template <class S, Access access, int Pixels, int Points>
 void transform_patch(const PhaseImages<S>& images, WinogradTile tile, int64_t channel, int64_t channels, float* v,
                      int64_t point_stride) {
   const int64_t *stride = images.stride, y = tile.y + images.offset_y, x = tile.x + images.offset_x;
   const S* from = images.data + tile.n * stride[0] + channel * stride[1] + y * stride[2] + x * stride[3];
-  if (access != Access::any && channels >= lanes<float> && y >= 0 && y + Pixels <= images.height && x >= 0 &&
-      x + Pixels <= images.width)
+  const int64_t end_y = Pixels > winograd_outputs ? images.height : min(images.height, y + tile.lines);
+  const int64_t end_x = Pixels > winograd_outputs ? images.width : min(images.width, x + tile.pixels);
+  if (access != Access::any && channels >= lanes<float> && y >= 0 && y + Pixels <= end_y && x >= 0 && x + Pixels <= end_x)
     transform_whole_patch<S, access, Pixels, Points>(from, stride, v, point_stride);
   else
-    transform_part_of_patch<S, access, Pixels, Points>(images, from, y, x, channels, v, point_stride);
+    transform_part_of_patch<S, access, Pixels, Points>(stride, from, y, x, end_y, end_x, channels, v, point_stride);
 }
 
 // Transforms the patches of tiles [tile, tile + count) of a chunk that begins with tile `first`, for one block; `v` is the
@@ -321,8 +324,7 @@ void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int6
   const int64_t unit = w.c.pools() ? 2 : 1;
   for (int64_t t = 0; t < tiles; ++t) {
     const WinogradTile tile = w.source.tile_at(first + t);
-    const int64_t lines = min<int64_t>(w.height() - tile.y, winograd_outputs);
-    const int64_t pixels = min<int64_t>(w.width() - tile.x, winograd_outputs);
+    const int64_t lines = min(w.height() - tile.y, tile.lines), pixels = min(w.width() - tile.x, tile.pixels);
     const auto transform = [&]<Access to_access, class To>(Block<To> to) {
       for (int64_t i = 0; i < outs; i += lanes<float>, to.data += lanes<float> * to.channel_stride)
         transform_result<S, Taps, to_access>(w, group, tile, out + i, outs - i, lines, pixels, m + t * winograd_width + i,
@@ -343,33 +345,43 @@ void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int6
   }
 }
 
-// M of one block: its products, added to those of the blocks before. Those that the phase's taps leave 0 are not computed;
-// the first block, alone in the gradient to the input, stores zeros instead.
+inline void zero_all_but(TileRun run, int64_t tiles, float* m) {
+  const auto zero = [m](int64_t begin, int64_t end) {
+    zero_matrix(Matrix<float>{m + begin * winograd_width, winograd_width, 1}, end - begin, winograd_width);
+  };
+  zero(0, run.begin), zero(run.end, tiles);
+}
+
+// M of one block for `tiles` tiles from `first` on: its products, added to those of the blocks before. Those that the phase's
+// taps leave 0 and those that a short tile doesn't need are not computed; the first block, alone in the gradient to the input,
+// stores zeros instead.
 template <class S, int Taps, class AfterTile>
-void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t tiles, const float* v, int64_t v_stride, const float* u,
-                    float* m, int64_t m_stride, AfterTile&& after_tile) {
+void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, int64_t tiles, const float* v, int64_t v_stride,
+                    const float* u, float* m, int64_t m_stride, AfterTile&& after_tile) {
   const int64_t phase = block / w.source.channel_blocks;
   const int64_t used_y = w.used_points(w.taps_y[phase]), used_x = w.used_points(w.taps_x[phase]);
   for (int64_t y = 0; y < w.points; ++y)
     for (int64_t x = 0; x < w.points; ++x) {
       const int64_t point = y * w.points + x;
-      if (y < used_y && x < used_x)
-        point_product(tiles, w.source.block_channels(block), Matrix<const float>{v + point * v_stride, w.source.block_width, 1},
-                      u + point * w.u_point_stride(), m + point * m_stride, block > 0, after_tile);
-      else if (block == 0)
-        zero_matrix(Matrix<float>{m + point * m_stride, winograd_width, 1}, tiles, winograd_width);
+      const TileRun run = y < used_y && x < used_x ? w.source.needing(y, x, first, tiles) : TileRun{0, 0};
+      const Matrix<const float> patches = {v + point * v_stride + run.begin * w.source.block_width, w.source.block_width, 1};
+      float* to = m + point * m_stride;
+      point_product(run.end - run.begin, w.source.block_channels(block), patches, u + point * w.u_point_stride(),
+                    to + run.begin * winograd_width, block > 0, after_tile);
+      if (block == 0) zero_all_but(run, tiles, to);
     }
 }
 
 // M of one block for a column of points and few tiles, whose U goes from the taps through registers: to make U and to read it
-// again would cost more than the products.
-template <int Column, int Tiles>
+// again would cost more than the products. Of the last point only the first LastTiles tiles.
+template <int Column, int Tiles, int LastTiles>
 [[gnu::noinline]] void few_tiles_column(const float* taps, const float* next, int64_t depth, const float* v,
                                         int64_t tile_stride, int64_t point_stride, float* m, int64_t m_point_stride,
                                         bool add) {
   constexpr int points = winograd_inputs<3>;
   // Of the nine taps; the first and the last column read few of their own.
   constexpr int first_ahead = Column == 0 ? 0 : Column + 2, ahead = Column == 0 ? 3 : Column == points - 1 ? 2 : 1;
+  constexpr auto needs = [](int tile, int y) { return y < points - 1 || tile < LastTiles; };
   FloatVector sum[points][Tiles] = {};
   const float* from[points];
   for (int y = 0; y < points; ++y) from[y] = v + (points * y + Column) * point_stride;
@@ -388,42 +400,51 @@ template <int Column, int Tiles>
 #pragma GCC unroll 6
     for (int y = 0; y < points; ++y)
 #pragma GCC unroll 4
-      for (int t = 0; t < Tiles; ++t) sum[y][t] += from[y][t * tile_stride + k] * u[y];
+      for (int t = 0; t < Tiles; ++t)
+        if (needs(t, y)) sum[y][t] += from[y][t * tile_stride + k] * u[y];
   }
   for (int y = 0; y < points; ++y)
     for (int t = 0; t < Tiles; ++t) {
+      if (!needs(t, y)) continue;
       float* to = m + (points * y + Column) * m_point_stride + t * winograd_width;
       store_vector(add ? load_vector(to) + sum[y][t] : sum[y][t], to);
     }
 }
 
-template <int Tiles, int... Column>
-void few_tiles_columns(std::integer_sequence<int, Column...>, const float* taps, const float* next, int64_t depth,
-                       const float* v, int64_t tile_stride, int64_t point_stride, float* m, int64_t m_point_stride,
-                       bool add) {
-  (few_tiles_column<Column, Tiles>(taps, next, depth, v, tile_stride, point_stride, m, m_point_stride, add), ...);
+using FewTilesColumn = decltype(&few_tiles_column<0, 1, 1>);
+
+// For 1 to 4 tiles, of which at least the first `last` have the last point.
+template <int Column, int Tiles = 4>
+FewTilesColumn few_tiles_column_for(int64_t tiles, int64_t last) {
+  if constexpr (Tiles > 1)
+    if (tiles < Tiles) return few_tiles_column_for<Column, Tiles - 1>(tiles, last);
+  return last == 0           ? few_tiles_column<Column, Tiles, 0>
+         : 2 * last <= Tiles ? few_tiles_column<Column, Tiles, Tiles / 2>
+                             : few_tiles_column<Column, Tiles, Tiles>;
 }
 
 // The same bits as block_products(). What lies behind `taps` is brought near, as it is needed next.
-template <class S>
-void few_tiles_products(const Winograd<S, 3>& w, int64_t block, int64_t tiles, const float* v, int64_t v_stride,
-                        const float* taps, float* m, int64_t m_stride) {
-  constexpr std::make_integer_sequence<int, winograd_inputs<3>> columns = {};
-  const int64_t depth = w.source.block_channels(block), width = w.source.block_width;
+template <class S, int... Column>
+void few_tiles_products(const Winograd<S, 3>& w, int64_t block, int64_t first, int64_t tiles, const float* v,
+                        int64_t v_stride, const float* taps, float* m, int64_t m_stride,
+                        std::integer_sequence<int, Column...>) {
+  constexpr int most_tiles = 4, last_point = winograd_inputs<3> - 1;
+  const auto& source = w.source;
+  const auto multiply = [&](int64_t tile, int64_t out, int64_t column, auto function_for) {
+    const int64_t count = min<int64_t>(tiles - tile, most_tiles);
+    const TileRun run = source.needing(0, column, first + tile, count);
+    if (run.begin == run.end) return;
+    const int64_t last = source.needing(last_point, column, first + tile, count).end - run.begin, at = tile + run.begin;
+    function_for(run.end - run.begin, last)(taps, taps + w.taps_vector_stride(), source.block_channels(block),
+                                            v + at * source.block_width, source.block_width, v_stride,
+                                            m + at * winograd_width + out, m_stride, block > 0);
+  };
+  if (block == 0)
+    for (int64_t point = 0; point < w.points * w.points; ++point)
+      zero_all_but(source.needing(point / w.points, point % w.points, first, tiles), tiles, m + point * m_stride);
   for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += w.taps_vector_stride())
-    for (int64_t tile = 0, count; tile < tiles; tile += count) {
-      const float* from = v + tile * width;
-      float* to = m + tile * winograd_width + out;
-      const auto multiply = [&](auto tiles) {
-        few_tiles_columns<tiles>(columns, taps, taps + w.taps_vector_stride(), depth, from, width, v_stride, to, m_stride,
-                                 block > 0);
-      };
-      count = min<int64_t>(tiles - tile, 4);
-      if (count == 1) multiply(std::integral_constant<int, 1>{});
-      if (count == 2) multiply(std::integral_constant<int, 2>{});
-      if (count == 3) multiply(std::integral_constant<int, 3>{});
-      if (count == 4) multiply(std::integral_constant<int, 4>{});
-    }
+    for (int64_t tile = 0; tile < tiles; tile += most_tiles)
+      (multiply(tile, out, Column, [](int64_t count, int64_t last) { return few_tiles_column_for<Column>(count, last); }), ...);
 }
 
 // The results of a chunk of `tiles` tiles from `first` on. `all_u` is U, or nullptr: then it is made on the way.
@@ -457,12 +478,13 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
           if (!all_u && count <= winograd_few_tiles) {
             if (!w.kept_taps) gather_taps(w, group, panel, block, own_u);
             const float* taps = w.kept_taps ? w.kept_taps_of(group, panel, block) : own_u;
-            few_tiles_products(w, block, count, block_v, source.point_stride(tiles), taps, m, m_stride);
+            few_tiles_products(w, block, first + tile, count, block_v, source.point_stride(tiles), taps, m, m_stride,
+                               std::make_integer_sequence<int, winograd_inputs<3>>{});
             continue;
           }
         const float* u = all_u + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();
         if (!all_u) transform_weights(w, group, panel, block, own_u), u = own_u;
-        block_products(w, block, count, block_v, source.point_stride(tiles), u, m, m_stride, fetch);
+        block_products(w, block, first + tile, count, block_v, source.point_stride(tiles), u, m, m_stride, fetch);
       }
       const auto finish = access == Access::channels ? result_tiles<S, Taps, Access::channels>
                           : access == Access::line   ? result_tiles<S, Taps, Access::line>
@@ -532,23 +554,24 @@ template <class S>
 Correlation<S> dilation_part(Correlation<S> c, int64_t y, int64_t x) {
   Conv2dShape& s = c.shape;
   const auto cut_axis = [&](int64_t first, int64_t dimension, int64_t& dilation, int64_t& padding, int64_t& source_size,
-                            int64_t& result_size) {
+                            int64_t& result_size, int64_t& left_out) {
     const int64_t place = first + (c.input_grad ? padding : -padding);  // of tap 0 in the source, from the first result
     const int64_t remainder = (place % dilation + dilation) % dilation, offset = (place - remainder) / dilation;
     padding = c.input_grad ? offset : -offset;
     source_size = ceil_div(max<int64_t>(0, source_size - remainder), dilation);
-    result_size = ceil_div(max<int64_t>(0, result_size - first), dilation);
+    const int64_t whole_size = ceil_div(max<int64_t>(0, result_size + left_out - first), dilation);
+    result_size = ceil_div(max<int64_t>(0, result_size - first), dilation), left_out = whole_size - result_size;
     c.source += remainder * c.source_stride[dimension], c.result += first * c.result_stride[dimension];
     if (c.residual) c.residual += first * c.result_stride[dimension];
     c.source_stride[dimension] *= dilation, c.result_stride[dimension] *= dilation;
     dilation = 1;
   };
   if (c.input_grad) {
-    cut_axis(y, 2, s.dilation_h, s.padding_h, s.out_height, s.in_height);
-    cut_axis(x, 3, s.dilation_w, s.padding_w, s.out_width, s.in_width);
+    cut_axis(y, 2, s.dilation_h, s.padding_h, s.out_height, s.in_height, c.lines_left_out);
+    cut_axis(x, 3, s.dilation_w, s.padding_w, s.out_width, s.in_width, c.pixels_left_out);
   } else {
-    cut_axis(y, 2, s.dilation_h, s.padding_h, s.in_height, s.out_height);
-    cut_axis(x, 3, s.dilation_w, s.padding_w, s.in_width, s.out_width);
+    cut_axis(y, 2, s.dilation_h, s.padding_h, s.in_height, s.out_height, c.lines_left_out);
+    cut_axis(x, 3, s.dilation_w, s.padding_w, s.in_width, s.out_width, c.pixels_left_out);
   }
   return c;
 }
@@ -597,6 +620,13 @@ void correlate_by_winograd(const Problem& problem, const ThreadPool& pool) {
     for (int64_t y = 0; y < c.shape.dilation_h; ++y)
       for (int64_t x = 0; x < c.shape.dilation_w; ++x) each_phase(dilation_part(c, y, x));
   }
+}
+
+// Whether tiles are of whole pairs of lines and pixels: 2x2 pooling then is theirs.
+inline bool winograd_pools(const Conv2dForward& p) {
+  const auto even = [](int64_t pixels) { return tile_axis(pixels).short_tiles <= 1; };
+  return p.shape.dilation_h * p.shape.dilation_w == 1 && even(unpooled_height(p.shape)) &&
+         even(unpooled_width(p.shape));
 }
 
 // Taps of one phase of the result, the only one, and of one part of a dilated convolution, all of which have the same.

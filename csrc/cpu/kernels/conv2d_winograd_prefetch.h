@@ -15,20 +15,22 @@ template <class S>
 class TilePrefetcher {
  public:
   struct Tiles {
-    int64_t tiles_y, tiles_x;  // of an image
-    int64_t height, width;     // of a tile, pixels
+    TileGrid grid;
+    int64_t scale_y, scale_x;  // pixels per pixel of the grid
     int64_t first, count, channels;
   };
 
   // Of the images at `data` with strides for batch, channel, line and pixel, in `calls` calls.
   TilePrefetcher(const S* data, const int64_t (&stride)[4], Tiles tiles, int64_t calls)
       : data_(data), stride_{stride[0], stride[1], stride[2], stride[3]}, tiles_(tiles), tile_(tiles.first) {
+    const int64_t width = tiles.scale_x * winograd_outputs;
+    height_ = tiles.scale_y * winograd_outputs;
     if (stride[1] == 1)
-      runs_ = tiles.width, run_stride_ = stride[3] * size, run_bytes_ = tiles.channels * size, tiles_per_line_ = 1;
+      runs_ = width, run_stride_ = stride[3] * size, run_bytes_ = tiles.channels * size, tiles_per_line_ = 1;
     else
       runs_ = tiles.channels, run_stride_ = stride[1] * size, run_bytes_ = cache_line,
-      tiles_per_line_ = max<int64_t>(1, cache_line / (tiles.width * size));
-    const int64_t lines = tiles.count * tiles.height * runs_ * ceil_div(run_bytes_, cache_line) / tiles_per_line_;
+      tiles_per_line_ = max<int64_t>(1, cache_line / (width * size));
+    const int64_t lines = tiles.count * height_ * runs_ * ceil_div(run_bytes_, cache_line) / tiles_per_line_;
     lines_per_call_ = ceil_div(lines, max<int64_t>(calls, 1));
     begin_tile();
   }
@@ -40,10 +42,10 @@ class TilePrefetcher {
   static constexpr int64_t size = sizeof(S);
 
   void begin_tile() {
-    const int64_t tile_y = tile_ / tiles_.tiles_x;
-    at_ = reinterpret_cast<const char*>(data_ + tile_y / tiles_.tiles_y * stride_[0] +
-                                        tile_y % tiles_.tiles_y * tiles_.height * stride_[2] +
-                                        tile_ % tiles_.tiles_x * tiles_.width * stride_[3]);
+    if (tile_ >= tiles_.first + tiles_.count) return;
+    const WinogradTile tile = tiles_.grid.tile_at(tile_);
+    at_ = reinterpret_cast<const char*>(data_ + tile.n * stride_[0] + tile.y * tiles_.scale_y * stride_[2] +
+                                        tile.x * tiles_.scale_x * stride_[3]);
     offset_ = run_ = y_ = 0;
   }
   void fetch_line() {
@@ -52,8 +54,8 @@ class TilePrefetcher {
     offset_ = 0, at_ += run_stride_;
     if (++run_ < runs_) return;
     run_ = 0, at_ += stride_[2] * size - runs_ * run_stride_;
-    if (++y_ < tiles_.height) return;
-    tile_ = min(tile_ + tiles_per_line_, round_up(tile_ + 1, tiles_.tiles_x));
+    if (++y_ < height_) return;
+    tile_ += min(tiles_per_line_, tiles_.grid.tiles_beside(tile_));
     begin_tile();
   }
 
@@ -61,6 +63,7 @@ class TilePrefetcher {
   int64_t stride_[4];
   Tiles tiles_;
   int64_t tile_;  // the one whose pixels come next
+  int64_t height_;  // of a tile
   int64_t runs_, run_stride_, run_bytes_;  // of a line of pixels: stretches of neighbours in memory
   int64_t tiles_per_line_;                 // a cache line's pixels; tiles that lie side by side in one image
   int64_t lines_per_call_;
@@ -79,9 +82,8 @@ bool images_are_large(const Conv2dShape& s) {
 template <class S, int Taps>
 TilePrefetcher<S> source_prefetcher(const Winograd<S, Taps>& w, int64_t first, int64_t count, int64_t calls) {
   const auto& source = w.source;
-  const int64_t height = w.phase.patches.y.step * winograd_outputs, width = w.phase.patches.x.step * winograd_outputs;
   return {w.c.source, w.c.source_stride,
-          {source.tiles_y, source.tiles_x, height, width, first, count, source.groups * source.channels}, calls};
+          {source.grid, w.phase.patches.y.step, w.phase.patches.x.step, first, count, source.groups * source.channels}, calls};
 }
 
 // What the results of `count` tiles from `first` on will be written to, of `channels` channels from `channel` on.
@@ -91,7 +93,7 @@ TilePrefetcher<S> result_prefetcher(const Winograd<S, Taps>& w, int64_t first, i
   const Phase<S>& p = w.phase;
   return {p.result + channel * p.result_channel_stride,
           {p.result_batch_stride, p.result_channel_stride, p.result_y_stride, p.result_x_stride},
-          {w.source.tiles_y, w.source.tiles_x, winograd_outputs, winograd_outputs, first, count, channels}, calls};
+          {w.source.grid, 1, 1, first, count, channels}, calls};
 }
 
 }  // namespace

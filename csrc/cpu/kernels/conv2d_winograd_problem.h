@@ -11,10 +11,80 @@ constexpr int64_t winograd_width = tile_cols<float>;  // output channels of a pa
 constexpr int64_t winograd_most_phases = 4;            // of the source, 2 on each axis
 constexpr int64_t line_floats = 16;  // a cache line more between points: their addresses fall into different cache sets
 
-// Image and first pixel of the result. With dilation: of the image made of its pixels (part_y, part_x) + dilation * (i, j).
+// Image, first pixel of the result, lines and pixels. With dilation: of the image made of its pixels (part_y, part_x) +
+// dilation * (i, j).
 struct WinogradTile {
-  int64_t n, y, x;
+  int64_t n, y, x, lines, pixels;
   int64_t part_y = 0, part_x = 0;
+};
+
+// An axis of the result, cut into tiles of 4 pixels and, at its end, of 3: as many as it takes to have the fewest pixels
+// beyond the end. The first three results of a tile don't need the product at infinity, its last point: short tiles leave
+// it out.
+struct TileAxis {
+  int64_t tiles, short_tiles;
+
+  int64_t whole_tiles() const { return tiles - short_tiles; }
+  int64_t first_pixel(int64_t tile) const { return winograd_outputs * tile - max<int64_t>(0, tile - whole_tiles()); }
+  int64_t pixels(int64_t tile) const { return tile < whole_tiles() ? winograd_outputs : winograd_outputs - 1; }
+};
+
+inline TileAxis tile_axis(int64_t pixels) {
+  const int64_t tiles = ceil_div(pixels, winograd_outputs);
+  return {tiles, min(winograd_outputs * tiles - pixels, tiles)};
+}
+
+struct TileRun {
+  int64_t begin, end;
+};
+
+// The tiles of images, class by class, so that those that need a point are neighbours: short in x alone, whole, short in y
+// alone, short in both.
+class TileGrid {
+ public:
+  TileGrid() = default;
+  TileGrid(int64_t images, TileAxis y, TileAxis x) : y_(y), x_(x) {
+    for (int i = 0; i < classes; ++i) {
+      const bool short_y = i > 1, short_x = i == 0 || i == 3;
+      class_[i] = {short_y ? y.short_tiles : y.whole_tiles(), short_x ? x.short_tiles : x.whole_tiles(),
+                   short_y ? y.whole_tiles() : 0, short_x ? x.whole_tiles() : 0};
+      begin_[i + 1] = begin_[i] + images * class_[i].tiles_y * class_[i].tiles_x;
+    }
+  }
+  int64_t tiles() const { return begin_[classes]; }
+  // Those that need the last point in y or x, or both.
+  TileRun needing(bool last_y, bool last_x) const {
+    return {begin_[last_x ? 1 : 0], begin_[last_y ? 2 : last_x ? 3 : classes]};
+  }
+  WinogradTile tile_at(int64_t index) const {
+    const int i = class_of(index);
+    const Class& c = class_[i];
+    index -= begin_[i];
+    const int64_t line = index / c.tiles_x, image = line / c.tiles_y;
+    const int64_t tile_y = c.first_y + line - image * c.tiles_y, tile_x = c.first_x + index - line * c.tiles_x;
+    return {image, y_.first_pixel(tile_y), x_.first_pixel(tile_x), y_.pixels(tile_y), x_.pixels(tile_x)};
+  }
+  // Tiles from this one on that are side by side.
+  int64_t tiles_beside(int64_t index) const {
+    const int i = class_of(index);
+    return class_[i].tiles_x - (index - begin_[i]) % class_[i].tiles_x;
+  }
+
+ private:
+  static constexpr int classes = 4;
+  struct Class {
+    int64_t tiles_y, tiles_x, first_y, first_x;  // on each axis
+  };
+
+  int class_of(int64_t index) const {
+    int i = 0;
+    while (i + 1 < classes && index >= begin_[i + 1]) ++i;
+    return i;
+  }
+
+  TileAxis y_, x_;
+  Class class_[classes];
+  int64_t begin_[classes + 1] = {};  // tiles of the classes before
 };
 
 // Images, or those of their pixels that make a phase.
@@ -44,7 +114,8 @@ template <class S, int Pixels, int Points>
 struct TiledImages {
   PhaseImages<S> phase[winograd_most_phases];
   int64_t phases;
-  int64_t batch, tiles_y, tiles_x;
+  int64_t batch;
+  TileGrid grid;  // with dilation: of all parts of the images
   int64_t groups, channels;             // of a group
   int64_t block_width, channel_blocks;  // channels of a block, the last one may have fewer; blocks of a phase
   int64_t blocks;                       // of all phases
@@ -58,12 +129,18 @@ struct TiledImages {
     blocks = phases * channel_blocks;
   }
   bool dilated() const { return dilation_y * dilation_x > 1; }
-  int64_t tiles() const { return dilation_y * dilation_x * batch * tiles_y * tiles_x; }
+  int64_t tiles() const { return grid.tiles(); }
   WinogradTile tile_at(int64_t index) const {
-    const int64_t tile_y = index / tiles_x, image = tile_y / tiles_y;
-    WinogradTile tile = {image, tile_y % tiles_y * winograd_outputs, index % tiles_x * winograd_outputs};
-    if (dilated()) tile.n = image % batch, tile.part_y = image / batch / dilation_x, tile.part_x = image / batch % dilation_x;
+    WinogradTile tile = grid.tile_at(index);
+    const int64_t part = tile.n / batch;
+    if (dilated()) tile.n %= batch, tile.part_y = part / dilation_x, tile.part_x = part % dilation_x;
     return tile;
+  }
+  // Those of `count` tiles from `first` on that need a point, counted from `first`.
+  TileRun needing(int64_t point_y, int64_t point_x, int64_t first, int64_t count) const {
+    const TileRun all = grid.needing(point_y == Points - 1, point_x == Points - 1);
+    const int64_t begin = min(max<int64_t>(all.begin - first, 0), count);
+    return {begin, max(begin, min(all.end - first, count))};
   }
   int64_t first_channel(int64_t block) const { return block % channel_blocks * block_width; }
   int64_t block_channels(int64_t block) const { return min(channels - first_channel(block), block_width); }
@@ -143,7 +220,8 @@ Winograd<S, Taps> winograd(const Correlation<S>& c, int64_t phase_y, int64_t pha
     w.taps_y[i] = py.taps, w.taps_x[i] = px.taps;
   }
   source.batch = c.batch, source.groups = c.groups, source.channels = c.in_channels;
-  source.tiles_y = ceil_div(w.height(), winograd_outputs), source.tiles_x = ceil_div(w.width(), winograd_outputs);
+  // Pooled or not, the results are cut in the same way.
+  source.grid = {c.batch, tile_axis(w.height() + c.lines_left_out), tile_axis(w.width() + c.pixels_left_out)};
   source.cut_channels(winograd_depth);
   w.panels = ceil_div(c.out_channels, winograd_width), w.kept_taps = nullptr;
   return w;

@@ -1,7 +1,7 @@
 // Gradient to the weights by Winograd's F(4x4, 3x3), for 3x3 kernels with stride 1, and by F(4x4, 2x2), for
 // kernels of 3 or 4 taps with stride 2: each phase of the input has taps of its own.
 //
-// The output is cut into tiles of 4x4 pixels, the tiles into chunks. A chunk takes three steps:
+// The output is cut into tiles of 4x4 and fewer pixels (TileAxis), the tiles into chunks. A chunk takes three steps:
 //   1. input [6x6 patch, channel] -> V and grad_output [4x4 tile, out] -> W, both [block of channels, point, tile, channel];
 //   2. for each block of output channels, panel of a phase's input channels and each of the 36 or 25 points:
 //      M = W[point]^T * V[point], a sum over the chunk's tiles;
@@ -51,10 +51,12 @@ WinogradWeightGrad<S, Taps> winograd_weight_grad(const Conv2dWeightGrad& p) {
   w.input.blocks = w.input.phases * w.input.channel_blocks;
   for (int i = 0; i < winograd_most_phases; ++i) w.taps_y[i] = f.taps_y[i], w.taps_x[i] = f.taps_x[i];
   w.grad_output = {{{static_cast<const S*>(p.grad_output.data), {g[0], g[1], g[2], g[3]}, s.out_height, s.out_width, 0, 0}},
-                   1, s.batch, w.input.tiles_y, w.input.tiles_x, s.groups, s.out_channels / s.groups, 0, 0, 0};
+                   1, s.batch, {}, s.groups, s.out_channels / s.groups, 0, 0, 0};
   w.grad_output.cut_channels(grad_rows);
   w.input.dilation_y = w.grad_output.dilation_y = s.dilation_h;
   w.input.dilation_x = w.grad_output.dilation_x = s.dilation_w;
+  w.input.grid = w.grad_output.grid =
+      TileGrid(s.dilation_h * s.dilation_w * s.batch, tile_axis(close.out_height), tile_axis(close.out_width));
   w.result = static_cast<S*>(p.grad_weight.data);
   w.out_stride = r[0], w.in_stride = r[1], w.y_stride = r[2], w.x_stride = r[3];
 
@@ -143,10 +145,10 @@ int64_t sum_at(const WinogradWeightGrad<S, Taps>& w, int64_t group, int64_t out,
 }
 
 // Adds up the tiles of one chunk for a block of output channels and the panels [panel, end), at most grad_panels: into `sums`
-// (`add` to what is there), or into the result if there are none.
+// (`add` to what is there), or into the result if there are none. The chunk are the `tiles` tiles from `first` on.
 template <class S, int Taps>
-void sum_chunk(const WinogradWeightGrad<S, Taps>& w, int64_t group, int64_t block, int64_t panel, int64_t end, int64_t tiles,
-               const float* v, const float* grads, float* sums, bool add, FloatVector& special) {
+void sum_chunk(const WinogradWeightGrad<S, Taps>& w, int64_t group, int64_t block, int64_t panel, int64_t end, int64_t first,
+               int64_t tiles, const float* v, const float* grads, float* sums, bool add, FloatVector& special) {
   using Forward = Winograd<S, Taps>;
   constexpr int points = winograd_inputs<Taps>;
   const auto& input = w.input;
@@ -155,24 +157,26 @@ void sum_chunk(const WinogradWeightGrad<S, Taps>& w, int64_t group, int64_t bloc
   float* m = scratch<float>(ScratchUse::worker, grad_panels * panel_stride);
   const float* block_grads = grads + (group * w.grad_output.blocks + block) * w.grad_output.block_stride(tiles);
   const float* panel_v = v + group * input.blocks * input.block_stride(tiles);
-  // Points that the phase's taps do not need stay 0.
+  // Points that the phase's taps do not need stay 0. A short tile adds nothing to the last ones.
   const auto used = [&](int64_t p, int point) {
     const int64_t phase = p / input.channel_blocks;
     return point / points < Forward::used_points(w.taps_y[phase]) && point % points < Forward::used_points(w.taps_x[phase]);
   };
-  for (int point = 0; point < points * points; ++point)
-    for (int64_t tile = 0; tile < tiles; tile += grad_depth) {
+  for (int point = 0; point < points * points; ++point) {
+    const TileRun run = input.needing(point / points, point % points, first, tiles);
+    const auto m_of = [&](int64_t p) { return m + (p - panel) * panel_stride + point * point_stride; };
+    for (int64_t p = panel; p < end; ++p)
+      if (!used(p, point) || run.begin == run.end)
+        zero_matrix(Matrix<float>{m_of(p), winograd_width, 1}, outs, winograd_width);
+    for (int64_t tile = run.begin; tile < run.end; tile += grad_depth) {
       const float* a = block_grads + point * w.grad_output.point_stride(tiles) + tile * width;
-      for (int64_t p = panel; p < end; ++p) {
-        float* to = m + (p - panel) * panel_stride + point * point_stride;
+      for (int64_t p = panel; p < end; ++p)
         if (used(p, point))
-          point_product(outs, min(tiles - tile, grad_depth), Matrix<const float>{a, 1, width},
+          point_product(outs, min(run.end - tile, grad_depth), Matrix<const float>{a, 1, width},
                         panel_v + p * input.block_stride(tiles) + point * input.point_stride(tiles) + tile * winograd_width,
-                        to, tile > 0);
-        else if (tile == 0)
-          zero_matrix(Matrix<float>{to, winograd_width, 1}, outs, winograd_width);
-      }
+                        m_of(p), tile > run.begin);
     }
+  }
   for (int64_t i = 0; i < outs; ++i)
     for (int64_t p = panel; p < end; ++p)
       for (int64_t lane = 0; lane < winograd_width; lane += lanes<float>) {
@@ -237,7 +241,7 @@ bool weight_grad_by_winograd(const WinogradWeightGrad<S, Taps>& w, const ThreadP
         FloatVector special = {};
         for (int64_t i = begin; i < end; ++i) {
           const int64_t panel = i % pieces * grad_panels, block = i / pieces % blocks, group = i / pieces / blocks;
-          sum_chunk(w, group, block, panel, min(panel + grad_panels, input.blocks), tiles, v, grads, slice_sums,
+          sum_chunk(w, group, block, panel, min(panel + grad_panels, input.blocks), first, tiles, v, grads, slice_sums,
                     chunk > first_chunk, special);
         }
         check(special);
