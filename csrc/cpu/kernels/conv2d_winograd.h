@@ -5,7 +5,7 @@
 // stride-1 correlations of them. Those of the gradient to the input are the result's pixels: each is a stride-1 correlation
 // by itself.
 //
-// The result is cut into tiles of 4x4 pixels, 3 at the end of an axis where 4 don't fit (TileAxis). A chunk of tiles takes
+// The result is cut into tiles of 4x4 pixels, smaller ones at the end of an axis (tile_grid). A chunk of tiles takes
 // three steps, each over vectors of channels in both memory formats; P is 6 or 5:
 //   1. source [PxP patch, channel] -> V [block: phase of the source and channels, point, tile, channel];
 //   2. for each panel of output channels and each of the P x P points: M [point, tile, out] = V[point] * U[point], where U
@@ -624,9 +624,8 @@ void correlate_by_winograd(const Problem& problem, const ThreadPool& pool) {
 
 // Whether tiles are of whole pairs of lines and pixels: 2x2 pooling then is theirs.
 inline bool winograd_pools(const Conv2dForward& p) {
-  const auto even = [](int64_t pixels) { return tile_axis(pixels).short_tiles <= 1; };
-  return p.shape.dilation_h * p.shape.dilation_w == 1 && even(unpooled_height(p.shape)) &&
-         even(unpooled_width(p.shape));
+  return p.shape.dilation_h * p.shape.dilation_w == 1 &&
+         tile_grid(p.shape.batch, unpooled_height(p.shape), unpooled_width(p.shape)).even();
 }
 
 // Taps of one phase of the result, the only one, and of one part of a dilated convolution, all of which have the same.

@@ -1,7 +1,7 @@
 // Gradient to the weights by Winograd's F(4x4, 3x3), for 3x3 kernels with stride 1, and by F(4x4, 2x2), for
 // kernels of 3 or 4 taps with stride 2: each phase of the input has taps of its own.
 //
-// The output is cut into tiles of 4x4 and fewer pixels (TileAxis), the tiles into chunks. A chunk takes three steps:
+// The output is cut into tiles of 4x4 and fewer pixels (tile_grid), the tiles into chunks. A chunk takes three steps:
 //   1. input [6x6 patch, channel] -> V and grad_output [4x4 tile, out] -> W, both [block of channels, point, tile, channel];
 //   2. for each block of output channels, panel of a phase's input channels and each of the 36 or 25 points:
 //      M = W[point]^T * V[point], a sum over the chunk's tiles;
@@ -56,7 +56,7 @@ WinogradWeightGrad<S, Taps> winograd_weight_grad(const Conv2dWeightGrad& p) {
   w.input.dilation_y = w.grad_output.dilation_y = s.dilation_h;
   w.input.dilation_x = w.grad_output.dilation_x = s.dilation_w;
   w.input.grid = w.grad_output.grid =
-      TileGrid(s.dilation_h * s.dilation_w * s.batch, tile_axis(close.out_height), tile_axis(close.out_width));
+      tile_grid(s.dilation_h * s.dilation_w * s.batch, close.out_height, close.out_width);
   w.result = static_cast<S*>(p.grad_weight.data);
   w.out_stride = r[0], w.in_stride = r[1], w.y_stride = r[2], w.x_stride = r[3];
 
