@@ -127,9 +127,13 @@ def select(operator: str, requested: str | None, *args) -> ModuleType:
     return module
 
 
-def is_certain(name: str) -> bool:
-    """Whether each call that the backend `name`, the first one of its operator, can run goes to it, unwatched."""
-    return _current in ("auto", name) and not _choices.torchs and select is _select
+def is_certain(name: str, requested: str | None = None) -> bool:
+    """Whether each call that the backend `name`, the first one of its operator, can run goes to it, unwatched.
+
+    `requested`: as `select` has it.
+    """
+    wanted = _current if requested is None else requested
+    return wanted in ("auto", name) and not _choices.torchs and select is _select
 
 
 def is_free() -> bool:

@@ -170,47 +170,89 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {output.keep, h_n, c_n, saved};
 }
 
-// All layers and directions, without derivatives: weights are those of layer 0 forwards, layer 0 backwards, layer 1
-// forwards ..., each w_ih, w_hh, b_ih and b_hh with biases, w_hr with a projection; `packed` what pack() made of each of
-// them, or empty; h_0 and c_0 [layers * directions, B, ...].
+// The weights of `count` layers and directions: those of layer 0 forwards, layer 0 backwards, layer 1 forwards ..., each
+// w_ih, w_hh, b_ih and b_hh with biases, w_hr with a projection.
+class StackWeights {
+ public:
+  StackWeights(RecurrentCell cell, const std::vector<Tensor>& weights, bool biases, int64_t count)
+      : weights(weights), biases(biases), each(count > 0 ? static_cast<int64_t>(weights.size()) / count : 0) {
+    const int64_t plain = biases ? 4 : 2;
+    STD_TORCH_CHECK(each * count == static_cast<int64_t>(weights.size()) && count > 0 &&
+                        (each == plain || (cell == RecurrentCell::lstm && each == plain + 1)),
+                    "cvfast recurrent: ", weights.size(), " weights for ", count, " layers and directions");
+  }
+  const Tensor& w_ih(int64_t i) const { return weights[i * each]; }
+  const Tensor& w_hh(int64_t i) const { return weights[i * each + 1]; }
+  MaybeTensor b_ih(int64_t i) const { return biases ? MaybeTensor(weights[i * each + 2]) : MaybeTensor(); }
+  MaybeTensor b_hh(int64_t i) const { return biases ? MaybeTensor(weights[i * each + 3]) : MaybeTensor(); }
+  MaybeTensor w_hr(int64_t i) const {
+    return each % 2 ? MaybeTensor(weights[i * each + each - 1]) : MaybeTensor();
+  }
+
+ private:
+  const std::vector<Tensor>& weights;
+  const bool biases;
+  const int64_t each;
+};
+
+int64_t packed_bytes_of(const Operands& o) {
+  return kernels().recurrent.packed_bytes({o.cell, dtype_of(o.input.keep), o.shape, o.weights});
+}
+
+// All layers and directions, without derivatives: weights as StackWeights has them; `packed` what pack() made of them; h_0
+// and c_0 [layers * directions, B, ...].
 template <RecurrentCell cell>
 std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& input, const MaybeTensor& lengths, const MaybeTensor& batch_sizes,
-                                         const Tensor& h_0, const MaybeTensor& c_0, std::vector<Tensor> weights,
-                                         bool biases, int64_t directions, std::vector<Tensor> packed) {
-  const int64_t count = h_0.size(0), each = static_cast<int64_t>(weights.size()) / count, batch = h_0.size(1);
+                                         const Tensor& h_0, const MaybeTensor& c_0, std::vector<Tensor> tensors,
+                                         bool biases, int64_t directions, const MaybeTensor& packed) {
+  STD_TORCH_CHECK(h_0.dim() == 3, "cvfast recurrent: h_0 must be 3-dimensional");
+  const int64_t count = h_0.size(0), batch = h_0.size(1);
+  const StackWeights weights(cell, tensors, biases, count);
   const int32_t dtype = dtype_code(input);
   auto bytes = [&](int64_t elements) { return elements * static_cast<int64_t>(input.element_size()); };
   const Tensor h_n = empty_contiguous(sizes_of(h_0), dtype);
   const Tensor c_n = empty_contiguous(c_0.has_value() ? sizes_of(*c_0) : Ints{0}, dtype);
   char *h_end = static_cast<char*>(h_n.mutable_data_ptr()), *c_end = static_cast<char*>(c_n.mutable_data_ptr());
+  const char* from_packed = packed.has_value() ? static_cast<const char*>(packed->const_data_ptr()) : nullptr;
+  const char* packed_end = from_packed ? from_packed + packed->numel() : nullptr;
   Tensor from = input, output = input;
   for (int64_t i = 0; i < count; ++i) {
-    auto weight = [&](int64_t place) { return place < each ? MaybeTensor(weights[i * each + place]) : MaybeTensor(); };
-    const int64_t first = biases ? 2 : each;  // of the biases
-    const Operands o(Form::sequence, cell, from, lengths, batch_sizes, h_0, c_0, weights[i * each], weights[i * each + 1],
-                     weight(first), weight(first + 1), weight(biases ? 4 : 2), i);
+    const Operands o(Form::sequence, cell, from, lengths, batch_sizes, h_0, c_0, weights.w_ih(i), weights.w_hh(i),
+                     weights.b_ih(i), weights.b_hh(i), weights.w_hr(i), i);
     if (i % directions == 0) output = empty_contiguous(o.row_sizes(directions * o.outputs), dtype);
     cvfast::Rows rows = RowTensor(output);
     rows.data = static_cast<char*>(rows.data) + bytes(i % directions * o.outputs);
+    const int64_t size = from_packed ? packed_bytes_of(o) : 0;
+    STD_TORCH_CHECK(packed_end - from_packed >= size, "cvfast recurrent: packed weights are those of another stack");
     run(o, i % directions == 1, rows, h_end + bytes(i * batch * o.outputs),
-        c_0.has_value() ? c_end + bytes(i * batch * o.shape.hidden) : nullptr, nullptr,
-        packed.empty() ? nullptr : packed[i].const_data_ptr());
+        c_0.has_value() ? c_end + bytes(i * batch * o.shape.hidden) : nullptr, nullptr, from_packed);
+    if (from_packed) from_packed += size;
     if (i % directions == directions - 1) from = output;
   }
   return {output, h_n, c_n};
 }
 
-// The weights of one layer and direction as the kernels read them, behind a stamp that tells what they were made of. Opaque.
+// The weights of a stack as the kernels read them, those of each layer and direction behind a stamp that tells what they were
+// made of. Opaque.
 template <RecurrentCell cell>
-Tensor pack(const Tensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh,
-            const MaybeTensor& w_hr) {
-  const int64_t outputs = w_hh.size(1), hidden = w_ih.size(0) / gates_of(cell);
-  auto zeros = [&](int64_t width) { return torch::stable::new_zeros(w_ih, {0, width}); };
-  const MaybeTensor c_0 = cell == RecurrentCell::lstm ? MaybeTensor(zeros(hidden)) : MaybeTensor();
-  const Operands o(Form::step, cell, zeros(w_ih.size(1)), {}, {}, zeros(outputs), c_0, w_ih, w_hh, b_ih, b_hh, w_hr);
-  const RecurrentPack args = {cell, dtype_of(w_ih), o.shape, o.weights};
-  const Tensor packed = empty_contiguous({kernels().recurrent.packed_bytes(args)}, aoti_torch_dtype_uint8());
-  kernels().recurrent.pack(args, packed.mutable_data_ptr(), thread_pool());
+Tensor pack(std::vector<Tensor> tensors, bool biases, int64_t count) {
+  const StackWeights weights(cell, tensors, biases, count);
+  auto operands = [&](int64_t i) {
+    auto zeros = [&](int64_t width) { return torch::stable::new_zeros(weights.w_ih(i), {0, width}); };
+    const int64_t outputs = weights.w_hh(i).size(1), hidden = weights.w_ih(i).size(0) / gates_of(cell);
+    const MaybeTensor c_0 = cell == RecurrentCell::lstm ? MaybeTensor(zeros(hidden)) : MaybeTensor();
+    return Operands(Form::step, cell, zeros(weights.w_ih(i).size(1)), {}, {}, zeros(outputs), c_0, weights.w_ih(i),
+                    weights.w_hh(i), weights.b_ih(i), weights.b_hh(i), weights.w_hr(i));
+  };
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) bytes += packed_bytes_of(operands(i));
+  const Tensor packed = empty_contiguous({bytes}, aoti_torch_dtype_uint8());
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    const Operands o = operands(i);
+    kernels().recurrent.pack({o.cell, dtype_of(o.input.keep), o.shape, o.weights}, to, thread_pool());
+    to += packed_bytes_of(o);
+  }
   return packed;
 }
 

@@ -97,6 +97,13 @@ def lstm(
         RuntimeError: as torch's, for shapes, dtypes or lengths that do not fit; or where the named backend cannot run.
         ValueError: input that is neither 2-D nor 3-D, an unknown backend.
     """
+    if layer_norm is None and recurrent_dropout == 0 and zoneout == 0:
+        results = _run_unasked(
+            "lstm", input, hx, params, has_biases, num_layers, train and dropout, bidirectional, batch_first, lengths,
+            backend,
+        )  # fmt: skip
+        if results is not None:
+            return results
     layout = _Layout("lstm", input, batch_first, lengths)
     weights = _weights("lstm", params, has_biases, num_layers, bidirectional)
     variation = _variation("lstm", weights, layer_norm, recurrent_dropout, zoneout, train)
@@ -127,6 +134,13 @@ def gru(
     As `lstm`, with one state: hx is h_0 or None, weights have 3 H rows, the result is (output, h_n). No projection.
     layer_norm: per layer and direction the gains of W_ih x and of W_hh h [3 H].
     """
+    if layer_norm is None and recurrent_dropout == 0 and zoneout == 0:
+        results = _run_unasked(
+            "gru", input, hx, params, has_biases, num_layers, train and dropout, bidirectional, batch_first, lengths,
+            backend,
+        )  # fmt: skip
+        if results is not None:
+            return results
     layout = _Layout("gru", input, batch_first, lengths)
     weights = _weights("gru", params, has_biases, num_layers, bidirectional)
     variation = _variation("gru", weights, layer_norm, recurrent_dropout, zoneout, train)
@@ -153,6 +167,11 @@ def rnn(
     As `gru`, with H rows in the weights; nonlinearity: "tanh" or "relu" (ValueError for another).
     """
     cell = _rnn_cell_name(nonlinearity)
+    results = _run_unasked(
+        cell, input, hx, params, has_biases, num_layers, train and dropout, bidirectional, batch_first, lengths, backend
+    )
+    if results is not None:
+        return results
     layout = _Layout("rnn", input, batch_first, lengths)
     weights = _weights(cell, params, has_biases, num_layers, bidirectional)
     return _run("rnn", cell, layout, hx, weights, bidirectional, dropout if train else 0.0, backend)[:2]
@@ -366,6 +385,60 @@ def _lengths(name: str, lengths: Tensor | Sequence[int], input: Tensor) -> Tenso
     if values and not 0 <= min(values) <= max(values) <= steps:
         raise RuntimeError(f"{name}: lengths must be from 0 to {steps}, got {values}")
     return lengths
+
+
+def _run_unasked(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths,
+    backend: str | None,
+) -> tuple[Tensor, ...] | None:
+    """The results of a plain call by the compiled kernels; None for all others, and where something is wrong."""
+    if torch.is_grad_enabled() or lengths is not None or dropout or not _backend.is_certain("ext", backend):
+        return None
+    if not isinstance(input, Tensor) or input.dim() != 3:
+        return None
+    directions = 2 if bidirectional else 1
+    steps_first = input.transpose(0, 1) if batch_first else input
+    states = _unasked_states(cell, steps_first, hx, params, num_layers * directions)
+    if states is None:
+        return None
+    results = _EXT.run_unasked(cell, steps_first, *states, params, has_biases, directions)
+    if results is None:
+        return None
+    output, h_n, c_n = results
+    if batch_first:
+        output = output.transpose(0, 1)
+    return (output, h_n) if c_n is None else (output, h_n, c_n)
+
+
+_EXT = _backend.BACKENDS["lstm"]["ext"]
+
+
+def _unasked_states(
+    cell: str, input: Tensor, hx, params: Sequence[Tensor], count: int
+) -> tuple[Tensor, Tensor | None] | None:
+    """h_0 and c_0 of `count` layers and directions; None where something is wrong."""
+    lstm = cell == "lstm"
+    if hx is None:
+        if len(params) < 2 or params[1].dim() != 2:
+            return None
+        rows, outputs = params[1].shape
+        h_0 = input.new_zeros(count, input.shape[1], outputs)
+        if not lstm:
+            return h_0, None
+        return h_0, h_0 if rows == 4 * outputs else input.new_zeros(count, input.shape[1], rows // 4)
+    if lstm and len(hx) != 2:
+        return None
+    h_0, c_0 = hx if lstm else (hx, None)
+    return (h_0, c_0) if h_0.dim() == 3 and len(h_0) == count else None
 
 
 def _run(

@@ -366,11 +366,8 @@ STEP = {
 STACK = {
     cell: kernel(
         f"{cell}_stack(Tensor input, Tensor? lengths, Tensor? batch_sizes, Tensor h_0, Tensor? c_0, Tensor[] weights, "
-        "bool biases, int directions, Tensor[] packed) -> (Tensor, Tensor, Tensor)"
+        "bool biases, int directions, Tensor? packed) -> (Tensor, Tensor, Tensor)"
     )
     for cell in CELLS
 }
-PACK = {
-    cell: kernel(f"{cell}_pack(Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr) -> Tensor")
-    for cell in CELLS
-}
+PACK = {cell: kernel(f"{cell}_pack(Tensor[] weights, bool biases, int count) -> Tensor") for cell in CELLS}

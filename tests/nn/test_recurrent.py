@@ -410,10 +410,25 @@ def test_packed_weights_go_with_the_layer():
     with torch.no_grad():
         for _ in range(3):
             layer(torch.randn(4, 3, 5))
-    assert len(_packed._kept) == before + 2
-    assert all(entry.forms for entry in list(_packed._kept.values())[-2:])
+    assert len(_packed._kept) == before + 1  # all layers as one
+    assert list(_packed._kept.values())[-1].forms
     del layer
     assert len(_packed._kept) == before
+
+
+def test_plain_calls_are_not_asked_by_python():
+    from cvfast.backends.ext import recurrent as ext
+
+    layer, x, state = cvfast.nn.GRU(5, 20, 2), torch.randn(4, 3, 5), torch.randn(2, 3, 20)
+    weights = layer._flat_weights
+    with torch.no_grad():
+        results = ext.run_unasked("gru", x, state, None, weights, True, 1)
+        for ours, expected in zip(results[:2], layer(x, state), strict=True):
+            assert torch.equal(ours, expected)
+        assert ext.run_unasked("gru", x, state[:, :2], None, weights, True, 1) is None
+        assert ext.run_unasked("gru", x, state, None, weights[:7], True, 1) is None
+        assert ext.run_unasked("gru", x.double(), state, None, weights, True, 1) is None
+    assert ext.run_unasked("gru", x, state, None, weights, True, 1) is None  # with derivatives
 
 
 def test_packed_weights_and_inference_mode():

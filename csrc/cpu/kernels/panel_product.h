@@ -34,18 +34,37 @@ struct PackedPanels {
   int64_t count, depth;
 };
 
-// sum [Rows][Cols vectors] = rows of `a` times a panel.
-template <class T, int Rows, int Cols>
+// Whether a tile's sums, a row of the panel and an element of `a` fit into the registers.
+constexpr int registers = panel_accumulators == 24 ? 32 : 16;
+constexpr bool fits_registers(int rows, int cols) { return rows * cols + cols + 1 <= registers; }
+
+// Keeps v in a register: of two or three rows the compiler would rather load it again for each of them, at the cost of 15 to
+// 20 % where the loads compete with what comes from the second-level cache.
+template <class V>
+[[gnu::always_inline]] inline void keep_in_register([[maybe_unused]] V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
+// sum [Rows][Cols vectors] = rows of `a` times a panel. fetch(k) brings near what will be needed later.
+template <class T, int Rows, int Cols, class Fetch>
 [[gnu::always_inline]] inline void multiply_panel(Matrix<const T> a, const T* b, int64_t depth,
-                                                  Vector<T> (&sum)[Rows][Cols]) {
+                                                  Vector<T> (&sum)[Rows][Cols], Fetch fetch) {
   constexpr int L = lanes<T>;
   for (int64_t k = 0; k < depth; ++k, b += Cols * L) {
+    fetch(k);
     Vector<T> y[Cols];
 #pragma GCC unroll 4
-    for (int j = 0; j < Cols; ++j) y[j] = load_as<Vector<T>>(b + j * L);
+    for (int j = 0; j < Cols; ++j) {
+      y[j] = load_as<Vector<T>>(b + j * L);
+      if constexpr (Rows > 1 && fits_registers(Rows, Cols)) keep_in_register(y[j]);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      const Vector<T> x = Vector<T>{} + a.data[i * a.row_stride + k * a.col_stride];
+      const T x = a.data[i * a.row_stride + k * a.col_stride];
 #pragma GCC unroll 4
       for (int j = 0; j < Cols; ++j) sum[i][j] += x * y[j];
     }
@@ -56,7 +75,7 @@ template <class T, int Rows, int Cols>
 template <class T, int Rows, int Cols>
 [[gnu::noinline]] void panel_tile(const T* a, int64_t a_stride, const T* b, int64_t depth, T* out) {
   Vector<T> sum[Rows][Cols] = {};
-  multiply_panel<T>(Matrix<const T>{a, a_stride, 1}, b, depth, sum);
+  multiply_panel<T>(Matrix<const T>{a, a_stride, 1}, b, depth, sum, [](int64_t) {});
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
@@ -71,7 +90,7 @@ template <class T, int Cols>
   constexpr int L = lanes<T>;
   Vector<T> sum[2][Cols] = {};
   for (int64_t k = 0; k < depth; ++k, b += Cols * L) {
-    const Vector<T> x = Vector<T>{} + a[k];
+    const T x = a[k];
 #pragma GCC unroll 2
     for (int p = 0; p < 2; ++p)
 #pragma GCC unroll 4
@@ -133,16 +152,22 @@ void panel_product(int64_t rows, const T* a, int64_t a_stride, PackedPanels<T> b
   }
 }
 
-// A tile of panel_block. C has product_cols<T> writable columns with stride 1.
+// Lines of memory that a tile of panel_block brings near for each row of B that it multiplies with.
+constexpr int64_t line_bytes = 64, lines_ahead = 2;
+
+// A tile of panel_block. C has product_cols<T> writable columns with stride 1. `ahead`: what will be needed soon.
 template <class T, int Rows>
-[[gnu::noinline]] void product_tile(Matrix<const T> a, const T* b, int64_t depth, T* c, int64_t c_stride, bool add) {
+[[gnu::noinline]] void product_tile(Matrix<const T> a, const T* b, int64_t depth, T* c, int64_t c_stride, bool add,
+                                    const char* ahead) {
   constexpr int L = lanes<T>;
   Vector<T> sum[Rows][product_vectors] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < product_vectors; ++j) __builtin_prefetch(c + i * c_stride + j * L, 1);
-  multiply_panel<T>(a, b, depth, sum);
+  multiply_panel<T>(a, b, depth, sum, [&](int64_t k) {
+    for (int i = 0; i < lines_ahead; ++i) __builtin_prefetch(ahead + (k * lines_ahead + i) * line_bytes, 0, 2);
+  });
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
@@ -153,23 +178,39 @@ template <class T, int Rows>
 }
 
 template <class T, int Rows = product_rows>
-void product_tile_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t depth, T* c, int64_t c_stride, bool add) {
+void product_tile_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t depth, T* c, int64_t c_stride, bool add,
+                       const char* ahead) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return product_tile_rows<T, Rows - 1>(rows, a, b, depth, c, c_stride, add);
-  product_tile<T, Rows>(a, b, depth, c, c_stride, add);
+    if (rows < Rows) return product_tile_rows<T, Rows - 1>(rows, a, b, depth, c, c_stride, add, ahead);
+  product_tile<T, Rows>(a, b, depth, c, c_stride, add, ahead);
 }
 
+// Panels that are needed after those of a panel_block, as many.
+template <class T>
+struct LaterPanels {
+  const T* data = nullptr;
+  int64_t stride = 0;
+};
+
 // rows <= product_block_rows, depth <= product_depth for the caches' sake. `c` has room for the columns
-// rounded up to whole panels; B's are panel_stride elements apart.
+// rounded up to whole panels; B's are panel_stride elements apart. While it multiplies with a panel, the next one and then
+// that of `later` come near, as far as there are tiles: memory is slower than a product with few rows, and otherwise idle.
 template <class T>
 [[gnu::noinline]] void panel_block(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, const T* b,
-                                   int64_t panel_stride, T* c, int64_t c_stride, bool add) {
-  for (int64_t col = 0; col < cols; col += product_cols<T>, b += panel_stride)
+                                   int64_t panel_stride, T* c, int64_t c_stride, bool add, LaterPanels<T> later = {}) {
+  const int64_t next_bytes = depth * product_cols<T> * sizeof(T), later_bytes = later.stride * sizeof(T);
+  for (int64_t col = 0; col < cols; col += product_cols<T>, b += panel_stride, later.data += later.stride) {
+    int64_t fetched = 0;
     for (int64_t row = 0, count; row < rows; row += count) {
       count = ceil_div(rows - row, ceil_div(rows - row, product_rows));
+      const char* ahead = reinterpret_cast<const char*>(b);  // which is there
+      if (fetched < next_bytes) ahead = reinterpret_cast<const char*>(b + panel_stride) + fetched;
+      else if (fetched - next_bytes < later_bytes) ahead = reinterpret_cast<const char*>(later.data) + fetched - next_bytes;
+      fetched += depth * lines_ahead * line_bytes;
       product_tile_rows<T>(count, {a.data + row * a.row_stride, a.row_stride, a.col_stride}, b, depth,
-                           c + row * c_stride + col, c_stride, add);
+                           c + row * c_stride + col, c_stride, add, ahead);
     }
+  }
 }
 
 }  // namespace

@@ -70,11 +70,12 @@ struct Forward {
   // Whether h is fed back from the output's rows.
   const bool in_place = !storage.converts() && projected == 0 && units == hidden && !p.sequence.lengths;
   const int64_t columns = round_up(order.panels() * order.columns(), product_cols<T>);
+  const int64_t gate_stride = columns + L;  // rows at a power of two would share the same sets of the first-level cache
   ThreadCut cut;
   int64_t group_rows;             // room for the rows of a chunk of one group
   Stamp* stamp;
   T *w_ih, *w_hh, *w_hr, *b_ih, *b_hh;
-  T* gates;                       // [groups, group_rows, columns] W_ih x
+  T* gates;                       // [groups, group_rows, gate_stride] W_ih x
   T* h[2];                        // [batch, h_stride] by rank, before even and odd steps
   T *c, *unprojected;             // [batch, units]
   int64_t* counters;              // of each group's team
@@ -162,7 +163,7 @@ struct Forward {
     const bool kept = take_kept();
     Carver::carve(ScratchUse::caller, [&](Carver& scratch) {
       if (!kept) take_packed(scratch);
-      gates = scratch.take<T>(cut.groups * group_rows * columns);
+      gates = scratch.take<T>(cut.groups * group_rows * gate_stride);
       for (T*& state : h) state = scratch.take<T>(batch * h_stride);
       c = scratch.take<T>(cell.has_c ? batch * units : 0);
       unprojected = scratch.take<T>(projected > 0 ? batch * units : 0);
@@ -206,7 +207,7 @@ struct Forward {
     const int64_t chunk = steps_of(projected_rows, end - begin);  // steps that are projected together
     const Team team = {f.cut.shares, f.counters + group * Team::size(f.cut.shares)};
     int64_t stage = 0;
-    T* const gates = f.gates + group * f.group_rows * f.columns;
+    T* const gates = f.gates + group * f.group_rows * f.gate_stride;
     T* copied;
     State x;
 
@@ -235,7 +236,7 @@ struct Forward {
         const int64_t last = min(step + chunk, f.p.sequence.steps), rows = load_inputs(step, last);
         together(f.order.panels(), [&](int64_t panel, int64_t next) { project(rows, panel, next); });
         const T* row = gates;
-        for (int64_t s = step; s < last; row += active(s) * f.columns, ++s) take_step(s, row);
+        for (int64_t s = step; s < last; row += active(s) * f.gate_stride, ++s) take_step(s, row);
       }
       if (own == 0) store_rest();
     }
@@ -265,7 +266,8 @@ struct Forward {
           panel_block(min(rows - row, product_block_rows), end_col - col, min(f.inputs - k, product_depth),
                       Matrix<const T>{x.data + row * x.stride + k, x.stride, 1},
                       f.w_ih + col * f.inputs + k * product_cols<T>, f.inputs * product_cols<T>,
-                      gates + row * f.columns + col, f.columns, k > 0);
+                      gates + row * f.gate_stride + col, f.gate_stride, k > 0,
+                      {f.w_hh + col * f.outputs, f.outputs * product_cols<T>});
     }
 
     // h of rank `begin` before a step.
@@ -288,8 +290,8 @@ struct Forward {
           run_cell({s.row, s.rows, panel + s.panel, s.panels, s.sum}, projection, f.cell.has_c ? c : h, result, saved);
         };
         auto fetch = [&](const PanelSums<T>& s) {
-          const T* from = projection + s.row * f.columns + (panel + s.panel) * f.order.columns();
-          for (int64_t row = 0; row < s.rows; ++row, from += f.columns)
+          const T* from = projection + s.row * f.gate_stride + (panel + s.panel) * f.order.columns();
+          for (int64_t row = 0; row < s.rows; ++row, from += f.gate_stride)
             for (int64_t i = 0; i < s.panels * f.order.columns(); i += 64 / sizeof(T)) __builtin_prefetch(from + i);
         };
         if (f.order.vectors() == 3) panel_product<T, 3>(rows, h.data, h.stride, w_hh, step % 2, fetch, finish);
@@ -312,12 +314,12 @@ struct Forward {
       step.items = by_panel ? s.panels : s.rows, step.vectors = f.cell.vectors, step.gate_stride = units;
       step.hidden = f.hidden, step.units = f.hidden - unit, step.units_stride = by_panel ? units : 0;
       step.b_ih = f.b_ih + s.panel * columns, step.b_hh = f.b_hh + s.panel * columns, step.b_stride = by_panel ? columns : 0;
-      step.x_stride = by_panel ? columns : f.columns, step.r_stride = by_panel ? s.rows * columns : columns;
+      step.x_stride = by_panel ? columns : f.gate_stride, step.r_stride = by_panel ? s.rows * columns : columns;
       step.memory_stride = by_panel ? units : memory.stride, step.result_stride = by_panel ? units : result.stride;
       step.saved_stride = by_panel ? units : saved_stride;
       for (int64_t i = 0; i < (by_panel ? s.rows : 1); ++i) {
         const int64_t row = s.row + i;
-        step.x = projection + row * f.columns + s.panel * columns, step.r = s.sum + i * columns;
+        step.x = projection + row * f.gate_stride + s.panel * columns, step.r = s.sum + i * columns;
         step.memory = memory.data + row * memory.stride + unit, step.result = result.data + row * result.stride + unit;
         step.saved = saved ? saved + row * saved_stride + unit : nullptr;
         f.cell.forward(step);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from cvfast import _library
 from cvfast._packed import packed
 from cvfast.ops.card import call as call_operator
-from cvfast.ops.card import watched
+from cvfast.ops.card import derives, watched
 from cvfast.ops.recurrent import PACK, STACK, wants_saved
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
@@ -44,10 +44,16 @@ def why_slower(call) -> list[str]:
 def run(call) -> tuple[Tensor, Tensor, Tensor | None]:
     """(output, h_n, c_n or None); shapes and meaning as in cvfast.functional.lstm."""
     weights = [t for w in call.weights for t in w if t is not None]
-    if not (watched(call.input) or call.dropout > 0 or wants_saved(call.input, call.h_0, call.c_0, *weights)):
-        return _run_at_once(call, weights)
+    if call.dropout == 0:
+        biases = call.weights[0].b_ih is not None
+        results = _run_at_once(
+            call.cell, call.input, call.lengths, call.batch_sizes, call.h_0, call.c_0, weights, biases, call.directions
+        )
+        if results is not None:
+            return results
     op = getattr(torch.ops.cvfast, call.cell).default
     output, states = call.input, []
+    h_0, c_0 = _by_layer(call.h_0), None if call.c_0 is None else _by_layer(call.c_0)
     for layer in range(len(call.weights) // call.directions):
         if layer > 0 and call.dropout > 0:
             output = torch.nn.functional.dropout(output, call.dropout)
@@ -56,7 +62,7 @@ def run(call) -> tuple[Tensor, Tensor, Tensor | None]:
             i = layer * call.directions + direction
             w = call.weights[i]
             operands = (
-                output, call.lengths, call.batch_sizes, call.h_0[i], None if call.c_0 is None else call.c_0[i],
+                output, call.lengths, call.batch_sizes, h_0[i], None if c_0 is None else c_0[i],
                 w.w_ih, w.w_hh, w.b_ih, w.b_hh, w.w_hr,
             )  # fmt: skip
             part, *state, _ = call_operator(op, *operands, direction == 1, wants_saved(*operands))
@@ -67,15 +73,42 @@ def run(call) -> tuple[Tensor, Tensor, Tensor | None]:
     return output, h_n, None if call.c_0 is None else c_n
 
 
-def _run_at_once(call, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `run`, without derivatives: one operator for all layers, which takes weights that were packed before."""
-    kept: list[Tensor] = []
-    if len(call.input) > 1:  # of a single step the kernels read each weight once, where it lies
-        kept = [packed(None, lambda: 1, partial(PACK[call.cell], *w), *w) for w in call.weights]
-    output, h_n, c_n = STACK[call.cell](
-        call.input, call.lengths, call.batch_sizes, call.h_0, call.c_0, weights, call.weights[0].b_ih is not None,
-        call.directions, [] if any(k is None for k in kept) else kept,
-    )  # fmt: skip
-    if h_n.numel() == 0 and len(h_n) == 1:  # the strides that `run` gives, and the fake
-        h_n, c_n = h_n[0].unsqueeze(0), c_n if call.c_0 is None else c_n[0].unsqueeze(0)
-    return output, h_n, None if call.c_0 is None else c_n
+def _by_layer(states: Tensor) -> Sequence[Tensor]:
+    """States of each layer and direction, in the way whose derivative costs the least."""
+    return (states.squeeze(0),) if len(states) == 1 else states.unbind()
+
+
+def _run_at_once(
+    cell: str,
+    input: Tensor,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: bool,
+    directions: int,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """As `run`, by one operator for all layers, which takes weights that were packed before; None with derivatives."""
+    if watched(input) or derives((input, h_0, c_0, *weights)):
+        return None
+    kept = None
+    if len(input) > 1:  # of a single step the kernels read each weight once, where it lies
+        kept = packed(None, lambda: 1, lambda: PACK[cell](weights, biases, len(h_0)), *weights)
+    output, h_n, c_n = STACK[cell](input, lengths, batch_sizes, h_0, c_0, weights, biases, directions, kept)
+    if len(h_n) == 1 and h_n.numel() == 0:  # the strides that `run` gives, and the fake
+        h_n, c_n = h_n[0].unsqueeze(0), c_n if c_0 is None else c_n[0].unsqueeze(0)
+    return output, h_n, None if c_0 is None else c_n
+
+
+def run_unasked(
+    cell: str, input: Tensor, h_0: Tensor, c_0: Tensor | None, weights: Sequence[Tensor], biases: bool, directions: int
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """`run` of operands that nobody has looked at; None where somebody has to: the kernels check them, too.
+
+    All that Python asks costs more than a short sequence: the most where other work has taken the caches.
+    """
+    try:
+        return _run_at_once(cell, input, None, None, h_0, c_0, weights, biases, directions)
+    except RuntimeError:
+        return None
