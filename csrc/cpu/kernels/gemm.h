@@ -19,8 +19,8 @@ constexpr int tile_rows = 6;
 template <class T>
 constexpr int tile_cols = 2 * lanes<T>;
 
-// A block's tiles are as wide as 6 rows leave registers for: a broadcast serves more multiply-adds than in a taller tile, and
-// rows of A whole pages apart do not evict each other from the L1 cache, where they share a few lines.
+// A block's tiles are as wide as 6 rows leave registers for: a broadcast serves more multiply-adds than in a taller tile,
+// and rows of A whole pages apart do not evict each other from the L1 cache, where they share a few lines.
 constexpr int most_vectors = 2 * tile_rows / 6;
 template <class T>
 constexpr int panel_cols = most_vectors * lanes<T>;
@@ -38,8 +38,8 @@ constexpr int64_t block_depth = 256;
 template <class T>
 constexpr int64_t block_cols = 15 * tile_cols<T>;
 
-// B in panels of `cols` <= panel_cols columns, of whole vectors; columns of the last vector beyond the matrix are readable and
-// ignored.
+// B in panels of `cols` <= panel_cols columns, whole vectors of them; those of the last vector beyond the matrix are readable
+// and ignored.
 template <class T>
 struct Panels {
   const T* data;
