@@ -26,16 +26,16 @@ constexpr int most_dot_rows = 3;
 #endif
 template <class T>
 constexpr int dot_units = min(4, lanes<T>);  // weight rows of a tile
-constexpr int64_t dot_bytes_ahead = 4096;    // fetched ahead of the product: the processor's own fetching stops at a page's end
 
-// sum += vectors of `count` products, of weight rows with rows of x.
+// sum += vectors of `count` products, of weight rows with rows of x. The next tile's, `ahead` elements later, come into the
+// second-level cache: the processor's own fetching ends with each row's page, and knows nothing of the next rows.
 template <class S, int Rows, int Units, class T>
 [[gnu::always_inline]] inline void add_dots(const S* const (&weight)[Units], const T* x, int64_t x_stride, int64_t k,
-                                            int64_t count, Vector<T> (&sum)[Rows][Units]) {
+                                            int64_t count, int64_t ahead, Vector<T> (&sum)[Rows][Units]) {
   Vector<T> w[Units];
 #pragma GCC unroll 8
   for (int u = 0; u < Units; ++u) {
-    __builtin_prefetch(reinterpret_cast<const char*>(weight[u] + k) + dot_bytes_ahead);
+    __builtin_prefetch(weight[u] + k + ahead, 0, 2);
     w[u] = load_units(weight[u] + k, count);
   }
 #pragma GCC unroll 4
@@ -89,8 +89,8 @@ template <class S, int Rows, class T = Compute<S>>
 #pragma GCC unroll 8
     for (int u = 0; u < Units; ++u) weight[u] = static_cast<const S*>(o.weight) + min(unit + u, end - 1) * o.depth;
     int64_t k = 0;
-    for (; k + L <= o.depth; k += L) add_dots(weight, x, o.x_stride, k, L, sum);
-    if (k < o.depth) add_dots(weight, x, o.x_stride, k, o.depth - k, sum);
+    for (; k + L <= o.depth; k += L) add_dots(weight, x, o.x_stride, k, L, Units * o.depth, sum);
+    if (k < o.depth) add_dots(weight, x, o.x_stride, k, o.depth - k, Units * o.depth, sum);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) partial[i * stride] = sum_parts<T, Units>(sum[i]);
