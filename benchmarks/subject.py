@@ -221,7 +221,9 @@ class OperatorWork(Work):
         return replace(self.sample, operands=operands, options=options)
 
     def judged_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        return {name: self.judged(value) if self.has_samples(name, value) else value for name, value in arguments.items()}
+        return {
+            name: self.judged(value) if self.has_samples(name, value) else value for name, value in arguments.items()
+        }
 
     def has_samples(self, name: str, value: Any) -> bool:
         """Whether an argument's first dimension is the batch; a mask's may be one of heads or queries, or of size 1."""
