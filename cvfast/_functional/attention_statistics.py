@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -102,24 +103,30 @@ def attention_statistics(
 
 def _visible(
     tile: slice, k: Tensor, bias: Tensor | None, mask: Tensor | None, lengths: Tensor | None, left: int, right: int
-) -> tuple[Tensor, Tensor | None]:
-    """Which keys the tile's queries see, [B or 1, H or 1, l, S], and their bias."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys the tile's queries see, broadcastable to [B, H, l, S] (None: all), and their bias."""
     i = torch.arange(tile.start, tile.stop, device=k.device)[:, None]
     j = torch.arange(k.shape[2], device=k.device)
-    visible = ((j >= i - left) & (j <= i + right))[None, None]
+    mask, bias = (t if t is None or t.shape[2] == 1 else t[:, :, tile] for t in (mask, bias))
+    rules = []
+    if left < tile.stop - 1:
+        rules.append(j >= i - left)
+    if right < k.shape[2] - 1 - tile.start:
+        rules.append(j <= i + right)
     if lengths is not None:
-        visible = visible & (j < lengths[:, None, None, None])
-    rows = [t if t is None or t.shape[2] == 1 else t[:, :, tile] for t in (mask, bias)]
+        rules.append(j < lengths[:, None, None, None])
     if mask is not None:
-        visible = visible & rows[0]
+        rules.append(mask)
     if bias is not None:
-        visible = visible & (rows[1] != -torch.inf)
-    return visible, rows[1]
+        rules.append(bias != -torch.inf)
+    return reduce(torch.logical_and, rules) if rules else None, bias
 
 
-def _softmax(scores: Tensor, visible: Tensor, bias: Tensor | None) -> Tensor:
+def _softmax(scores: Tensor, visible: Tensor | None, bias: Tensor | None) -> Tensor:
     """Weights [B, H, l, S] over the visible keys; 0 for a query that sees none."""
     if bias is not None:
         scores = scores + bias
-    scores = scores.masked_fill(~visible, -torch.inf)
-    return scores.masked_fill(~visible.any(-1, keepdim=True), 0).softmax(-1).masked_fill(~visible, 0)
+    if visible is None:
+        return scores.softmax(-1)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return weights.masked_fill_(~visible.any(-1, keepdim=True), 0)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cvfast._functional.attention import scaled_dot_product_attention
+from cvfast import backend as _backend
+from cvfast._functional.attention import normalised
 
 
 def packed_attention(
@@ -52,16 +53,16 @@ def packed_attention(
             f"packed_attention: {len(q_bounds) - 1} sequences of queries, {len(k_bounds) - 1} of keys up to "
             f"{k_bounds[-1]}, but there are {key.shape[0]} keys"
         )
-    heads_first = [t.transpose(0, 1).unsqueeze(0) for t in (query, key, value)]
-    q, k, v = (
-        t.split([end - start for start, end in zip(bounds, bounds[1:], strict=False)], 2)
-        for t, bounds in zip(heads_first, (q_bounds, k_bounds, k_bounds), strict=True)
+    dropout_p = 0.0 if dropout_p == 0 else dropout_p  # a constant, as in scaled_dot_product_attention
+    heads_first = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    *args, _ = normalised(*heads_first, None, dropout_p, is_causal, scale, enable_gqa, None, window)
+    run = _backend.select("attention", backend, *args).run
+    tokens, options = args[:3], args[3:]  # nothing in the options is a sequence's own
+    sequences = (
+        tensor.split([end - start for start, end in zip(bounds, bounds[1:], strict=False)], 2)
+        for tensor, bounds in zip(tokens, (q_bounds, k_bounds, k_bounds), strict=True)
     )
-    options = {"scale": scale, "enable_gqa": enable_gqa, "window": window, "backend": backend}
-    results = [
-        scaled_dot_product_attention(*sequence, None, dropout_p, is_causal, **options)
-        for sequence in zip(q, k, v, strict=True)
-    ]
+    results = [run(*sequence, *options) for sequence in zip(*sequences, strict=True)]
     return torch.cat(results, 2).squeeze(0).transpose(0, 1)
 
 
