@@ -196,6 +196,24 @@ def prepared_conv2d(
     return lambda input, residual=None: call(input, residual) if _backend.is_certain("ext") else None
 
 
+def prepared_linear(
+    weight: Tensor, bias: Tensor | None, *, activation: str = "none", negative_slope: float = 0.01
+) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
+    """linear for one weight and many inputs, as prepared_conv2d. The residual is for likeness: there is never one."""
+    call = _ext_linear.prepare(activation, negative_slope, weight, bias)
+    if call is None:
+        return None
+
+    def prepared(input: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        if not (_backend.is_free() and _backend.is_certain("ext")):
+            return None
+        if _ext_linear.is_torchs(input, weight) or _ext_linear.why_slower(input, weight, bias):
+            return ACTIVATIONS[activation](torch.nn.functional.linear(input, weight, bias), negative_slope)
+        return call(input)
+
+    return prepared
+
+
 _ext_linear = _backend.BACKENDS["linear"]["ext"]
 
 

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build_info") = py::dict(
       py::arg("compiler") = CVFAST_COMPILER, py::arg("torch") = CVFAST_BUILT_WITH_TORCH, py::arg("cuda") = CVFAST_CUDA_BUILD);
   m.attr("made_by_intel") = cvfast::made_by_intel();
+  m.attr("halves_avx512") = cvfast::halves_avx512();
   m.def("compiled_isas", &cvfast::compiled_isas, "Instruction sets the kernels were compiled for.");
   m.def("available_isas", &cvfast::available_isas, "Those of them that this machine runs.");
   m.def("best_isa", &cvfast::best_isa, "The one taken by default.");

@@ -124,4 +124,12 @@ bool made_by_intel() {
 #endif
 }
 
+bool halves_avx512() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amdfam19h");
+#else
+  return false;
+#endif
+}
+
 }  // namespace cvfast

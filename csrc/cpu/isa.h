@@ -27,6 +27,7 @@ CVFAST_EXPORT std::string best_isa();
 CVFAST_EXPORT std::string active_isa();
 
 CVFAST_EXPORT bool made_by_intel();  // this machine's processor
+CVFAST_EXPORT bool halves_avx512();  // whether it computes 64 bytes in two steps, hence no faster than AVX2's: Zen 4
 
 // Makes another instruction set active for the whole process. Calls already running finish with the old one.
 // std::invalid_argument if `name` is not available; the active one then stays.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import partial
-from operator import is_
+from operator import attrgetter, is_, itemgetter
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -288,9 +288,16 @@ def _sources(conv: Module, norm: BatchNorm2d) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
 
 
-def _state(sources: tuple[Tensor | None, ...]) -> list[int | None]:
+def _given(sources: tuple[Tensor | None, ...]) -> list[Tensor]:
+    return [t for t in sources if t is not None]
+
+
+def _state(tensors: list[Tensor]) -> list[int]:
     """How often they were written to, and where they lie."""
-    return [None if t is None else t._version for t in sources] + [None if t is None else t.data_ptr() for t in sources]
+    return [*map(_VERSION, tensors), *map(Tensor.data_ptr, tensors)]
+
+
+_VERSION = attrgetter("_version")
 
 
 class _Kept(NamedTuple):
@@ -298,7 +305,7 @@ class _Kept(NamedTuple):
 
     eps: float
     sources: tuple[Tensor | None, ...]  # held, so that no other tensor takes their place in memory
-    state: list[int | None]
+    state: list[int]
     weight: Tensor
     bias: Tensor
 
@@ -315,7 +322,7 @@ def _folded(conv: Module, norm: BatchNorm2d) -> tuple[Tensor, Tensor]:
     sources = _sources(conv, norm)
     if not _may_keep(sources):
         return _fold(conv, norm.eps, *sources)
-    state = _state(sources)
+    state = _state(_given(sources))
     kept = _kept.get(conv)
     if kept is None or kept.state != state or kept.eps != norm.eps or not all(map(is_, kept.sources, sources)):
         with torch.inference_mode(False), torch.no_grad():
@@ -335,7 +342,7 @@ def _may_keep(sources: tuple[Tensor | None, ...]) -> bool:
         or (torch.is_grad_enabled() and torch._C._any_requires_grad(*sources))
     ):
         return False
-    return not any([t is not None and t.is_inference() for t in sources])  # those have no version
+    return not any([t.is_inference() for t in _given(sources)])  # those have no version
 
 
 def forget(conv: Module | None = None) -> None:
@@ -359,26 +366,15 @@ class _Ready:
     def make(
         conv: Module, norm: Module | None, activation: Module | Activation | None, pooling: Module | str | None
     ) -> _Ready | None:
-        """None where this is no single call of conv2d."""
-        known = _known(activation)
-        if not isinstance(conv, torch.nn.Conv2d) or not runs_as_one(conv, norm, activation, pooling):
-            return None
-        if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
+        """None where this is no single call of conv2d or linear."""
+        if not runs_as_one(conv, norm, activation, pooling):
             return None
         sources = (conv.weight, conv.bias) if norm is None else _sources(conv, norm)
         if not _may_keep(sources):
             return None
-        state = _state(sources)  # before what is made of them
+        state = _state(_given(sources))  # before what is made of them
         weight, bias = sources if norm is None else _folded(conv, norm)
-        name, slope = ("none", 0.0) if known is None else known
-        call = functional.prepared_conv2d(
-            weight,
-            bias,
-            *_options(conv),
-            activation=name,
-            negative_slope=slope,
-            pooling=_known_pooling(pooling) or "none",
-        )
+        call = _prepared(conv, weight, bias, _known(activation), _known_pooling(pooling))
         return None if call is None else _Ready(conv, norm, activation, pooling, sources, state, call)
 
     def __init__(
@@ -388,42 +384,57 @@ class _Ready:
         activation: Module | Activation | None,
         pooling: Module | str | None,
         sources: tuple[Tensor | None, ...],
-        state: list[int | None],
+        state: list[int],
         call: Callable[[Tensor, Tensor | None], Tensor | None],
     ) -> None:
         self.call = call
-        self.modules = [m for m in (conv, norm, activation, pooling) if isinstance(m, Module)]
-        self.types = [type(m) for m in self.modules]
         self.conv, self.norm = conv, norm
-        self.activation, self.known_activation = activation, _known(activation)
-        self.pooling, self.known_pooling = pooling, _known_pooling(pooling)
-        self.options = _options(conv)
-        self.eps = None if norm is None else norm.eps
-        self.sources, self.state = sources, state
+        self.sources, self.tensors, self.state = sources, _given(sources), state
+        self.modules = [(m, type(m)) for m in (conv, norm, activation, pooling) if isinstance(m, Module)]
+        options = [(m, _OPTIONS[cls]) for m, cls in self.modules if cls in _OPTIONS]
+        self.options = [(m, of, of(m.__dict__)) for m, of in options]
 
     def holds(self) -> bool:
         """Whether all that was found out about the layers is still so."""
+        if _has_any_global_hook():
+            return False
+        for module, cls in self.modules:
+            if type(module) is not cls or not unwatched(module):
+                return False
+        for module, of, before in self.options:
+            if of(module.__dict__) != before:
+                return False
         conv, norm = self.conv, self.norm
-        if [type(m) for m in self.modules] != self.types or not _unwatched(self.modules):
+        if "_conv_forward" in conv.__dict__:
             return False
-        if _options(conv) != self.options or conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
-            return False
-        if norm is None:
-            sources = (conv._parameters["weight"], conv._parameters["bias"])
-        elif norm.training or norm.eps != self.eps:
-            return False
-        else:
-            sources = _sources(conv, norm)
-        return (
-            all(map(is_, sources, self.sources))
-            and _state(sources) == self.state
-            and _known(self.activation) == self.known_activation
-            and _known_pooling(self.pooling) == self.known_pooling
-        )
+        own = conv._parameters
+        sources = (own["weight"], own["bias"]) if norm is None else _sources(conv, norm)
+        return all(map(is_, sources, self.sources)) and _state(self.tensors) == self.state
 
 
-def _options(conv: Module) -> tuple:
-    return conv.stride, conv.padding, conv.dilation, conv.groups
+_OPTIONS = {  # what a chain's call depends on besides parameters and buffers
+    **dict.fromkeys(CONVOLUTIONS, itemgetter("stride", "padding", "dilation", "groups", "padding_mode")),
+    BatchNorm2d: itemgetter("training", "eps"),
+    torch.nn.GELU: itemgetter("approximate"),
+    torch.nn.LeakyReLU: itemgetter("negative_slope"),
+    torch.nn.MaxPool2d: itemgetter(*_MAX_POOL),
+    torch.nn.AvgPool2d: itemgetter(*_AVERAGE_POOL),
+}
+
+
+def _prepared(
+    conv: Module, weight: Tensor, bias: Tensor | None, activation: Activation | None, pooling: str | None
+) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
+    """`_convolve` for many inputs, as functional prepares it."""
+    name, slope = ("none", 0.0) if activation is None else activation
+    if isinstance(conv, _LINEAR):
+        return functional.prepared_linear(weight, bias, activation=name, negative_slope=slope)
+    if not isinstance(conv, torch.nn.Conv2d) or conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
+        return None
+    options = conv.stride, conv.padding, conv.dilation, conv.groups
+    return functional.prepared_conv2d(
+        weight, bias, *options, activation=name, negative_slope=slope, pooling=pooling or "none"
+    )
 
 
 def _fold(

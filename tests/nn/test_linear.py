@@ -17,6 +17,8 @@ from cvfast.testing import assert_as_accurate
 def slow_mkl(monkeypatch):
     """As on a processor on which torch's product is slow: the rules of size decide."""
     monkeypatch.setattr(ext, "_MKL_IS_SLOW", True)
+    monkeypatch.setattr(ext, "_LEAST_PRODUCTS", 2_000_000)
+    monkeypatch.setattr(ext, "_LEAST_ROWS_TO_TRAIN", ext._LEAST_ROWS)
 
 
 def chosen(*shape: int, outputs: int = 64, **more) -> str:
@@ -31,6 +33,13 @@ def test_large_products_in_float32_are_cvfasts(slow_mkl):
     assert chosen(10, 64) == chosen(15, 6400) == chosen(1000, 64, dtype=torch.float64) == "native"
     with torch.autocast("cpu", torch.bfloat16):
         assert chosen(1000, 64) == "native"
+
+
+def test_few_rows_may_be_torchs_in_training_alone(slow_mkl, monkeypatch):
+    monkeypatch.setattr(ext, "_LEAST_ROWS_TO_TRAIN", 1024)
+    assert chosen(1000, 64) == "native" and chosen(1024, 64) == "ext"
+    with torch.no_grad():
+        assert chosen(1000, 64) == "ext"
 
 
 def test_on_intels_processors_torchs_product_is_taken(monkeypatch):
@@ -89,8 +98,9 @@ class Mlp(nn.Sequential):
 
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=repr)
 def test_accelerate_joins_a_layer_and_its_activation(activation, slow_mkl, monkeypatch):
-    calls, run = [], ext.run_with_activation
-    monkeypatch.setattr(ext, "run_with_activation", lambda name, *args: (calls.append(name), run(name, *args))[1])
+    calls, kernel = [], ext.epilogue_kernel
+    for module in (ext, ext.conv2d):  # in a layer's call, and in a prepared one
+        monkeypatch.setattr(module, "epilogue_kernel", lambda *args: (calls.append(args[4]), kernel(*args))[1])
     torch.manual_seed(0)
     model, x = Mlp(activation).eval(), torch.randn(4, 100, 64)
     exact = model.double()(x.double()).detach()
@@ -118,3 +128,41 @@ def test_it_is_torchs_layer():
     ours.load_state_dict(theirs.state_dict())
     assert isinstance(ours, nn.Linear) and repr(ours) == repr(theirs)
     assert_as_accurate(ours(torch.ones(2, 5)), theirs(torch.ones(2, 5)), theirs.double()(torch.ones(2, 5).double()))
+
+
+@pytest.mark.parametrize("rows", [3, 400], ids=["torch's product", "cvfast's"])
+def test_a_prepared_call_follows_every_change(rows, slow_mkl):
+    """The chain's calls after the first one, with what was found out then."""
+    model, x = nn.Sequential(nn.Linear(64, 128), nn.GELU()).eval(), torch.randn(rows, 64)
+    layer, gelu = model
+    cvfast.accelerate(model, fuse=True)
+
+    def check(x=x):
+        exact = nn.functional.gelu(
+            nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()), approximate=gelu.approximate
+        )
+        for _ in range(3):
+            assert_close(model(x), exact)
+
+    with torch.no_grad():
+        check()
+        layer.weight.mul_(2)
+        check()
+        layer.bias.data = torch.randn(128)
+        check()
+        layer.weight = nn.Parameter(torch.randn(128, 64))
+        check()
+        gelu.approximate = "tanh"
+        check()
+        check(x.view(1, rows, 64))
+        check(torch.randn(64, rows).T)
+        assert model(x[0]).shape == (128,) and model(x[:0]).shape == (0, 128)
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            model(x[:, :63])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype is torch.bfloat16
+        handle = layer.register_forward_hook(lambda module, args, output: output * 0)
+        assert not model(x).any()
+        handle.remove()
+        check()
+    assert model(x).requires_grad

@@ -103,11 +103,18 @@ def _in_result_format(residual: Tensor | None, input: Tensor, weight: Tensor) ->
 
 
 def prepare(
-    activation: str, negative_slope: float, pooling: str, weight: Tensor, bias: Tensor | None, *options
+    activation: str,
+    negative_slope: float,
+    pooling: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    *options,
+    owner: Tensor | None = None,
 ) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
     """`run_with_epilogue` for one weight and many inputs, its checks made once; None where it may not be taken.
 
-    The call (input, residual) returns None for what has to go through the checks of every call.
+    The call (input, residual) returns None for what has to go through the checks of every call. owner: as
+    `packed_weight` has it.
     """
     tensors = [t for t in (weight, bias) if t is not None]
     if (
@@ -124,7 +131,7 @@ def prepare(
         if forward_ad._current_level >= 0 or not (residual is None or type(residual) is Tensor):
             return None
         try:
-            kept = packed_weight(input, weight, options)
+            kept = packed_weight(input, weight, options, owner)
             return kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
         except RuntimeError:  # what does not fit: other calls convert it, or find better words
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,13 @@ from cvfast.backends.ext import conv2d
 from cvfast.ops.card import autocast_dtype
 from cvfast.ops.conv2d import ONE_BY_ONE, epilogue_kernel, linear, pixels_as_rows, rows_as_pixels
 
-# torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512.
+# torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512. Where AVX-512 is not
+# wider than AVX2, cvfast gains less by its product, and not where little is computed or, in training, on few rows.
 _MKL_IS_SLOW = _library.C is not None and _library.C.best_isa() == "avx512" and not _library.C.made_by_intel
+_GAINS_LESS = _library.C is not None and _library.C.halves_avx512
 _LEAST_ROWS = 16
-_LEAST_PRODUCTS = 2_000_000
+_LEAST_ROWS_TO_TRAIN = 1024 if _GAINS_LESS else _LEAST_ROWS
+_LEAST_PRODUCTS = 8_000_000 if _GAINS_LESS else 2_000_000
 
 
 def why_not(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
@@ -33,15 +38,20 @@ def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
         return ["a graph that is exported has torch's product"]
     if not _MKL_IS_SLOW or autocast_dtype(input, "cpu") is not torch.float32:
         return ["torch's product is as fast: only in float32 with AVX-512, on other processors than Intel's, it is not"]
-    rows = input.numel() // max(1, input.shape[-1])
-    if rows < _LEAST_ROWS or rows * weight.numel() < _LEAST_PRODUCTS:
-        return [f"few rows or products ({rows}, {rows * weight.numel()}): torch's takes less time"]
+    if _computes_little(input, weight):
+        return [f"few rows or products ({list(input.shape)} by {list(weight.shape)}): torch's takes less time"]
     return []
+
+
+def _computes_little(input: Tensor, weight: Tensor) -> bool:
+    rows = input.numel() // max(1, weight.shape[-1])
+    least = _LEAST_ROWS_TO_TRAIN if torch.is_grad_enabled() else _LEAST_ROWS
+    return rows < least or rows * weight.numel() < _LEAST_PRODUCTS
 
 
 def is_torchs(input: Tensor, weight: Tensor) -> bool:
     """Whether `why_slower` has a reason that is known at once: small products must not wait for a choice."""
-    return not _MKL_IS_SLOW or torch.compiler.is_exporting() or input.numel() * weight.shape[0] < _LEAST_PRODUCTS
+    return not _MKL_IS_SLOW or torch.compiler.is_exporting() or _computes_little(input, weight)
 
 
 _operator = torch.ops.cvfast.conv2d.default
@@ -63,3 +73,23 @@ def run_with_activation(
     kept = conv2d.packed_weight(pixels, kernel, ONE_BY_ONE, weight)
     output = epilogue_kernel(pixels, kernel, bias, None, activation, negative_slope, "none", *ONE_BY_ONE, kept)
     return pixels_as_rows(output, input)
+
+
+def prepare(
+    activation: str, negative_slope: float, weight: Tensor, bias: Tensor | None
+) -> Callable[[Tensor], Tensor | None] | None:
+    """`run_with_activation` for one weight and many inputs of some rows, as conv2d.prepare."""
+    if why_not(weight, weight, bias):
+        return None
+    kernel = weight.detach()[:, :, None, None]
+    call = conv2d.prepare(activation, negative_slope, "none", kernel, bias, *ONE_BY_ONE, owner=weight)
+    if call is None:
+        return None
+
+    def prepared(input: Tensor) -> Tensor | None:
+        if type(input) is not Tensor or input.shape[-1] != weight.shape[1]:
+            return None
+        output = call(rows_as_pixels(input), None)
+        return None if output is None else pixels_as_rows(output, input)
+
+    return prepared
