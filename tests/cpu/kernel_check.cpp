@@ -270,7 +270,8 @@ const Case cases[] = {
     {1, 20, 31, 32, 18, 3, 4, 2, 2, 0, 1, 1, 1, 1},    // the same on one axis only; the first phase has one tap
     {1, 64, 16, 46, 64, 4, 4, 2, 2, 1, 1, 1, 1, 4},    // several chunks of tiles
     {2, 20, 12, 12, 18, 4, 4, 2, 2, 1, 1, 1, 1, 1},    // partial tiles that still pay
-    {2, 20, 8, 8, 18, 4, 4, 2, 2, 1, 1, 1, 1, 1},      // not yet: too few tiles
+    {2, 20, 8, 8, 18, 4, 4, 2, 2, 1, 1, 1, 1, 1},      // one tile: the gradient to the input alone
+    {9, 20, 7, 8, 144, 4, 4, 2, 2, 1, 1, 1, 1, 1},     // a short tile, two blocks of channels, more than few tiles
     {0, 4, 5, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1},        // nothing: batch, channels, outputs, pixels, kernel
     {2, 0, 5, 5, 6, 3, 3, 1, 1, 1, 1, 1, 1, 1},
     {2, 4, 5, 5, 0, 3, 3, 1, 1, 1, 1, 1, 1, 1},
@@ -418,7 +419,8 @@ bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
   if (input_grad) height = (height + 1) / 2, width = (width + 1) / 2;
   const int64_t taps = s.kernel_height * s.kernel_width, tiles = (height + 3) / 4 * ((width + 3) / 4);
   const auto fits = [](int64_t kernel, int64_t stride) { return stride == 2 && (kernel == 3 || kernel == 4); };
-  const bool many = product == Product::weight_grad ? s.batch * tiles >= 16 : tiles >= (taps < 16 ? 16 : 4);
+  const int64_t least_tiles = taps < 16 ? 16 : input_grad ? 1 : 4;
+  const bool many = product == Product::weight_grad ? s.batch * tiles >= 16 : tiles >= least_tiles;
   return fits(s.kernel_height, s.stride_h) && fits(s.kernel_width, s.stride_w) && many &&
          3 * (s.kernel_height + 6) * (s.kernel_width + 6) * tiles <= 2 * taps * height * width;
 }

@@ -374,26 +374,29 @@ void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, in
 
 // M of one block for a column of points and few tiles, whose U goes from the taps through registers: to make U and to read it
 // again would cost more than the products. Of the last point only the first LastTiles tiles.
-template <int Column, int Tiles, int LastTiles>
+template <int Taps, int Column, int Tiles, int LastTiles>
 [[gnu::noinline]] void few_tiles_column(const float* taps, const float* next, int64_t depth, const float* v,
                                         int64_t tile_stride, int64_t point_stride, float* m, int64_t m_point_stride,
                                         bool add) {
-  constexpr int points = winograd_inputs<3>;
-  // Of the nine taps; the first and the last column read few of their own.
-  constexpr int first_ahead = Column == 0 ? 0 : Column + 2, ahead = Column == 0 ? 3 : Column == points - 1 ? 2 : 1;
+  constexpr int points = winograd_inputs<Taps>, all_taps = Taps * Taps;
+  // Of four taps one per column; of nine more, where the first and the last column read few of their own.
+  constexpr int first_ahead = Taps == 2 || Column == 0 ? Column : Column + 2;
+  constexpr int ahead = Taps == 2 ? Column < all_taps : Column == 0 ? 3 : Column == points - 1 ? 2 : 1;
   constexpr auto needs = [](int tile, int y) { return y < points - 1 || tile < LastTiles; };
   FloatVector sum[points][Tiles] = {};
   const float* from[points];
   for (int y = 0; y < points; ++y) from[y] = v + (points * y + Column) * point_stride;
-  for (int64_t k = 0; k < depth; ++k, taps += 9 * lanes<float>) {
-    FloatVector g[9], column[3], u[points];
+  for (int64_t k = 0; k < depth; ++k, taps += all_taps * lanes<float>) {
+    FloatVector g[all_taps], column[Taps], u[points];
     for (int tap = first_ahead; tap < first_ahead + ahead; ++tap)
-      __builtin_prefetch(next + (9 * k + tap) * lanes<float>, 0, 2);
-    load_taps<3>(taps, g);
+      __builtin_prefetch(next + (all_taps * k + tap) * lanes<float>, 0, 2);
+    load_taps<Taps>(taps, g);
 #pragma GCC unroll 3
-    for (int y = 0; y < 3; ++y) {
-      FloatVector row[points];
-      transform_kernel({g[3 * y], g[3 * y + 1], g[3 * y + 2]}, row);
+    for (int y = 0; y < Taps; ++y) {
+      FloatVector line[Taps], row[points];
+#pragma GCC unroll 3
+      for (int x = 0; x < Taps; ++x) line[x] = g[Taps * y + x];
+      transform_kernel(line, row);
       column[y] = row[Column];
     }
     transform_kernel(column, u);
@@ -411,24 +414,24 @@ template <int Column, int Tiles, int LastTiles>
     }
 }
 
-using FewTilesColumn = decltype(&few_tiles_column<0, 1, 1>);
+using FewTilesColumn = decltype(&few_tiles_column<3, 0, 1, 1>);
 
 // For 1 to 4 tiles, of which at least the first `last` have the last point.
-template <int Column, int Tiles = 4>
+template <int Taps, int Column, int Tiles = 4>
 FewTilesColumn few_tiles_column_for(int64_t tiles, int64_t last) {
   if constexpr (Tiles > 1)
-    if (tiles < Tiles) return few_tiles_column_for<Column, Tiles - 1>(tiles, last);
-  return last == 0           ? few_tiles_column<Column, Tiles, 0>
-         : 2 * last <= Tiles ? few_tiles_column<Column, Tiles, Tiles / 2>
-                             : few_tiles_column<Column, Tiles, Tiles>;
+    if (tiles < Tiles) return few_tiles_column_for<Taps, Column, Tiles - 1>(tiles, last);
+  return last == 0           ? few_tiles_column<Taps, Column, Tiles, 0>
+         : 2 * last <= Tiles ? few_tiles_column<Taps, Column, Tiles, Tiles / 2>
+                             : few_tiles_column<Taps, Column, Tiles, Tiles>;
 }
 
 // The same bits as block_products(). What lies behind `taps` is brought near, as it is needed next.
-template <class S, int... Column>
-void few_tiles_products(const Winograd<S, 3>& w, int64_t block, int64_t first, int64_t tiles, const float* v,
+template <class S, int Taps, int... Column>
+void few_tiles_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, int64_t tiles, const float* v,
                         int64_t v_stride, const float* taps, float* m, int64_t m_stride,
                         std::integer_sequence<int, Column...>) {
-  constexpr int most_tiles = 4, last_point = winograd_inputs<3> - 1;
+  constexpr int most_tiles = 4, last_point = winograd_inputs<Taps> - 1;
   const auto& source = w.source;
   const auto multiply = [&](int64_t tile, int64_t out, int64_t column, auto function_for) {
     const int64_t count = min<int64_t>(tiles - tile, most_tiles);
@@ -444,7 +447,9 @@ void few_tiles_products(const Winograd<S, 3>& w, int64_t block, int64_t first, i
       zero_all_but(source.needing(point / w.points, point % w.points, first, tiles), tiles, m + point * m_stride);
   for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += w.taps_vector_stride())
     for (int64_t tile = 0; tile < tiles; tile += most_tiles)
-      (multiply(tile, out, Column, [](int64_t count, int64_t last) { return few_tiles_column_for<Column>(count, last); }), ...);
+      (multiply(tile, out, Column,
+                [](int64_t count, int64_t last) { return few_tiles_column_for<Taps, Column>(count, last); }),
+       ...);
 }
 
 // The results of a chunk of `tiles` tiles from `first` on. `all_u` is U, or nullptr: then it is made on the way.
@@ -474,12 +479,12 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
       for (int64_t block = 0; block < source.blocks; ++block) {
         const float* block_v =
             v + (group * source.blocks + block) * source.block_stride(tiles) + tile * source.block_width;
-        if constexpr (Taps == 3 && many_registers)
-          if (!all_u && count <= winograd_few_tiles) {
+        if constexpr (many_registers)
+          if (!all_u && count <= winograd_few_tiles && w.has_all_taps(block / source.channel_blocks)) {
             if (!w.kept_taps) gather_taps(w, group, panel, block, own_u);
             const float* taps = w.kept_taps ? w.kept_taps_of(group, panel, block) : own_u;
             few_tiles_products(w, block, first + tile, count, block_v, source.point_stride(tiles), taps, m, m_stride,
-                               std::make_integer_sequence<int, winograd_inputs<3>>{});
+                               std::make_integer_sequence<int, winograd_inputs<Taps>>{});
             continue;
           }
         const float* u = all_u + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();
@@ -586,17 +591,18 @@ inline bool winograd_on_phases_saves(const Conv2dShape& s, DType dtype, int64_t 
   return two_taps(s.kernel_height, s.stride_h) && two_taps(s.kernel_width, s.stride_w) && s.dilation_h == 1 &&
          s.dilation_w == 1 && winograd_pays(s, dtype, height, width) && 3 * products <= 2 * taps * height * width;
 }
-// With so many tiles the transform of the weights doesn't matter.
-inline bool winograd_on_phases_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
-  const int64_t least_tiles = s.kernel_height * s.kernel_width < 16 ? 16 : 4;
+// From so many tiles on, of 4x4 kernels at least `least_4x4`, the transform of the weights doesn't matter.
+inline bool winograd_on_phases_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width, int64_t least_4x4) {
+  const int64_t least_tiles = s.kernel_height * s.kernel_width < 16 ? 16 : least_4x4;
   return winograd_on_phases_saves(s, dtype, height, width) && winograd_tiles(height, width) >= least_tiles;
 }
 inline bool winograd_on_phases_applies(const Conv2dForward& p) {
-  return winograd_on_phases_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
+  return winograd_on_phases_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width, 4);
 }
+// The result has four phases: together they have four times as many tiles.
 inline bool winograd_on_phases_applies(const Conv2dInputGrad& p) {
   return min(p.shape.out_height, p.shape.out_width) > 1 &&  // else correlation() takes another stride
-         winograd_on_phases_applies(p.shape, p.dtype, ceil_div(p.shape.in_height, 2), ceil_div(p.shape.in_width, 2));
+         winograd_on_phases_applies(p.shape, p.dtype, ceil_div(p.shape.in_height, 2), ceil_div(p.shape.in_width, 2), 1);
 }
 
 template <int Taps>

@@ -197,6 +197,9 @@ struct Winograd {
 
   // Points whose products are not 0, the first ones.
   static int64_t used_points(TapRun taps) { return points - Taps + taps.count; }
+  bool has_all_taps(int64_t source_phase) const {
+    return taps_y[source_phase].count == Taps && taps_x[source_phase].count == Taps;
+  }
 
   // U [group, panel, block, point, channel, out]
   int64_t u_point_stride() const { return source.block_width * winograd_width + line_floats; }

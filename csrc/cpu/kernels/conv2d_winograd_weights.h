@@ -24,10 +24,12 @@ void load_weights(const Correlation<S>& c, const S* weight, PhaseTaps taps, int6
         body(Taps * y + x, (taps.y.first + y * taps.y.step) * y_stride + (taps.x.first + x * taps.x.step) * x_stride);
   };
   if (c.weight_out_stride == 1) {
+    // For the call after the next, into L2: often channels are a power of 2 apart, then few of the lines fit into L1.
+    constexpr int64_t channels_ahead = 8;
     each_tap([&](int64_t tap, int64_t offset) {
       for (int64_t i = 0; i < count; ++i) {
         const S* from = weight + i * c.weight_in_stride + offset;
-        __builtin_prefetch(from + 4 * c.weight_in_stride);  // of the next call
+        __builtin_prefetch(from + channels_ahead * c.weight_in_stride, 0, 2);
         loaded[i][tap] = load_vector(from);
       }
     });
