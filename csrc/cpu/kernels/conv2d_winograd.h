@@ -86,9 +86,8 @@ void transform_whole_patch(const S* from, const int64_t* stride, float* v, int64
 }
 
 // The same for any patch, whose first pixel is (y, x), of an image that ends at (end_y, end_x), and `channels` channels that
-// exist. Neither this nor the gathering of
-// a line is inlined: the compiler would move multiplications from one branch to another, away from their additions, and then
-// no longer fuse them.
+// exist. Neither this nor the gathering of a line is inlined: the compiler would move multiplications from one branch to
+// another, away from their additions, and then no longer fuse them.
 template <class S, Access access, int Pixels, int Points>
 [[gnu::noinline]] void transform_part_of_patch(const int64_t* stride, const S* from, int64_t y, int64_t x, int64_t end_y,
                                                int64_t end_x, int64_t channels, float* v, int64_t point_stride) {
