@@ -6,7 +6,10 @@
 namespace cvfast {
 namespace {
 
-constexpr int64_t winograd_depth = 128;                // most channels of a block
+// Most channels of a block: a product's chain of multiply-adds. With two taps half as many take a fifth of the error away, for up
+// to 3 % of the time.
+template <int Taps>
+constexpr int64_t winograd_depth = Taps == 2 ? 64 : 128;
 constexpr int64_t winograd_width = tile_cols<float>;  // output channels of a panel
 constexpr int64_t winograd_most_phases = 4;            // of the source, 2 on each axis
 constexpr int64_t line_floats = 16;  // a cache line more between points: their addresses fall into different cache sets
@@ -233,7 +236,7 @@ Winograd<S, Taps> winograd(const Correlation<S>& c, int64_t phase_y, int64_t pha
   source.batch = c.batch, source.groups = c.groups, source.channels = c.in_channels;
   // Pooled or not, the results are cut in the same way.
   source.grid = tile_grid(c.batch, w.height() + c.lines_left_out, w.width() + c.pixels_left_out);
-  source.cut_channels(winograd_depth);
+  source.cut_channels(winograd_depth<Taps>);
   w.panels = ceil_div(c.out_channels, winograd_width), w.kept_taps = nullptr;
   return w;
 }
