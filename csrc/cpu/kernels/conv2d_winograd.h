@@ -281,7 +281,6 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile ti
 constexpr int64_t winograd_least_tiles = 64;
 // Up to this many tiles it pays to make U anew for every four of them, in registers, if there are enough registers.
 constexpr int64_t winograd_few_tiles = 8;
-constexpr bool many_registers = tile_rows == 12;
 // With more tiles the reading of the weights hardly counts, packed or not.
 constexpr int64_t winograd_most_tiles_to_pack = 128;
 // Transformed weights beyond this many elements are not made for all chunks but again by each.

@@ -10,6 +10,7 @@ namespace {
 // to 3 % of the time.
 template <int Taps>
 constexpr int64_t winograd_depth = Taps == 2 ? 64 : 128;
+constexpr bool many_registers = tile_rows == 12;
 constexpr int64_t winograd_width = tile_cols<float>;  // output channels of a panel
 constexpr int64_t winograd_most_phases = 4;            // of the source, 2 on each axis
 constexpr int64_t line_floats = 16;  // a cache line more between points: their addresses fall into different cache sets

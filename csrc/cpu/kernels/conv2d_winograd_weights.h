@@ -98,8 +98,8 @@ void transform_weights(const FloatVector (&taps)[Taps * Taps], float* u, int64_t
 #pragma GCC unroll 6
     for (int y = 0; y < points; ++y) store_vector(point[y], u + (points * y + x) * point_stride);
   };
-  if constexpr (Taps == 2) {  // all rows fit into registers
-#pragma GCC unroll 5
+  if constexpr (Taps == 2 || many_registers) {  // all rows fit into registers
+#pragma GCC unroll 6
     for (int x = 0; x < points; ++x) transform_column(x);
   } else {
 #pragma GCC unroll 1
