@@ -80,7 +80,7 @@ template <class S, int Taps>
 
 // G g G^T for one input channel and as many output channels as a vector has lanes.
 template <int Taps>
-void transform_weights(const FloatVector (&taps)[Taps * Taps], float* u, int64_t point_stride) {
+[[gnu::always_inline]] inline void transform_weights(const FloatVector (&taps)[Taps * Taps], float* u, int64_t point_stride) {
   constexpr int points = winograd_inputs<Taps>;
   FloatVector rows[Taps][points];
 #pragma GCC unroll 3
