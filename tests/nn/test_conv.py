@@ -96,9 +96,14 @@ def test_training_changes_the_next_result():
 
 # Packed weights
 
-PACKED = {  # form -> layer and image: Winograd's, panels of the implicit GEMM
+PACKED = {  # form -> layer and image: Winograd's taps, or transformed for more tiles, panels of the implicit GEMM
     "winograd": (dict(in_channels=32, out_channels=40, kernel_size=3, padding=1), (1, 32, 7, 7)),
     "winograd on phases": (dict(in_channels=32, out_channels=32, kernel_size=4, stride=2, padding=1), (1, 32, 16, 16)),
+    "winograd, transformed": (dict(in_channels=32, out_channels=40, kernel_size=3, padding=1), (1, 32, 14, 14)),
+    "winograd on phases, transformed": (
+        dict(in_channels=32, out_channels=32, kernel_size=4, stride=2, padding=1),
+        (1, 32, 32, 32),
+    ),
     "panels": (dict(in_channels=48, out_channels=96, kernel_size=1), (1, 48, 7, 7)),
 }
 

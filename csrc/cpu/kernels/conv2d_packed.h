@@ -10,8 +10,8 @@
 namespace cvfast {
 namespace {
 
-// panels: conv2d_implicit_gemm.h; taps: conv2d_winograd_weights.h, of a kernel with 3x3 or with 2x2 taps per phase.
-enum class PackedForm : int64_t { none, panels, taps3, taps2 };
+// panels: conv2d_implicit_gemm.h; taps and U: conv2d_winograd_weights.h, of a kernel with 3x3 or with 2x2 taps per phase.
+enum class PackedForm : int64_t { none, panels, taps3, taps2, u3, u2 };
 
 struct alignas(64) PackedHeader {
   static constexpr int64_t samples = 32;

@@ -283,6 +283,9 @@ constexpr int64_t winograd_least_tiles = 64;
 constexpr int64_t winograd_few_tiles = 8;
 // With more tiles the reading of the weights hardly counts, packed or not.
 constexpr int64_t winograd_most_tiles_to_pack = 128;
+// U has four times the elements of the taps (six of 2x2). Up to so many it is kept; larger ones take as long to read from memory
+// as to make.
+constexpr int64_t winograd_most_u_to_keep = int64_t{1} << 20;
 // Transformed weights beyond this many elements are not made for all chunks but again by each.
 constexpr int64_t winograd_most_u = int64_t{1} << 23;
 
@@ -305,7 +308,7 @@ WinogradPlan winograd_plan(const Winograd<S, Taps>& w, int64_t threads) {
   const int64_t ranges = p.chunk_per_thread ? 1 : ceil_div(2 * threads, w.c.groups * w.panels);
   p.range_tiles = min(p.chunk_tiles, max<int64_t>(2 * tile_rows, ceil_div(p.chunk_tiles, ranges)));
   const bool used_again = p.chunks > 1 || p.range_tiles < p.chunk_tiles;
-  p.transform_first = used_again && winograd_u_elements(w) <= winograd_most_u;
+  p.transform_first = used_again && !w.kept_u && winograd_u_elements(w) <= winograd_most_u;
   return p;
 }
 
@@ -504,8 +507,9 @@ void correlate_by_winograd(const Winograd<S, Taps>& w, const ThreadPool& pool) {
   const int64_t slots = p.chunk_per_thread ? pool.threads : 1;
   const int64_t u_elements = p.transform_first ? winograd_u_elements(w) : 0;
   float* v = scratch<float>(ScratchUse::caller, slots * v_elements + u_elements);
-  float* all_u = p.transform_first ? v + slots * v_elements : nullptr;
-  if (all_u) transform_all_weights(w, all_u, pool);
+  float* own_u = p.transform_first ? v + slots * v_elements : nullptr;
+  if (own_u) transform_all_weights(w, own_u, pool);
+  const float* all_u = own_u ? own_u : w.kept_u;
   const auto run_chunk = [&](int64_t chunk, float* chunk_v, const ThreadPool& threads) {
     const int64_t first = chunk * p.chunk_tiles, tiles = min(w.source.tiles() - first, p.chunk_tiles);
     transform_patches(w.source, first, tiles, chunk_v, threads);
@@ -604,19 +608,25 @@ inline bool winograd_on_phases_applies(const Conv2dInputGrad& p) {
 }
 
 template <int Taps>
-constexpr PackedForm winograd_form = Taps == 3 ? PackedForm::taps3 : PackedForm::taps2;
+constexpr PackedForm taps_form = Taps == 3 ? PackedForm::taps3 : PackedForm::taps2;
+template <int Taps>
+constexpr PackedForm u_form = Taps == 3 ? PackedForm::u3 : PackedForm::u2;
 
 template <int Taps, class S, class Problem>
 void correlate_by_winograd(const Problem& problem, const ThreadPool& pool) {
   if constexpr (sizeof(Compute<S>) == sizeof(float)) {
     const Correlation<S> c = correlation<S>(problem);
     if (c.batch == 0) return;
-    const PackedHeader* kept = kept_weights(problem, winograd_form<Taps>);
+    const auto kept = [&problem](PackedForm form) {
+      const PackedHeader* weights = kept_weights(problem, form);
+      return weights ? static_cast<const float*>(weights->data()) : nullptr;
+    };
+    const float *kept_taps = kept(taps_form<Taps>), *kept_u = kept(u_form<Taps>);
     const auto each_phase = [&](const Correlation<S>& part) {
       for (int64_t y = 0; y < part.phases_y(); ++y)
         for (int64_t x = 0; x < part.phases_x(); ++x) {
           Winograd<S, Taps> w = winograd<S, Taps>(part, y, x);
-          if (kept) w.kept_taps = static_cast<const float*>(kept->data());
+          w.kept_taps = kept_taps, w.kept_u = kept_u;
           correlate_by_winograd(w, pool);
         }
     };
@@ -639,20 +649,30 @@ Winograd<S, Taps> winograd_to_pack(const Conv2dForward& p) {
   return winograd<S, Taps>(c.shape.dilation_h * c.shape.dilation_w == 1 ? c : dilation_part(c, 0, 0), 0, 0);
 }
 
+template <class S, int Taps>
+bool winograd_keeps_u(const Winograd<S, Taps>& w) {
+  return w.source.tiles() > winograd_few_tiles && winograd_u_elements(w) <= winograd_most_u_to_keep;
+}
+
 template <int Taps, class S>
 Conv2dPacking winograd_packing(const Conv2dForward& p) {
   if constexpr (sizeof(Compute<S>) == sizeof(float)) {
     const Winograd<S, Taps> w = winograd_to_pack<Taps, S>(p);
+    const bool u = winograd_keeps_u(w);
+    const int64_t elements = u ? winograd_u_elements(w) : w.taps_elements();
     if (w.source.tiles() > 0 && w.source.tiles() <= winograd_most_tiles_to_pack)
-      return packing(winograd_form<Taps>, w.taps_elements() * static_cast<int64_t>(sizeof(float)));
+      return packing(u ? u_form<Taps> : taps_form<Taps>, elements * static_cast<int64_t>(sizeof(float)));
   }
   return {};
 }
 
 template <int Taps, class S>
 void winograd_pack(const Conv2dForward& p, PackedHeader& to, const ThreadPool& pool) {
-  if constexpr (sizeof(Compute<S>) == sizeof(float))
-    gather_all_taps(winograd_to_pack<Taps, S>(p), static_cast<float*>(to.data()), pool);
+  if constexpr (sizeof(Compute<S>) == sizeof(float)) {
+    const Winograd<S, Taps> w = winograd_to_pack<Taps, S>(p);
+    float* data = static_cast<float*>(to.data());
+    winograd_keeps_u(w) ? transform_all_weights(w, data, pool) : gather_all_taps(w, data, pool);
+  }
 }
 
 }  // namespace

@@ -194,7 +194,7 @@ struct Winograd {
   TiledImages<S, points, points> source;
   TapRun taps_y[winograd_most_phases], taps_x[winograd_most_phases];  // of each of the source's phases
   int64_t panels;                                                      // of a group
-  const float* kept_taps;                                              // of all weights, see below; or nullptr
+  const float *kept_taps, *kept_u;                                     // of all weights, see below; or nullptr
 
   int64_t height() const { return phase.patches.y.positions; }
   int64_t width() const { return phase.patches.x.positions; }
@@ -238,7 +238,7 @@ Winograd<S, Taps> winograd(const Correlation<S>& c, int64_t phase_y, int64_t pha
   // Pooled or not, the results are cut in the same way.
   source.grid = tile_grid(c.batch, w.height() + c.lines_left_out, w.width() + c.pixels_left_out);
   source.cut_channels(winograd_depth<Taps>);
-  w.panels = ceil_div(c.out_channels, winograd_width), w.kept_taps = nullptr;
+  w.panels = ceil_div(c.out_channels, winograd_width), w.kept_taps = w.kept_u = nullptr;
   return w;
 }
 
