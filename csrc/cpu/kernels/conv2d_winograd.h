@@ -302,9 +302,11 @@ WinogradPlan winograd_plan(const Winograd<S, Taps>& w, int64_t threads) {
   WinogradPlan p;
   const int64_t tiles = w.source.tiles(), tile_bytes = w.source.elements(1) * static_cast<int64_t>(sizeof(float));
   const int64_t most = max(winograd_least_tiles, l2_cache_bytes() / 2 / tile_bytes);  // the other half: U and M
-  p.chunks = ceil_div(tiles, most);
-  p.chunk_tiles = ceil_div(tiles, p.chunks);
-  p.chunk_per_thread = threads == 1 || p.chunks >= 2 * threads;
+  // With all of U at hand each thread goes from patches to results alone.
+  const bool alone = w.kept_u && tiles >= winograd_few_tiles * threads;
+  p.chunk_tiles = ceil_div(tiles, round_up(ceil_div(tiles, most), alone ? threads : 1));
+  p.chunks = ceil_div(tiles, p.chunk_tiles);
+  p.chunk_per_thread = threads == 1 || alone || p.chunks >= 2 * threads;
   const int64_t ranges = p.chunk_per_thread ? 1 : ceil_div(2 * threads, w.c.groups * w.panels);
   p.range_tiles = min(p.chunk_tiles, max<int64_t>(2 * tile_rows, ceil_div(p.chunk_tiles, ranges)));
   const bool used_again = p.chunks > 1 || p.range_tiles < p.chunk_tiles;
