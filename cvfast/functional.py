@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+_ext_conv2d = _backend.BACKENDS["conv2d"]["ext"]
+
+
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -85,6 +88,11 @@ def conv2d(
         RuntimeError: as torch's, for shapes, dtypes or options that do not fit; or where the named backend cannot run.
         TypeError, ValueError: arguments of another type, an unknown backend.
     """
+    plain = activation == "none" and pooling == "none" and residual is None and not torch.is_grad_enabled()
+    if plain and _backend.is_certain("ext", backend):
+        output = _ext_conv2d.run_unasked(input, weight, bias, stride, padding, dilation, groups)
+        if output is not None:
+            return output
     dims = input.dim()
     if dims not in (3, 4) or weight.dim() != 4:
         _wrong_dimensions("conv2d", "weight is [K, C/groups, R, S]", input, weight)
@@ -187,10 +195,9 @@ def prepared_conv2d(
     a call takes beside the kernel; or that returns None for what conv2d itself has to be asked for (other dtypes or
     dimensions, gradients, tracers, another backend, errors). None where every call would be so.
     """
-    ext = _backend.BACKENDS["conv2d"]["ext"]
     if isinstance(padding, str):
         return None
-    call = ext.prepare(activation, negative_slope, pooling, weight, bias, stride, padding, dilation, groups)
+    call = _ext_conv2d.prepare(activation, negative_slope, pooling, weight, bias, stride, padding, dilation, groups)
     if call is None:
         return None
     return lambda input, residual=None: call(input, residual) if _backend.is_certain("ext") else None

@@ -11,6 +11,7 @@
 #include "../cpu/poison.h"
 #include "../cpu/result_memory.h"
 #include "conv2d_common.h"
+#include "conv2d_how.h"
 #include "cpu_tensors.h"
 #include "thread_pool.h"
 
@@ -25,7 +26,7 @@ void prepare(const Tensor& result) {
 }
 
 // An uninitialised result in memory that others have used before, where there is some; it cannot be resized.
-Tensor brief_result(const Ints& size, const Tensor& first, const Tensor& second) {
+Tensor brief_result(const Sizes4& size, const Tensor& first, const Tensor& second) {
   const ResultLayout r(size, first, second);
   void* data = borrow_result(r.elements() * first.element_size());
   if (!data) return empty_result(r);
@@ -52,28 +53,19 @@ struct Kernels {
     kernels().conv2d_weight_grad(args, thread_pool());
   }
   // Freed and asked for again at every step.
-  static Tensor weight_gradient(const Ints& size, const Tensor& first, const Tensor& second) {
+  static Tensor weight_gradient(const Sizes4& size, const Tensor& first, const Tensor& second) {
     return brief_result(size, first, second);
   }
 };
 
 using Operators = Conv2dOperators<Kernels>;
 
-// The value of the named one among `known`.
 template <class Value, std::size_t Count>
-Value named(const char* what, std::string_view name, const std::pair<std::string_view, Value> (&known)[Count]) {
-  for (const auto& [known_name, value] : known)
-    if (name == known_name) return value;
-  STD_TORCH_CHECK(false, "cvfast conv2d: unknown ", what, " ", std::string(name));
+Value named(const char* what, std::string_view name, const Named<Value> (&known)[Count]) {
+  const std::optional<Value> value = value_of(name, known);
+  STD_TORCH_CHECK(value.has_value(), "cvfast conv2d: unknown ", what, " ", std::string(name));
+  return *value;
 }
-
-constexpr std::pair<std::string_view, Activation> activations[] = {
-    {"none", Activation::none}, {"relu", Activation::relu}, {"relu6", Activation::relu6},
-    {"leaky_relu", Activation::leaky_relu}, {"silu", Activation::silu}, {"sigmoid", Activation::sigmoid},
-    {"tanh", Activation::tanh}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
-    {"hardswish", Activation::hardswish}, {"hardsigmoid", Activation::hardsigmoid}};
-constexpr std::pair<std::string_view, Pooling> poolings[] = {
-    {"none", Pooling::none}, {"max", Pooling::max}, {"average", Pooling::average}};
 
 // The residual's elements, or nullptr.
 const void* residual_data(const std::optional<Tensor>& residual, const Tensor& output) {
@@ -86,23 +78,28 @@ const void* residual_data(const std::optional<Tensor>& residual, const Tensor& o
   return residual->const_data_ptr();
 }
 
-Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                             const std::optional<Tensor>& residual, const std::string& activation, double negative_slope,
-                             const std::string& pooling, const Ints& stride, const Ints& padding, const Ints& dilation,
-                             int64_t groups, const std::optional<Tensor>& packed) {
+// A number that Conv2dHow did not give may name what there is not.
+void check_how(const Conv2dHow& how) {
+  STD_TORCH_CHECK(how.activation <= Activation::hardsigmoid && how.pooling <= Pooling::average,
+                  "cvfast conv2d: unknown activation or pooling");
+}
+
+Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t bits,
+                             const std::optional<Tensor>& packed, const std::optional<Tensor>& residual,
+                             double negative_slope) {
+  const Conv2dHow how = Conv2dHow::unpacked(bits);
+  check_how(how);
   check_operands(input, weight);
-  Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
-  const Pooling pools = named("pooling", pooling, poolings);
-  Ints sizes = output_sizes(shape);
-  if (pools != Pooling::none) {
+  Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), how.stride, how.padding, how.dilation, how.groups);
+  Sizes4 sizes = output_sizes(shape);
+  if (how.pooling != Pooling::none) {
     STD_TORCH_CHECK(!residual.has_value(), "cvfast conv2d: no pooling with a residual");
     sizes[2] /= 2, sizes[3] /= 2;
     STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0, "cvfast conv2d: the result is too small to pool 2x2 pixels");
     shape.out_height = 2 * sizes[2], shape.out_width = 2 * sizes[3];
   }
   Tensor keep, output = brief_result(sizes, input, weight);
-  const Epilogue epilogue = {named("activation", activation, activations), negative_slope, residual_data(residual, output),
-                             pools};
+  const Epilogue epilogue = {how.activation, negative_slope, residual_data(residual, output), how.pooling};
   Kernels::forward({shape, dtype_of(input), tensor4(input), tensor4(weight),
                     bias_data(bias, input, shape.out_channels, keep), tensor4(output), epilogue,
                     packed.has_value() ? packed->const_data_ptr() : nullptr},
@@ -127,24 +124,23 @@ Tensor transpose_with_epilogue(const Tensor& input, const Tensor& weight, const 
 }
 
 // A call of which only the options, the weight and the result's format count.
-Conv2dForward call_to_pack_for(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
-                               const Ints& dilation, int64_t groups) {
+Conv2dForward call_to_pack_for(const Tensor& input, const Tensor& weight, int64_t bits) {
   check_operands(input, weight);
-  const Conv2dShape shape = conv2d_shape(input.sizes(), weight.sizes(), stride, padding, dilation, groups);
+  const Conv2dHow how = Conv2dHow::unpacked(bits);
+  const Conv2dShape shape =
+      conv2d_shape(input.sizes(), weight.sizes(), how.stride, how.padding, how.dilation, how.groups);
   Tensor output = empty_result(output_sizes(shape), input, weight);
   return {shape, dtype_of(input), tensor4(input), tensor4(weight), nullptr, tensor4(output)};
 }
 
 // Which form of packed weights the call takes; 0: none that pays.
-int64_t packed_form(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
-                    int64_t groups) {
-  return kernels().conv2d_packing(call_to_pack_for(input, weight, stride, padding, dilation, groups)).form;
+int64_t packed_form(const Tensor& input, const Tensor& weight, int64_t how) {
+  return kernels().conv2d_packing(call_to_pack_for(input, weight, how)).form;
 }
 
 // The weight in that form; opaque.
-Tensor pack(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation,
-            int64_t groups) {
-  const Conv2dForward call = call_to_pack_for(input, weight, stride, padding, dilation, groups);
+Tensor pack(const Tensor& input, const Tensor& weight, int64_t how) {
+  const Conv2dForward call = call_to_pack_for(input, weight, how);
   const int64_t bytes = kernels().conv2d_packing(call).bytes;
   const Tensor packed = empty_contiguous({bytes}, aoti_torch_dtype_uint8());
   if (bytes > 0) kernels().conv2d_pack(call, packed.mutable_data_ptr(), thread_pool());

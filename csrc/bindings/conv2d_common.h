@@ -1,6 +1,7 @@
 // What the CPU's and the GPU's bindings of conv2d share: checks, shapes, allocation. No loops over elements.
 #pragma once
-#include <utility>
+#include <array>
+#include <iterator>
 
 #include "cvfast/conv2d.h"
 #include "tensor_common.h"
@@ -21,13 +22,21 @@ inline bool is_channels_last(const Tensor& tensor) {
   return sizes[1] * sizes[2] * sizes[3] > 1 && strides[1] == 1 && strides[3] == sizes[1];
 }
 
+using Sizes4 = std::array<int64_t, 4>;
+
+// The four of a list; conv2d_shape says whether there are as many.
+inline Sizes4 sizes4(const Ints& sizes) {
+  STD_TORCH_CHECK(sizes.size() == 4, "cvfast conv2d: sizes must have 4 numbers");
+  return {sizes[0], sizes[1], sizes[2], sizes[3]};
+}
+
 // How a result [N, C, H, W] of first's dtype and device lies in memory, in the format that the operands ask for.
 struct ResultLayout {
-  Ints size;
+  Sizes4 size;
   int64_t strides[4];
   int32_t dtype, device_type, device_index;
 
-  ResultLayout(Ints sizes, const Tensor& first, const Tensor& second) : size(std::move(sizes)) {
+  ResultLayout(const Sizes4& sizes, const Tensor& first, const Tensor& second) : size(sizes) {
     const int64_t c = size[1], h = size[2], w = size[3];
     auto at_least_1 = [](int64_t extent) { return extent > 0 ? extent : 1; };
     const int64_t width = at_least_1(w), plane = at_least_1(h) * width;
@@ -51,7 +60,7 @@ inline Tensor empty_result(const ResultLayout& r) {
       aoti_torch_empty_strided(4, r.size.data(), r.strides, r.dtype, r.device_type, r.device_index, &result));
   return Tensor(result);
 }
-inline Tensor empty_result(const Ints& size, const Tensor& first, const Tensor& second) {
+inline Tensor empty_result(const Sizes4& size, const Tensor& first, const Tensor& second) {
   return empty_result(ResultLayout(size, first, second));
 }
 
@@ -68,18 +77,20 @@ inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t
   return span / stride + 1;
 }
 
-inline void check_options(const Ints& stride, const Ints& padding, const Ints& dilation) {
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+// `Pair`: anything indexable that knows its size.
+template <class Pair>
+void check_options(const Pair& stride, const Pair& padding, const Pair& dilation) {
+  STD_TORCH_CHECK(std::size(stride) == 2 && std::size(padding) == 2 && std::size(dilation) == 2,
                   "cvfast conv2d: stride, padding and dilation must have 2 numbers each");
   for (int i = 0; i < 2; ++i)
     STD_TORCH_CHECK(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
                     "cvfast conv2d: stride and dilation must be positive, padding must not be negative");
 }
 
-// From the sizes [N, C, H, W] of the input and [K, C/groups, R, S] of the weight. `Sizes`: anything indexable.
-template <class InputSizes, class WeightSizes>
-Conv2dShape conv2d_shape(const InputSizes& input, const WeightSizes& weight, const Ints& stride, const Ints& padding,
-                         const Ints& dilation, int64_t groups) {
+// From the sizes [N, C, H, W] of the input and [K, C/groups, R, S] of the weight.
+template <class InputSizes, class WeightSizes, class Pair>
+Conv2dShape conv2d_shape(const InputSizes& input, const WeightSizes& weight, const Pair& stride, const Pair& padding,
+                         const Pair& dilation, int64_t groups) {
   STD_TORCH_CHECK(input.size() == 4 && weight.size() == 4, "cvfast conv2d: sizes must have 4 numbers");
   check_options(stride, padding, dilation);
   STD_TORCH_CHECK(groups >= 1 && weight[0] % groups == 0 && input[1] == weight[1] * groups,
@@ -118,24 +129,25 @@ Conv2dShape transposed_shape(const Sizes& input, const Sizes& weight, const Ints
   return shape;
 }
 
-inline Ints output_sizes(const Conv2dShape& shape) {
+inline Sizes4 output_sizes(const Conv2dShape& shape) {
   return {shape.batch, shape.out_channels, shape.out_height, shape.out_width};
 }
 
 inline void check_grad_output(const Tensor& grad_output, const Conv2dShape& shape) {
-  Ints expected = output_sizes(shape);
+  const Sizes4 expected = output_sizes(shape);
   auto sizes = grad_output.sizes();
   for (int i = 0; i < 4; ++i)
     STD_TORCH_CHECK(sizes[i] == expected[i], "cvfast conv2d: grad_output has size ", sizes[i], " at dimension ", i,
                     ", expected ", expected[i]);
 }
 
-// bias [K] as a contiguous array of first's dtype, or nullptr; `keep` owns it.
+// bias [K] as a contiguous array of first's dtype, or nullptr; `keep` owns it where it is a copy.
 inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& first, int64_t channels, Tensor& keep) {
   if (!bias.has_value()) return nullptr;
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels, "cvfast conv2d: bias must have ", channels, " elements");
   STD_TORCH_CHECK(bias->scalar_type() == first.scalar_type() && bias->device() == first.device(),
                   "cvfast conv2d: bias must have the input's dtype and device");
+  if (bias->is_contiguous()) return bias->const_data_ptr();
   keep = torch::stable::contiguous(*bias);
   return keep.const_data_ptr();
 }
@@ -159,7 +171,7 @@ struct Conv2dOperators {
     check_operands(grad_output, weight);
     Conv2dShape shape = conv2d_shape(input_size, weight.sizes(), stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
-    Tensor grad_input = empty_result(input_size, grad_output, weight);
+    Tensor grad_input = empty_result(sizes4(input_size), grad_output, weight);
     Kernels::input_grad({shape, dtype_of(weight), tensor4(grad_output), tensor4(weight), nullptr, tensor4(grad_input)},
                         grad_input);
     return grad_input;
@@ -181,7 +193,7 @@ struct Conv2dOperators {
     check_operands(grad_output, input);
     Conv2dShape shape = conv2d_shape(input.sizes(), weight_size, stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
-    Tensor grad_weight = Kernels::weight_gradient(weight_size, grad_output, input);
+    Tensor grad_weight = Kernels::weight_gradient(sizes4(weight_size), grad_output, input);
     Kernels::weight_grad({shape, dtype_of(input), tensor4(grad_output), tensor4(input), tensor4(grad_weight)}, grad_weight);
     return grad_weight;
   }

@@ -6,6 +6,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
 #include "../cpu/precision.h"
+#include "conv2d_how.h"
 
 namespace py = pybind11;
 
@@ -24,10 +25,56 @@ void read_buffer(const std::string& isa, const py::buffer& data, int64_t passes)
   cvfast::kernels(isa).peak.read(bytes, info.size * info.itemsize, passes);
 }
 
+// (height, width) from an int or a pair of ints, exactly of these types; false for anything else.
+bool read_pair(PyObject* value, int64_t (&pair)[2]) {
+  const bool both = PyTuple_CheckExact(value);
+  if (both && PyTuple_GET_SIZE(value) != 2) return false;
+  for (int i = 0; i < 2; ++i) {
+    PyObject* number = both ? PyTuple_GET_ITEM(value, i) : value;
+    if (!PyLong_CheckExact(number)) return false;
+    int overflow;
+    pair[i] = PyLong_AsLongLongAndOverflow(number, &overflow);
+    if (overflow) return false;
+  }
+  return true;
+}
+
+template <class Value, std::size_t Count>
+bool read_name(PyObject* name, const cvfast::Named<Value> (&known)[Count], Value& value) {
+  Py_ssize_t length;
+  const char* text = PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, &length) : nullptr;
+  if (!text) return PyErr_Clear(), false;
+  const std::optional<Value> found = cvfast::value_of({text, static_cast<std::size_t>(length)}, known);
+  if (found) value = *found;
+  return found.has_value();
+}
+
+// Not by pybind11, which takes as long as a small convolution.
+PyObject* conv2d_how(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  cvfast::Conv2dHow how = {};
+  int64_t groups[2];
+  const bool fits = (count == 4 || count == 6) && read_pair(args[0], how.stride) && read_pair(args[1], how.padding) &&
+                    read_pair(args[2], how.dilation) && PyLong_CheckExact(args[3]) && read_pair(args[3], groups) &&
+                    (count == 4 || (read_name(args[4], cvfast::activations, how.activation) &&
+                                    read_name(args[5], cvfast::poolings, how.pooling)));
+  if (!fits) Py_RETURN_NONE;
+  how.groups = groups[0];
+  const std::optional<int64_t> packed = how.packed();
+  if (!packed) Py_RETURN_NONE;
+  return PyLong_FromLongLong(*packed);
+}
+
+PyMethodDef plain_functions[] = {
+    {"conv2d_how", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(conv2d_how)), METH_FASTCALL,
+     "(stride, padding, dilation, groups[, activation, pooling]) as the number that cvfast_kernels::conv2d_epilogue takes;\n"
+     "None for what is too large for it or no int, pair of ints or known name."},
+    {}};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and instruction sets of cvfast's CPU kernels; needs no torch.";
+  if (PyModule_AddFunctions(m.ptr(), plain_functions) != 0) throw py::error_already_set();
   m.attr("build_info") = py::dict(
       py::arg("compiler") = CVFAST_COMPILER, py::arg("torch") = CVFAST_BUILT_WITH_TORCH, py::arg("cuda") = CVFAST_CUDA_BUILD);
   m.attr("made_by_intel") = cvfast::made_by_intel();

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
+from cvfast import _library
 from cvfast.ops.card import Card, call, define_kernel, register
 
 _OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
@@ -198,18 +199,27 @@ def linear(op: torch._ops.OpOverload, input: Tensor, weight: Tensor, bias: Tenso
 
 # Without derivatives: the form of packed weights that a call of conv2d takes (0: none pays); a weight in that form.
 packed_form_kernel, pack_kernel = (
-    define_kernel("cvfast", f"{name}(Tensor input, Tensor weight, {_OPTIONS}) -> {result}")
+    define_kernel("cvfast", f"{name}(Tensor input, Tensor weight, int how) -> {result}")
     for name, result in (("conv2d_packed_form", "int"), ("conv2d_pack", "Tensor"))
 )
 
 
 # conv2d with its epilogue, without derivatives: activation(conv2d(...) + residual), residual as the result; where there
-# is no residual, that pooled ("none", "max", "average"). `packed`: the weight as conv2d_pack gave it.
+# is no residual, that pooled. `how`: options, activation and pooling. `packed`: the weight as conv2d_pack gave it.
 epilogue_kernel = define_kernel(
     "cvfast",
-    "conv2d_epilogue(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
-    f"float negative_slope, str pooling, {_OPTIONS}, Tensor? packed) -> Tensor",
+    "conv2d_epilogue(Tensor input, Tensor weight, Tensor? bias, int how, Tensor? packed=None, Tensor? residual=None, "
+    "float negative_slope=0.0) -> Tensor",
 )
+
+
+def _nohow(*options) -> None:
+    """In place of `conv2d_how`, where no kernel is loaded."""
+
+
+# (stride, padding, dilation, groups[, activation, pooling]) -> `how`, pooling being "none", "max" or "average". None
+# for what is no int, pair of ints or known name, or too large for that number.
+conv2d_how: Callable[..., int | None] = _library.C.conv2d_how if _library.ops.loaded else _nohow
 
 # Activations whose result tells their derivative: (gradient of the result, result, slope) -> gradient of the argument.
 _aten = torch.ops.aten
@@ -227,8 +237,8 @@ class _WithEpilogue(_SingleLevelFunction):
     """activation(conv2d(...) + residual) in one pass, for autograd alone: tracers and transforms see the parts."""
 
     @staticmethod
-    def forward(ctx, residual, activation, slope, input, weight, bias, *options):
-        output = epilogue_kernel(input, weight, bias, residual, activation, slope, "none", *options, None)
+    def forward(ctx, residual, activation, slope, how, input, weight, bias, *options):
+        output = epilogue_kernel(input, weight, bias, how, None, residual, slope)
         ctx.epilogue, ctx.options = (activation, slope), options
         ctx.save_for_backward(input, weight, None if activation == "none" else output)
         return output
@@ -237,9 +247,9 @@ class _WithEpilogue(_SingleLevelFunction):
     def backward(ctx, grad):
         (activation, slope), (input, weight, output) = ctx.epilogue, ctx.saved_tensors
         grad = TOLD_BY_RESULT[activation](grad, output, slope)
-        needs_residual, _, _, *needs = ctx.needs_input_grad
+        needs_residual, _, _, _, *needs = ctx.needs_input_grad
         gradients = _gradients(torch.ops.cvfast, grad, input, weight, ctx.options, needs[:3])
-        return grad if needs_residual else None, None, None, *gradients, *(None for _ in ctx.options)
+        return grad if needs_residual else None, None, None, None, *gradients, *(None for _ in ctx.options)
 
 
 differentiable_epilogue = _WithEpilogue.apply

@@ -10,6 +10,7 @@ import torch
 
 import cvfast
 from cvfast import _packed
+from cvfast.ops.conv2d import conv2d_how
 from tests.conftest import isas
 
 CONFIGURATIONS = [
@@ -204,13 +205,11 @@ def test_one_weight_in_several_calls():
 def test_packed_weights_of_another_shape_are_ignored():
     x, weights = torch.randn(1, 32, 7, 7), (torch.randn(32, 32, 3, 3), torch.randn(64, 32, 3, 3))
     options = ((1, 1), (1, 1), (1, 1), 1)
-    kernels = torch.ops.cvfast_kernels
-    first, second = (kernels.conv2d_pack(x, weight, *options) for weight in weights)
+    kernels, how = torch.ops.cvfast_kernels, conv2d_how(*options)
+    first, second = (kernels.conv2d_pack(x, weight, how) for weight in weights)
     for weight, packed in zip(weights, (second, first), strict=True):
         expected = kernels.conv2d(x, weight, None, *options)
-        assert torch.equal(
-            kernels.conv2d_epilogue(x, weight, None, None, "none", 0.0, "none", *options, packed), expected
-        )
+        assert torch.equal(kernels.conv2d_epilogue(x, weight, None, how, packed), expected)
 
 
 def test_strict_precision_leaves_winograds_weights_alone():

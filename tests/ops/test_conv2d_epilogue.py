@@ -12,7 +12,7 @@ import torch
 
 import cvfast
 from cvfast.functional import ACTIVATIONS, POOLINGS
-from cvfast.ops.conv2d import TOLD_BY_RESULT
+from cvfast.ops.conv2d import TOLD_BY_RESULT, conv2d_how
 from cvfast.testing import assert_as_accurate
 from tests.conftest import isas
 
@@ -189,8 +189,10 @@ def test_one_pass_where_no_gradient_is_asked_for(monkeypatch):
     (input, weight, bias, residual), options = operands("winograd", torch.float32, torch.contiguous_format)
     plain = cvfast.functional.conv2d(input, weight, bias, **options)
     kernel = ext.epilogue_kernel
+    numbers = ({"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | options).values()
+    names = {ext.conv2d_how(*numbers, name, "none"): name for name in ACTIVATIONS}
     for module in (ext, sys.modules["cvfast.ops.conv2d"]):
-        monkeypatch.setattr(module, "epilogue_kernel", lambda *args: (calls.append(args[4]), kernel(*args))[1])
+        monkeypatch.setattr(module, "epilogue_kernel", lambda *args: (calls.append(names[args[3]]), kernel(*args))[1])
     cvfast.functional.conv2d(input, weight, bias, **options, activation="relu", residual=residual)
     assert calls == ["relu"]
     result = cvfast.functional.conv2d(input, weight, bias, **options, residual=residual, pooling="max")
@@ -339,3 +341,30 @@ def test_kept_memory_in_a_forked_child():
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert bool((held == 3).all())
+
+
+def test_options_that_fit_no_number_are_computed_all_the_same():
+    """A call's options are one number for the kernel where they are small; no other type slips in."""
+    assert conv2d_how(1, (1, 1), 1, 1) == conv2d_how((1, 1), 1, (1, 1), 1, "none", "none")
+    numbers = [conv2d_how(s, (p, q), 1, g, a, "max") for s in (1, 2) for p, q in ((0, 1), (1, 0)) for g in (1, 300)
+               for a in ACTIVATIONS]  # fmt: skip
+    assert len({*numbers}) == len(numbers) and None not in numbers
+    others = [True, 1.0, (1, True), [1, 1], 0, -1, 1000, 1 << 70, (1,), "1", None]
+    for options in [(other, 1, 1, 1) for other in others] + [(1, 1, 1, (1, 1)), (1, 1, 1, 1, "softmax", "none")]:
+        assert conv2d_how(*options) is None
+    input, weight = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+    for options in (
+        {"padding": 130},
+        {"padding": [2, 1]},
+        {"stride": 70, "padding": 70},
+        {"padding": 70, "dilation": 65},
+    ):
+        expected = torch.relu(torch.nn.functional.conv2d(input.double(), weight.double(), **options))
+        torch.testing.assert_close(
+            cvfast.functional.conv2d(input, weight, **options, activation="relu").double(),
+            expected,
+            rtol=1e-5,
+            atol=1e-5,
+        )
+    with pytest.raises(TypeError, match="True"):
+        cvfast.functional.conv2d(input, weight, padding=True)

@@ -14,6 +14,7 @@ from cvfast._packed import packed
 from cvfast.ops.card import autocast_dtype, call, derives, watched
 from cvfast.ops.conv2d import (
     TOLD_BY_RESULT,
+    conv2d_how,
     differentiable_epilogue,
     epilogue_kernel,
     pack_kernel,
@@ -74,11 +75,12 @@ def run_with_epilogue(
 
     `pooling` must be "none" where a residual is given.
     """
-    if not runs_with_epilogue(input, weight, bias, residual):
+    how = conv2d_how(*options, activation, pooling) if runs_with_epilogue(input, weight, bias, residual) else None
+    if how is None:
         return None
     residual = _in_result_format(residual, input, weight)
-    kept = packed_weight(input, weight, options)
-    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
+    kept = packed_weight(input, weight, how)
+    return epilogue_kernel(input, weight, bias, how, kept, residual, negative_slope)
 
 
 def run_with_differentiable_epilogue(
@@ -94,8 +96,11 @@ def run_with_differentiable_epilogue(
     told = activation in TOLD_BY_RESULT and not (activation == "leaky_relu" and negative_slope < 0)
     if not told or not _fits_kernel(input, weight, bias, residual) or forward_ad._current_level >= 0:
         return None
+    how = conv2d_how(*options, activation, "none")
+    if how is None:
+        return None
     residual = _in_result_format(residual, input, weight)
-    return differentiable_epilogue(residual, activation, negative_slope, input, weight, bias, *options)
+    return differentiable_epilogue(residual, activation, negative_slope, how, input, weight, bias, *options)
 
 
 def _in_result_format(residual: Tensor | None, input: Tensor, weight: Tensor) -> Tensor | None:
@@ -117,8 +122,10 @@ def prepare(
     `packed_weight` has it.
     """
     tensors = [t for t in (weight, bias) if t is not None]
+    how = conv2d_how(*options, activation, pooling)
     if (
-        weight.dtype not in CPU_DTYPES
+        how is None
+        or weight.dtype not in CPU_DTYPES
         or not all(type(t) in (Tensor, Parameter) and t.is_cpu and t.dtype is weight.dtype for t in tensors)
         or why_not(weight, weight, bias, *options)
     ):
@@ -131,8 +138,8 @@ def prepare(
         if forward_ad._current_level >= 0 or not (residual is None or type(residual) is Tensor):
             return None
         try:
-            kept = packed_weight(input, weight, options, owner)
-            return kernel(input, weight, bias, residual, activation, negative_slope, pooling, *options, kept)
+            kept = packed_weight(input, weight, how, owner)
+            return kernel(input, weight, bias, how, kept, residual, negative_slope)
         except RuntimeError:  # what does not fit: other calls convert it, or find better words
             return None
 
@@ -154,7 +161,7 @@ def _fits_kernel(input: Tensor, *operands: Tensor | None) -> bool:
 _LEAST_TO_PACK = 4096  # weights: fewer are packed as fast as the kept ones are looked up
 
 
-def packed_weight(input: Tensor, weight: Tensor, options: tuple, owner: Tensor | None = None) -> Tensor | None:
+def packed_weight(input: Tensor, weight: Tensor, how: int, owner: Tensor | None = None) -> Tensor | None:
     """The weight in the form in which the kernels read it, where that is kept.
 
     owner: the tensor that lasts, if `weight` is a view of one made for this call.
@@ -162,22 +169,38 @@ def packed_weight(input: Tensor, weight: Tensor, options: tuple, owner: Tensor |
     if weight.numel() < _LEAST_TO_PACK:
         return None
     return packed(
-        (input.shape, input.stride(), options),
-        lambda: packed_form_kernel(input, weight, *options),
-        lambda: pack_kernel(input, weight, *options),
+        (input.shape, input.stride(), how),
+        lambda: packed_form_kernel(input, weight, how),
+        lambda: pack_kernel(input, weight, how),
         weight if owner is None else owner,
     )
 
+
+def run_unasked(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups) -> Tensor | None:
+    """conv2d of arguments as a caller gave them, checked by the kernel alone; None for what needs another look."""
+    plain = type(input) is Tensor and type(weight) in (Tensor, Parameter) and input.is_cpu and input.dim() == 4
+    if not plain or watched(input) or forward_ad._current_level >= 0:
+        return None
+    how = conv2d_how(stride, padding, dilation, groups)
+    if how is None or how >= _HOW_LARGE_PATCH:
+        return None
+    try:
+        kept = packed_weight(input, weight, how)
+        return epilogue_kernel(input, weight, bias, how, kept)
+    except RuntimeError:  # what does not fit: the checks of every call find better words
+        return None
+
+
+_HOW_LARGE_PATCH = conv2d_how((LARGE_PATCH, 1), 0, 1, 1) or 0  # all with larger strides are greater: those come first
 
 _operator = torch.ops.cvfast.conv2d.default
 
 
 def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
     """Shapes and meaning as in cvfast.functional.conv2d."""
-    # A small result lies in malloc's memory either way, and the plain operator is called faster.
-    small = torch.compiler.is_compiling() or (input.numel() <= 4096 and weight.numel() < _LEAST_TO_PACK)
-    plain = not small and input.is_cpu and type(input) is Tensor and type(weight) in (Tensor, Parameter)
+    plain = input.is_cpu and type(input) is Tensor and type(weight) in (Tensor, Parameter)
     if plain and not watched(input) and not derives((input, weight, bias)):
-        kept = packed_weight(input, weight, options)
-        return epilogue_kernel(input, weight, bias, None, "none", 0.0, "none", *options, kept)
+        how = conv2d_how(*options)
+        if how is not None:
+            return epilogue_kernel(input, weight, bias, how, packed_weight(input, weight, how))
     return call(_operator, input, weight, bias, *options)

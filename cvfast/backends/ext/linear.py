@@ -10,7 +10,7 @@ from torch import Tensor
 from cvfast import _library
 from cvfast.backends.ext import conv2d
 from cvfast.ops.card import autocast_dtype
-from cvfast.ops.conv2d import ONE_BY_ONE, epilogue_kernel, linear, pixels_as_rows, rows_as_pixels
+from cvfast.ops.conv2d import ONE_BY_ONE, conv2d_how, epilogue_kernel, linear, pixels_as_rows, rows_as_pixels
 
 # torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512. Where AVX-512 is not
 # wider than AVX2, cvfast gains less by its product, and not where little is computed or, in training, on few rows.
@@ -70,8 +70,9 @@ def run_with_activation(
     if input.numel() * weight.numel() == 0 or not conv2d.runs_with_epilogue(input, weight, bias):
         return None
     pixels, kernel = rows_as_pixels(input), weight[:, :, None, None]
-    kept = conv2d.packed_weight(pixels, kernel, ONE_BY_ONE, weight)
-    output = epilogue_kernel(pixels, kernel, bias, None, activation, negative_slope, "none", *ONE_BY_ONE, kept)
+    how = conv2d_how(*ONE_BY_ONE, activation, "none")
+    kept = conv2d.packed_weight(pixels, kernel, how, weight)
+    output = epilogue_kernel(pixels, kernel, bias, how, kept, None, negative_slope)
     return pixels_as_rows(output, input)
 
 
