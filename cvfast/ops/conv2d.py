@@ -211,6 +211,14 @@ epilogue_kernel = define_kernel(
     f"float negative_slope, str pooling, {_OPTIONS}, Tensor? packed) -> Tensor",
 )
 
+# Several of these in a row, the last one's result. Values are the inputs and then the results; `steps`: nine numbers
+# for each: the value that it reads, its residual (-1: none), stride, padding, dilation, groups.
+sequence_kernel = define_kernel(
+    "cvfast",
+    "conv2d_sequence(Tensor[] inputs, Tensor[] weights, Tensor?[] biases, Tensor?[] packed, int[] steps, "
+    "str[] activations, float[] negative_slopes, str[] poolings) -> Tensor",
+)
+
 # Activations whose result tells their derivative: (gradient of the result, result, slope) -> gradient of the argument.
 _aten = torch.ops.aten
 TOLD_BY_RESULT: dict[str, Callable[[Tensor, Tensor | None, float], Tensor]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,10 +16,13 @@ from cvfast.ops.card import autocast_dtype, call, derives, watched
 from cvfast.ops.conv2d import (
     TOLD_BY_RESULT,
     differentiable_epilogue,
+    empty_result,
     epilogue_kernel,
+    output_size,
     pack_kernel,
     packed_form_kernel,
     result_format,
+    sequence_kernel,
 )
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
@@ -126,9 +130,7 @@ def prepare(
     kernel, dtype = epilogue_kernel, weight.dtype
 
     def prepared(input: Tensor, residual: Tensor | None) -> Tensor | None:
-        if type(input) is not Tensor or input.dtype is not dtype or torch.is_grad_enabled() or watched(input):
-            return None
-        if forward_ad._current_level >= 0 or not (residual is None or type(residual) is Tensor):
+        if not takes_prepared(input, dtype) or not (residual is None or type(residual) is Tensor):
             return None
         try:
             kept = packed_weight(input, weight, options, owner)
@@ -137,6 +139,68 @@ def prepare(
             return None
 
     return prepared
+
+
+def takes_prepared(input: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a prepared call may take this input: nobody watches, and nobody asks for derivatives."""
+    return (
+        type(input) is Tensor
+        and input.dtype is dtype
+        and not torch.is_grad_enabled()
+        and not watched(input)
+        and forward_ad._current_level < 0
+    )
+
+
+class PreparedSequence:
+    """Convolutions in a row, each of which `prepare` takes, for inputs of the shapes and strides given; one call.
+
+    steps: cvfast.functional.Step.
+    """
+
+    def __init__(self, steps: Sequence[tuple], inputs: Sequence[Tensor]) -> None:
+        values, packed = list(inputs), []
+        for step in steps:
+            packed.append(packed_weight(values[step.input], step.weight, step.options))
+            values.append(_result_of(step, values[step.input]))
+        # Whoever frees what is kept beside weights frees it here, too.
+        self._packed = [(lambda: None) if kept is None else weakref.ref(kept) for kept in packed]
+        self._needed = [kept is not None for kept in packed]
+        self._dtype = steps[0].weight.dtype
+        self._weights, self._biases = [step.weight for step in steps], [step.bias for step in steps]
+        self._steps = [number for step in steps for number in _numbers(step)]
+        self._epilogues = [step.activation for step in steps], [step.negative_slope for step in steps]
+        self._poolings = [step.pooling for step in steps]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor | None:
+        """As a prepared call. LookupError: packed weights were freed, so that this has to be prepared anew."""
+        if not all([takes_prepared(input, self._dtype) for input in inputs]):
+            return None
+        packed = [kept() for kept in self._packed]
+        if [kept is not None for kept in packed] != self._needed:
+            raise LookupError("the packed weights are gone")
+        try:
+            return sequence_kernel(
+                inputs, self._weights, self._biases, packed, self._steps, *self._epilogues, self._poolings
+            )
+        except RuntimeError:
+            return None
+
+
+def _result_of(step: tuple, input: Tensor) -> Tensor:
+    """An empty tensor as the step's result will be."""
+    stride, padding, dilation, _ = step.options
+    size = [
+        output_size(input.shape[i + 2], step.weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
+    ]
+    if step.pooling != "none":
+        size = [length // 2 for length in size]
+    return empty_result((input.shape[0], step.weight.shape[0], *size), input, step.weight)
+
+
+def _numbers(step: tuple) -> list[int]:
+    stride, padding, dilation, groups = step.options
+    return [step.input, step.residual, *stride, *padding, *dilation, groups]
 
 
 def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:
