@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,6 +202,40 @@ def prepared_conv2d(
     if call is None:
         return None
     return lambda input, residual=None: call(input, residual) if _backend.is_certain("ext") else None
+
+
+class Step(NamedTuple):
+    """A convolution in a row of them: the arguments of `prepared_conv2d`, and the numbers of the values that it reads.
+
+    Values are the row's inputs and then the results. residual: -1 where there is none.
+    """
+
+    input: int
+    residual: int
+    activation: str
+    negative_slope: float
+    pooling: str
+    weight: Tensor
+    bias: Tensor | None
+    options: tuple
+
+
+def prepared_conv2d_sequence(
+    steps: Sequence[Step], inputs: Sequence[Tensor]
+) -> Callable[[Sequence[Tensor]], Tensor | None] | None:
+    """Several calls that `prepared_conv2d` takes as one, for inputs of the same shapes and strides as these.
+
+    Returns a function of the inputs; it returns None as prepared_conv2d's does, and raises LookupError where it has to
+    be prepared anew. None where there is none for these inputs.
+    """
+    ext = _backend.BACKENDS["conv2d"]["ext"]
+    if not all(ext.takes_prepared(input, steps[0].weight.dtype) and input.dim() == 4 for input in inputs):
+        return None
+    try:
+        call = ext.PreparedSequence(steps, inputs)
+    except RuntimeError:  # sizes that do not fit: the calls one by one find better words
+        return None
+    return lambda inputs: call(inputs) if _backend.is_certain("ext") else None
 
 
 def prepared_linear(

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 import cvfast
 from cvfast import _choices, _packed, backend
 from cvfast._accelerate import chains, measure
+from cvfast.backends.ext import conv2d
 from cvfast.testing.accuracy import relative_error
 
 NEAR = 2e-6  # relative L2 error in float32 of a few layers, Winograd's included
@@ -388,7 +389,8 @@ CHANGES = [
 def test_changes_after_fusion_are_seen(change):
     model = lively(Block())
     cvfast.accelerate(model, fuse=True)
-    before = model(PICTURE)
+    for _ in range(3):  # at the third one the chains are one call
+        before = model(PICTURE)
     change(model)
     expected = exact(model, PICTURE)
     output = model(PICTURE)
@@ -470,6 +472,61 @@ class UsedTwice(Shape):
     def forward(self, x):
         y = self.conv(x)
         return self.bn(y) + y
+
+
+class TwoEnds(nn.Module):
+    """Chains in a row whose results others see, too: of the first and of the third."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=groups), nn.BatchNorm2d(16))
+            for groups in (1, 16, 1, 4)
+        )
+
+    def forward(self, x):
+        first = torch.relu(self.layers[0](x))
+        second = torch.relu(self.layers[1](first))
+        third = torch.relu(self.layers[2](second) + first)
+        return torch.relu(self.layers[3](third)), third.sigmoid(), first.sigmoid()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_chains_in_a_row_are_one_call(memory_format, monkeypatch):
+    """With the same bits, whoever else sees results between; and separately where there are gradients or errors."""
+    model, kernel, calls = lively(TwoEnds()), conv2d.sequence_kernel, []
+
+    def counted(inputs, weights, *others):
+        calls.append(len(weights))
+        return kernel(inputs, weights, *others)
+
+    monkeypatch.setattr(conv2d, "sequence_kernel", counted)
+    cvfast.accelerate(model, fuse=True)
+    for picture in (PICTURE, PICTURE[:, :, :7]):
+        x = picture.contiguous(memory_format=memory_format)
+        expected = model(x)
+        model(x)
+        calls.clear()
+        results = [model(x) for _ in range(2)]
+        assert calls == [2, 2] and all(torch.equal(a, b) for r in results for a, b in zip(r, expected, strict=True))
+    with torch.enable_grad():
+        assert model(x)[0].requires_grad and calls == [2, 2]
+    with pytest.raises(RuntimeError, match="channels"):
+        model(x[:, :15])
+
+
+@torch.no_grad()
+def test_chains_in_a_row_pack_freed_weights_again():
+    model = lively(nn.Sequential(*(nn.Sequential(nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)) for _ in range(2))))
+    cvfast.accelerate(model, fuse=True)
+    x = torch.randn(1, 64, 8, 8)
+    expected = [model(x) for _ in range(3)][0]
+    weights = [weight for i in range(2) for weight in chains.folded(model[i][0])]
+    kept = _packed.packed_bytes(weights)
+    _packed.free(weights)
+    assert kept > 0 and _packed.packed_bytes(weights) == 0
+    assert all(torch.equal(model(x), expected) for _ in range(3)) and _packed.packed_bytes(weights) == kept
 
 
 class Elsewhere(Shape):

@@ -374,8 +374,9 @@ class _Ready:
             return None
         state = _state(_given(sources))  # before what is made of them
         weight, bias = sources if norm is None else _folded(conv, norm)
-        call = _prepared(conv, weight, bias, _known(activation), _known_pooling(pooling))
-        return None if call is None else _Ready(conv, norm, activation, pooling, sources, state, call)
+        operands = weight, bias, _known(activation), _known_pooling(pooling)
+        call = _prepared(conv, *operands)
+        return None if call is None else _Ready(conv, norm, activation, pooling, sources, state, call, operands)
 
     def __init__(
         self,
@@ -386,8 +387,9 @@ class _Ready:
         sources: tuple[Tensor | None, ...],
         state: list[int],
         call: Callable[[Tensor, Tensor | None], Tensor | None],
+        operands: tuple[Tensor, Tensor | None, Activation | None, str | None],
     ) -> None:
-        self.call = call
+        self.call, self.operands = call, operands
         self.conv, self.norm = conv, norm
         self.sources, self.tensors, self.state = sources, _given(sources), state
         self.modules = [(m, type(m)) for m in (conv, norm, activation, pooling) if isinstance(m, Module)]

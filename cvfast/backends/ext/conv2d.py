@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,10 +17,13 @@ from cvfast.ops.conv2d import (
     TOLD_BY_RESULT,
     conv2d_how,
     differentiable_epilogue,
+    empty_result,
     epilogue_kernel,
+    output_size,
     pack_kernel,
     packed_form_kernel,
     result_format,
+    sequence_kernel,
 )
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
@@ -133,9 +137,7 @@ def prepare(
     kernel, dtype = epilogue_kernel, weight.dtype
 
     def prepared(input: Tensor, residual: Tensor | None) -> Tensor | None:
-        if type(input) is not Tensor or input.dtype is not dtype or torch.is_grad_enabled() or watched(input):
-            return None
-        if forward_ad._current_level >= 0 or not (residual is None or type(residual) is Tensor):
+        if not takes_prepared(input, dtype) or not (residual is None or type(residual) is Tensor):
             return None
         try:
             kept = packed_weight(input, weight, how, owner)
@@ -144,6 +146,61 @@ def prepare(
             return None
 
     return prepared
+
+
+def takes_prepared(input: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a prepared call may take this input: nobody watches, and nobody asks for derivatives."""
+    return (
+        type(input) is Tensor
+        and input.dtype is dtype
+        and not torch.is_grad_enabled()
+        and not watched(input)
+        and forward_ad._current_level < 0
+    )
+
+
+class PreparedSequence:
+    """Convolutions in a row, each of which `prepare` takes, for inputs of the shapes and strides given; one call.
+
+    steps: cvfast.functional.Step.
+    """
+
+    def __init__(self, steps: Sequence[tuple], inputs: Sequence[Tensor]) -> None:
+        values, packed, self._steps = list(inputs), [], []
+        for step in steps:
+            how = conv2d_how(*step.options, step.activation, step.pooling)
+            packed.append(packed_weight(values[step.input], step.weight, how))
+            values.append(_result_of(step, values[step.input]))
+            self._steps += [step.input, step.residual, how]
+        # Whoever frees what is kept beside weights frees it here, too.
+        self._packed = [(lambda: None) if kept is None else weakref.ref(kept) for kept in packed]
+        self._needed = [kept is not None for kept in packed]
+        self._dtype = steps[0].weight.dtype
+        self._weights, self._biases = [step.weight for step in steps], [step.bias for step in steps]
+        self._slopes = [step.negative_slope for step in steps]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor | None:
+        """As a prepared call. LookupError: packed weights were freed, so that this has to be prepared anew."""
+        if not all([takes_prepared(input, self._dtype) for input in inputs]):
+            return None
+        packed = [kept() for kept in self._packed]
+        if [kept is not None for kept in packed] != self._needed:
+            raise LookupError("the packed weights are gone")
+        try:
+            return sequence_kernel(inputs, self._weights, self._biases, packed, self._steps, self._slopes)
+        except RuntimeError:
+            return None
+
+
+def _result_of(step: tuple, input: Tensor) -> Tensor:
+    """An empty tensor as the step's result will be."""
+    stride, padding, dilation, _ = step.options
+    size = [
+        output_size(input.shape[i + 2], step.weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
+    ]
+    if step.pooling != "none":
+        size = [length // 2 for length in size]
+    return empty_result((input.shape[0], step.weight.shape[0], *size), input, step.weight)
 
 
 def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:

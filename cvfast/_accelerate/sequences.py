@@ -1,0 +1,103 @@
+"""Chains in a row of which nobody else sees the results between them: one call of the kernels.
+
+A call from Python takes as long as a small convolution: what it reads of the model is no longer in the caches then.
+Nothing runs between such chains, so they may be checked together, too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from cvfast import functional
+from cvfast._accelerate import chains
+from cvfast._accelerate.chains import Chain
+
+_MOST_CALLS = 64  # that a sequence knows: images of that many sizes
+
+
+class Sequence:
+    """steps: chains, each with the numbers of the values that it reads: its input and its residual, -1 for none.
+
+    Values are the sequence's inputs and then the results, of which the last one is the sequence's.
+    """
+
+    __name__ = __qualname__ = "sequence"  # in the code that torch.fx writes
+
+    def __init__(self, steps: list[tuple[Chain, int, int]]) -> None:
+        self.steps = steps
+        last_use = {value: i for i, (_, *reads) in enumerate(steps) for value in reads if value >= 0}
+        self.ends = [[value for value, last in last_use.items() if last == i] for i in range(len(steps))]
+        self.ready: list[chains._Ready] = []  # for which `calls` were prepared, by shapes and strides of the inputs
+        self.calls: dict = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if chains.observer is None and not torch.compiler.is_compiling():
+            ready = [chain.ready for chain, _, _ in self.steps]
+            if None not in ready and all([one.holds() for one in ready]):
+                output = self._at_once(ready, inputs)
+                if output is not None:
+                    return output
+        return self._one_by_one(inputs)
+
+    def _at_once(self, ready: list[chains._Ready], inputs: tuple[Tensor, ...]) -> Tensor | None:
+        if ready != self.ready:
+            self.ready, self.calls = ready, {}
+        key = tuple([(input.shape, input.stride()) for input in inputs])
+        call = self.calls.get(key)
+        if call is None:
+            if len(self.calls) >= _MOST_CALLS:
+                self.calls.clear()
+            call = self.calls[key] = functional.prepared_conv2d_sequence(self._prepared_steps(), inputs)
+        try:
+            return None if call is None else call(inputs)
+        except LookupError:
+            del self.calls[key]
+            return None
+
+    def _prepared_steps(self) -> list[functional.Step]:
+        steps = []
+        for (chain, input, residual), ready in zip(self.steps, self.ready, strict=True):
+            weight, bias, activation, pooling = ready.operands
+            name, slope = activation or ("none", 0.0)
+            conv = chain.layers[0]
+            options = conv.stride, conv.padding, conv.dilation, conv.groups
+            steps.append(functional.Step(input, residual, name, slope, pooling or "none", weight, bias, options))
+        return steps
+
+    def _one_by_one(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        values: list[Tensor | None] = list(inputs)
+        for i, (chain, input, residual) in enumerate(self.steps):
+            values.append(chain(values[input], None if residual < 0 else values[residual]))
+            for value in self.ends[i]:
+                values[value] = None
+        return values[-1]
+
+
+def join_neighbours(graph: fx.Graph) -> None:
+    """Replaces chains in a row by sequences."""
+    row: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if isinstance(node.target, Chain) and isinstance(node.target.layers[0], torch.nn.Conv2d):
+            row.append(node)
+        else:
+            _join(graph, row)
+            row = []
+
+
+def _join(graph: fx.Graph, row: list[fx.Node]) -> None:
+    for i, node in enumerate(row[:-1]):
+        if any(user not in row for user in node.users):  # who wants this result ends the sequence
+            _join(graph, row[: i + 1])
+            _join(graph, row[i + 1 :])
+            return
+    if len(row) < 2:
+        return
+    inputs = list(dict.fromkeys(value for node in row for value in node.args if value is not None and value not in row))
+    number = {value: i for i, value in enumerate([*inputs, *row])} | {None: -1}
+    steps = [(node.target, number[node.args[0]], number[node.args[1]]) for node in row]
+    with graph.inserting_after(row[-1]):
+        new = graph.call_function(Sequence(steps), tuple(inputs))
+    row[-1].replace_all_uses_with(new)
+    for node in reversed(row):
+        graph.erase_node(node)
