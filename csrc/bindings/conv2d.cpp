@@ -10,7 +10,7 @@
 #include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
-#include "../cpu/result_memory.h"
+#include "brief_tensor.h"
 #include "conv2d_common.h"
 #include "conv2d_how.h"
 #include "cpu_tensors.h"
@@ -26,18 +26,9 @@ void prepare(const Tensor& result) {
   if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, bytes);  // NaN in every dtype
 }
 
-// An uninitialised result in memory that others have used before, where there is some; it cannot be resized.
 Tensor brief_result(const Sizes4& size, const Tensor& first, const Tensor& second) {
   const ResultLayout r(size, first, second);
-  void* data = borrow_result(r.elements() * first.element_size());
-  if (!data) return empty_result(r);
-  AtenTensorHandle result;
-  const AOTITorchError error =
-      torch_from_blob(data, 4, r.size.data(), r.strides, 0, r.dtype, r.device_type, r.device_index, &result,
-                      aoti_torch_layout_strided(), nullptr, 0, [](void* memory, void*) { return_result(memory); }, nullptr);
-  if (error != AOTI_TORCH_SUCCESS) return_result(data);
-  TORCH_ERROR_CODE_CHECK(error);
-  return Tensor(result);
+  return brief_tensor(4, r.size.data(), r.strides, r.dtype, r.elements() * first.element_size());
 }
 
 struct Kernels {

@@ -34,6 +34,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if is_recorded(self, query):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return node(self, query, key, value, *masks)
+        plain = key_padding_mask is None and attn_mask is None and not (need_weights or is_causal)
+        if plain and query is key is value:
+            output = self._in_one_call(query)
+            if output is not None:
+                return output, None
         batched = torch.nn.functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
@@ -66,6 +71,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             output = output.squeeze(samples)
             weights = None if weights is None else weights.squeeze(0)
         return output, weights
+
+    def _in_one_call(self, input: Tensor) -> Tensor | None:
+        """Plain inference of self-attention; None where the steps have to be taken."""
+        if (
+            torch.is_grad_enabled()
+            or not self._qkv_same_embed_dim
+            or not self.batch_first
+            or self.bias_k is not None
+            or self.add_zero_attn
+            or (self.training and self.dropout > 0)
+            or input.dim() != 3
+            or input.shape[2] != self.embed_dim
+        ):
+            return None
+        out = self.out_proj
+        weights = (self.in_proj_weight, self.in_proj_bias, out.weight, out.bias)
+        return functional.self_attention(input, *weights, self.num_heads)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections, each of embed_dim; one product where all three inputs are the same tensor."""

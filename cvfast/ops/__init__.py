@@ -8,6 +8,7 @@ from cvfast.ops import (
     conv2d,
     conv_transpose2d,
     recurrent,
+    self_attention,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "conv2d",
     "conv_transpose2d",
     "recurrent",
+    "self_attention",
 ]

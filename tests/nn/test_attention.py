@@ -266,6 +266,54 @@ def test_attention_lstm_cell_in_one_call(monkeypatch, score, isa):
     assert (found[2][1] == 0).all()
 
 
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("bias", [True, False])
+def test_self_attention_in_one_call(monkeypatch, bias, isa):
+    """Without gradients and masks the layer is one operator, with the very bits of its parts, and no stale weights."""
+    monkeypatch.setattr("cvfast.backends.ext.linear.is_torchs", lambda *args: False)
+    monkeypatch.setattr("cvfast.backends.ext.linear.why_slower", lambda *args: [])
+    layer = nn.MultiheadAttention(48, 3, bias=bias, batch_first=True).requires_grad_(False)
+    if bias:
+        torch.nn.init.normal_(layer.in_proj_bias), torch.nn.init.normal_(layer.out_proj.bias)
+    x = torch.randn(3, 37, 48)
+    attend = lambda x: layer(x, x, x, need_weights=False)[0]  # noqa: E731
+    for _ in range(3):  # weights are packed at the second call
+        with torch.no_grad(), monkeypatch.context() as patch:
+            patch.setattr(nn.MultiheadAttention, "_project", None)  # the steps would call it
+            found, alone = attend(x), attend(x[1:2])
+        parts = attend(x)  # outside of no_grad
+        wide = copy.deepcopy(layer).double()
+        exact = wide(x.double(), x.double(), x.double(), need_weights=False)[0]
+        torch.testing.assert_close(found, parts, rtol=0, atol=0)
+        torch.testing.assert_close(found[1:2], alone, rtol=0, atol=0)
+        torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=2e-6)
+        layer.in_proj_weight.mul_(1.1), layer.out_proj.weight.mul_(0.9)
+
+
+def test_self_attention_in_steps(monkeypatch):
+    """What one call does not know is left to the steps: masks, weights, gradients, other dtypes, autocast."""
+    monkeypatch.setattr("cvfast.backends.ext.linear.is_torchs", lambda *args: False)
+    monkeypatch.setattr("cvfast.backends.ext.attention.SELF_ATTENTION", None)  # one call would call it
+    x = torch.randn(2, 5, 16)
+    layer = nn.MultiheadAttention(16, 4, batch_first=True)
+    theirs = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    theirs.load_state_dict(layer.state_dict())
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(5)
+    torch.testing.assert_close(
+        layer(x, x, x, need_weights=False)[0], theirs(x, x, x, need_weights=False)[0], rtol=1e-5, atol=1e-6
+    )
+    with torch.no_grad():
+        for options in ({"attn_mask": causal, "is_causal": True, "need_weights": False}, {"need_weights": True}):
+            expected = theirs.train()(x, x, x, **options)  # in eval mode torch has a path of its own
+            torch.testing.assert_close(layer(x, x, x, **options), expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(RuntimeError, match="Need attn_mask"):
+            layer(x, x, x, need_weights=False, is_causal=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x, x, x, need_weights=False)[0].dtype == torch.bfloat16
+        wide = x.double()
+        assert layer.double()(wide, wide, wide, need_weights=False)[0].dtype == torch.float64
+
+
 def test_attention_lstm_cell_errors():
     cell = nn.AttentionLSTMCell(3, 6, 5, 8).requires_grad_(False)
     x, keys, state = torch.randn(2, 3), torch.randn(2, 7, 5), (torch.randn(2, 6), torch.randn(2, 6))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cvfast import _library
-from cvfast.ops.card import call
+from cvfast.backends.ext import linear
+from cvfast.ops.card import call, derives, watched
+from cvfast.ops.self_attention import SELF_ATTENTION
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 
@@ -43,3 +46,21 @@ def run(
     seed = torch.randint(2**63 - 1, (1,)) if dropout_p > 0 else None
     options = (dropout_p, scale, left, right)
     return call(torch.ops.cvfast.attention.default, query, key, value, bias, mask, key_lengths, seed, *options)[0]
+
+
+def self_attention(
+    input: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None, heads: int
+) -> Tensor | None:
+    """As cvfast/ops/self_attention.py says; None where a derivative or a tracer sees the parts, or they are torch's."""
+    tensors = [t for t in (input, in_weight, in_bias, out_weight, out_bias) if t is not None]
+    if (
+        linear.is_torchs(input, in_weight)
+        or not all([t.is_cpu and t.dtype is torch.float32 for t in tensors])
+        or not all([type(t) in (Tensor, Parameter) for t in tensors])
+        or not input.is_contiguous()
+        or watched(input)
+        or derives(tensors)
+    ):
+        return None
+    packed = linear.packed_weight(input, in_weight), linear.packed_weight(input, out_weight)
+    return SELF_ATTENTION(input, in_weight, in_bias, out_weight, out_bias, heads, *packed)

@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from cvfast import _library
+from cvfast._packed import packed
 from cvfast.backends.ext import conv2d
 from cvfast.ops.card import autocast_dtype
-from cvfast.ops.conv2d import ONE_BY_ONE, conv2d_how, epilogue_kernel, linear, pixels_as_rows, rows_as_pixels
+from cvfast.ops.conv2d import (
+    ONE_BY_ONE,
+    conv2d_how,
+    epilogue_kernel,
+    linear,
+    pack_kernel,
+    packed_form_kernel,
+    pixels_as_rows,
+    rows_as_pixels,
+)
 
 # torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512. Where AVX-512 is not
 # wider than AVX2, cvfast gains less by its product, and not where little is computed or, in training, on few rows.
@@ -74,6 +84,15 @@ def run_with_activation(
     kept = conv2d.packed_weight(pixels, kernel, how, weight)
     output = epilogue_kernel(pixels, kernel, bias, how, kept, None, negative_slope)
     return pixels_as_rows(output, input)
+
+
+def packed_weight(input: Tensor, weight: Tensor) -> Tensor | None:
+    """The weight in the form in which the kernel reads it for rows like `input`, contiguous, where that is kept."""
+
+    def on_pixels(kernel: Callable) -> Callable:
+        return lambda: kernel(rows_as_pixels(input), weight[:, :, None, None], conv2d_how(*ONE_BY_ONE))
+
+    return packed(("rows", input.shape), on_pixels(packed_form_kernel), on_pixels(pack_kernel), weight)
 
 
 def prepare(
