@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "../cpu/isa.h"
-#include "conv2d_common.h"
+#include "brief_result.h"
 #include "cpu_tensors.h"
 #include "thread_pool.h"
 
@@ -78,9 +78,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   STD_TORCH_CHECK(statistics.numel() == 3 * p.channels && statistics.is_contiguous() &&
                       statistics.scalar_type() == ScalarType::Float,
                   "cvfast batch_norm: statistics must be float32 [3, C]");
-  const Tensor grad_input = prepared(empty_result(sizes_of(input), input, input));
+  const Tensor grad_input = prepared(brief_result(sizes_of(input), input, input));
   const bool added = output.has_value();
-  const Tensor grad_residual = added ? prepared(empty_result(sizes_of(input), input, input))
+  const Tensor grad_residual = added ? prepared(brief_result(sizes_of(input), input, input))
                                      : empty_contiguous({0}, aoti_torch_dtype_float32());
   const Tensor grad_weight = empty_contiguous({p.channels}, aoti_torch_dtype_float32());
   const Tensor grad_bias = empty_contiguous({p.channels}, aoti_torch_dtype_float32());

@@ -9,8 +9,7 @@
 #include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
-#include "../cpu/result_memory.h"
-#include "conv2d_common.h"
+#include "brief_result.h"
 #include "cpu_tensors.h"
 #include "thread_pool.h"
 
@@ -22,20 +21,6 @@ void prepare(const Tensor& result) {
   const int64_t bytes = result.numel() * result.element_size();
   prefer_huge_pages(result.mutable_data_ptr(), bytes);
   if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, bytes);  // NaN in every dtype
-}
-
-// An uninitialised result in memory that others have used before, where there is some; it cannot be resized.
-Tensor brief_result(const Ints& size, const Tensor& first, const Tensor& second) {
-  const ResultLayout r(size, first, second);
-  void* data = borrow_result(r.elements() * first.element_size());
-  if (!data) return empty_result(r);
-  AtenTensorHandle result;
-  const AOTITorchError error =
-      torch_from_blob(data, 4, r.size.data(), r.strides, 0, r.dtype, r.device_type, r.device_index, &result,
-                      aoti_torch_layout_strided(), nullptr, 0, [](void* memory, void*) { return_result(memory); }, nullptr);
-  if (error != AOTI_TORCH_SUCCESS) return_result(data);
-  TORCH_ERROR_CODE_CHECK(error);
-  return Tensor(result);
 }
 
 struct Kernels {
@@ -52,7 +37,7 @@ struct Kernels {
     kernels().conv2d_weight_grad(args, thread_pool());
   }
   // Freed and asked for again at every step.
-  static Tensor weight_gradient(const Ints& size, const Tensor& first, const Tensor& second) {
+  static Tensor gradient(const Ints& size, const Tensor& first, const Tensor& second) {
     return brief_result(size, first, second);
   }
 };
