@@ -159,14 +159,14 @@ class InferenceWork(ModelWork):
 
 
 class TrainingWork(ModelWork):
-    """Steps of a network in training mode, judged by its first gradients; cvfast's is accelerate(model)."""
+    """Steps of a network in training mode, judged by its first gradients; cvfast's is accelerate(model, fuse=True)."""
 
     bound = ACCURATE_GRADIENTS
 
     def calls(self, who: str, memory_format: str, compile: bool = False) -> Calls:
         if compile:
             raise Unable("inference only, of whole models")
-        model = copy.deepcopy(self.model) if who == "torch" else cvfast.accelerate(self.network, copy=True)
+        model = copy.deepcopy(self.model) if who == "torch" else cvfast.accelerate(self.network, copy=True, fuse=True)
         if memory_format == "channels_last":
             model = model.to(memory_format=torch.channels_last)
         data, backend = self.in_format(memory_format), "native" if who == "torch" else "auto"

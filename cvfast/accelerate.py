@@ -30,24 +30,21 @@ def accelerate(model: Module, *, copy: bool = False, fuse: bool | None = None) -
         model: any torch.nn.Module; changed in place.
         copy: leave `model` as it is and change a deep copy.
         fuse: fold batch-norm into the convolution before it, and run convolution, batch-norm, an added tensor and the
-            activation as one, where the source of a module's forward proves that nothing else changes. It needs the
-            model in eval mode; batch-norm that goes back to training is not folded while it trains, and layers with
-            hooks run one by one. None: if the model is in eval mode and gradients are off (torch.no_grad,
-            torch.inference_mode). Folded weights are made anew when a parameter changes; a change in place that
-            autograd does not see (`parameter.data.mul_`, NumPy) is missed: accelerate the model again after it.
+            activation as one, where the source of a module's forward proves that nothing else changes. Batch-norm that
+            trains is not folded, but runs as one with what follows it; layers with hooks run one by one. None: if the
+            model is in eval mode and gradients are off (torch.no_grad, torch.inference_mode). Folded weights are made
+            anew when a parameter changes; a change in place that autograd does not see (`parameter.data.mul_`, NumPy)
+            is missed: accelerate the model again after it.
 
     Returns:
         The model (with `copy`, the copy).
 
     Raises:
         TypeError: `model` is no Module.
-        ValueError: `fuse=True` for a model in training mode.
     """
     _check(model)
     if fuse is None:
         fuse = not model.training and not torch.is_grad_enabled()
-    elif fuse and model.training:
-        raise ValueError("accelerate: fuse=True needs a model in eval mode; call model.eval() first")
     if copy:
         model = _copy.deepcopy(model)
     for module in model.modules():

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from cvfast import _choices, _env, _library, _packed
 from cvfast.backends.ext import additive_attention as ext_additive_attention
 from cvfast.backends.ext import attention as ext_attention
+from cvfast.backends.ext import batch_norm as ext_batch_norm
 from cvfast.backends.ext import conv2d as ext_conv2d
 from cvfast.backends.ext import conv_transpose2d as ext_conv_transpose2d
 from cvfast.backends.ext import linear as ext_linear
@@ -25,6 +26,7 @@ from cvfast.backends.ext import recurrent as ext_recurrent
 from cvfast.backends.ext import recurrent_cell as ext_recurrent_cell
 from cvfast.backends.native import additive_attention as native_additive_attention
 from cvfast.backends.native import attention as native_attention
+from cvfast.backends.native import batch_norm as native_batch_norm
 from cvfast.backends.native import conv2d as native_conv2d
 from cvfast.backends.native import conv_transpose2d as native_conv_transpose2d
 from cvfast.backends.native import linear as native_linear
@@ -47,6 +49,7 @@ BACKENDS: dict[str, dict[str, ModuleType]] = {
         "native": native_additive_attention,
     },
     "attention": {"ext": ext_attention, "triton": triton_attention, "native": native_attention},
+    "batch_norm": {"ext": ext_batch_norm, "native": native_batch_norm},
     "conv2d": {"ext": ext_conv2d, "triton": triton_conv2d, "native": native_conv2d},
     "conv_transpose2d": {
         "ext": ext_conv_transpose2d,

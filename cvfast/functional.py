@@ -179,6 +179,34 @@ def _with_epilogue(
     return POOLINGS[pooling](output)
 
 
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    negative_slope: float = 1.0,
+    pooled: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch normalisation in training and what follows it, in one pass on the CPU, where the images are float32.
+
+    Args:
+        input: [N, C, H, W] with two pixels per channel or more; weight, bias: [C] or None.
+        residual: as the input; added before the activation.
+        negative_slope: of the activation, y where y > 0, else negative_slope * y: 0 is relu, 1 is none.
+        pooled: whether the maximum of 2x2 pixels follows.
+        backend: "auto", "ext" or "native"; None: what `cvfast.use_backend` or CVFAST_BACKEND says.
+
+    Returns:
+        The result, and each channel's mean and variance (of a sample: over N H W - 1), which have no derivative.
+    """
+    args = (input, residual, weight, bias, eps, negative_slope, pooled)
+    output, statistics = _backend.select("batch_norm", backend, *args).run(*args)
+    return output, statistics[0], statistics[2]
+
+
 def prepared_conv2d(
     weight: Tensor,
     bias: Tensor | None,

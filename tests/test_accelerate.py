@@ -240,8 +240,6 @@ def test_parametrizations_that_come_and_go_meanwhile():
 def test_wrong_arguments():
     with pytest.raises(TypeError, match="expected a torch.nn.Module, got Tensor"):
         cvfast.accelerate(X)
-    with pytest.raises(ValueError, match="fuse=True needs a model in eval mode"):
-        cvfast.accelerate(Block(), fuse=True)
 
 
 # Fusion
@@ -307,15 +305,64 @@ def test_gradients_are_those_of_the_separate_layers():
     torch.testing.assert_close(torch.autograd.grad(model(x).sin().sum(), (x, *model.parameters())), wanted)
 
 
-def test_training_runs_the_layers_one_by_one():
-    model, twin = lively(Block()), lively(Block())
-    twin.load_state_dict(model.state_dict())
+def trained(model, steps=2):
+    """The state after some steps, the last one's result and gradients."""
+    model.train()
+    for _ in range(steps):
+        model.zero_grad()
+        result = model(PICTURE)
+        result.square().mean().backward()
+    return [result.detach(), *[p.grad for p in model.parameters()], *model.state_dict().values()]
+
+
+def chosen(model):
+    """The operators that a step chose backends for, in order."""
+    operators = []
+    with backend.watch(lambda operator, *_: operators.append(operator)):
+        trained(model, 1)
+    return operators
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+@pytest.mark.parametrize("fused_in_training", [False, True])
+def test_batch_norm_that_trains_takes_along_what_follows(activation, fused_in_training):
+    model = lively(Block(activation=activation, shortcut=True), fused_in_training)
+    twin = copy.deepcopy(model)
     cvfast.accelerate(model, fuse=True)
-    for m in (model, twin):
-        m.train()
-        m(PICTURE).square().mean().backward()
-    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.conv1.weight.grad, twin.conv1.weight.grad, rtol=1e-3, atol=1e-5)
+    for actual, wanted in zip(trained(model), trained(twin), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
+    model.eval(), twin.eval()
+    with torch.no_grad():
+        assert error(model(PICTURE), twin(PICTURE)) < 1e-5
+    assert chosen(model).count("batch_norm") == 3
+
+
+@pytest.mark.parametrize("pooling", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(2, ceil_mode=True)], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}, {"momentum": 0.0}], ids=str)
+@pytest.mark.parametrize("size", [3, 4])
+def test_pooling_behind_batch_norm_that_trains(pooling, options, size):
+    layers = [nn.Conv2d(16, 8, size), nn.BatchNorm2d(8, **options), nn.ReLU(inplace=True), pooling]
+    model = lively(nn.Sequential(*layers))
+    twin = copy.deepcopy(model)
+    cvfast.accelerate(model, fuse=True)
+    for actual, wanted in zip(trained(model), trained(twin), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
+    assert "batch_norm" in chosen(model)
+
+
+def test_batch_norm_that_trains_alone():
+    """Where it is torch's: watched, in another dtype or backend, and without a pixel too many."""
+    model = cvfast.accelerate(lively(Block(), True), fuse=True)
+    with cvfast.use_backend("native"):
+        assert "batch_norm" not in chosen(model)
+    handle = model.bn1.register_forward_hook(lambda *_: None)
+    assert chosen(model).count("batch_norm") == 1
+    handle.remove()
+    layer = cvfast.accelerate(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), fuse=True)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(torch.randn(1, 3, 1, 1))
+    doubled = layer.double()(torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    assert doubled.dtype is torch.float64
 
 
 def changed_weight(model):

@@ -10,8 +10,7 @@
 #include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
-#include "brief_tensor.h"
-#include "conv2d_common.h"
+#include "brief_result.h"
 #include "conv2d_how.h"
 #include "cpu_tensors.h"
 #include "thread_pool.h"
@@ -24,11 +23,6 @@ void prepare(const Tensor& result) {
   const int64_t bytes = result.numel() * result.element_size();
   prefer_huge_pages(result.mutable_data_ptr(), bytes);
   if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, bytes);  // NaN in every dtype
-}
-
-Tensor brief_result(const Sizes4& size, const Tensor& first, const Tensor& second) {
-  const ResultLayout r(size, first, second);
-  return brief_tensor(4, r.size.data(), r.strides, r.dtype, r.elements() * first.element_size());
 }
 
 struct Kernels {
@@ -45,7 +39,7 @@ struct Kernels {
     kernels().conv2d_weight_grad(args, thread_pool());
   }
   // Freed and asked for again at every step.
-  static Tensor weight_gradient(const Sizes4& size, const Tensor& first, const Tensor& second) {
+  static Tensor gradient(const Sizes4& size, const Tensor& first, const Tensor& second) {
     return brief_result(size, first, second);
   }
 };

@@ -153,7 +153,8 @@ inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& fi
 }
 
 // The operators on one device. `Kernels` gives `static void forward(const Conv2dForward&, const Tensor& result)`,
-// input_grad and weight_grad; the result says on which device to run.
+// input_grad and weight_grad (the result says on which device to run), and `static Tensor gradient(const Sizes4& size, const
+// Tensor& first, const Tensor& second)`, an uninitialised one.
 template <class Kernels>
 struct Conv2dOperators {
   static Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
@@ -171,7 +172,7 @@ struct Conv2dOperators {
     check_operands(grad_output, weight);
     Conv2dShape shape = conv2d_shape(input_size, weight.sizes(), stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
-    Tensor grad_input = empty_result(sizes4(input_size), grad_output, weight);
+    Tensor grad_input = Kernels::gradient(sizes4(input_size), grad_output, weight);
     Kernels::input_grad({shape, dtype_of(weight), tensor4(grad_output), tensor4(weight), nullptr, tensor4(grad_input)},
                         grad_input);
     return grad_input;
@@ -193,7 +194,7 @@ struct Conv2dOperators {
     check_operands(grad_output, input);
     Conv2dShape shape = conv2d_shape(input.sizes(), weight_size, stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
-    Tensor grad_weight = Kernels::weight_gradient(sizes4(weight_size), grad_output, input);
+    Tensor grad_weight = Kernels::gradient(sizes4(weight_size), grad_output, input);
     Kernels::weight_grad({shape, dtype_of(input), tensor4(grad_output), tensor4(input), tensor4(grad_weight)}, grad_weight);
     return grad_weight;
   }

@@ -2,6 +2,7 @@
 #pragma once
 #include "cvfast/additive_attention.h"
 #include "cvfast/attention.h"
+#include "cvfast/batch_norm.h"
 #include "cvfast/batched_product.h"
 #include "cvfast/conv2d.h"
 #include "cvfast/recurrent.h"
@@ -42,6 +43,12 @@ struct BatchedProductKernel {
   void (*product)(const BatchedProduct&, const ThreadPool&);
 };
 
+// Likewise kernels/batch_norm.cpp.
+struct BatchNormKernels {
+  void (*forward)(const BatchNormForward&, const ThreadPool&);
+  void (*backward)(const BatchNormBackward&, const ThreadPool&);
+};
+
 // What kernels/peak.cpp exports: work at a core's limits, for a clock outside. Results only keep the work alive.
 struct PeakKernels {
   int64_t bytes_per_step;  // of the sums s = s * x + x that one step forms; they stay normal for 0.1 < x < 0.9
@@ -62,6 +69,7 @@ struct KernelTable {
   AttentionKernels attention;
   AdditiveAttentionKernels additive_attention;
   BatchedProductKernel batched_product;
+  BatchNormKernels batch_norm;
   PeakKernels peak;
 };
 

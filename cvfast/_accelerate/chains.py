@@ -4,7 +4,8 @@ Or a linear layer and its activation.
 
 A chain is matched on the graph (`fuse_graph`) and run by a `Chain`, which looks at each call whether it may run as one:
 batch-norm must be in eval mode and nobody may watch the layers by hooks. If so, batch-norm's scale and shift are folded
-into the convolution's weights, which are kept until a parameter changes; if not, the layers run one after the other.
+into the convolution's weights, which are kept until a parameter changes; if not, the layers run one by one, and
+batch-norm that trains takes what follows it along in its passes over the images (`_train`).
 What a call without gradients has found out is kept, too, and the next one checks that it is still so (`_Ready`).
 """
 
@@ -24,7 +25,7 @@ from torch.nn import BatchNorm2d, Module
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from cvfast import functional, nn
+from cvfast import backend, functional, nn
 from cvfast._accelerate import layers
 from cvfast._accelerate.plain import unwatched
 
@@ -211,13 +212,51 @@ def _known_pooling(pooling: Module | str | None) -> str | None:
 def separately(
     conv: Module, norm: Module | None, activation, input: Tensor, residual: Tensor | None, pooling=None
 ) -> Tensor:
-    """The same by calling one layer after the other."""
-    output = conv(input) if norm is None else norm(conv(input))
+    """The same by calling one layer after the other; batch-norm in training takes what follows it along."""
+    output = conv(input)
+    if norm is not None:
+        if _trains_in_one(norm, activation, pooling, output):
+            return _train(norm, _known(activation), output, residual, _known_pooling(pooling))
+        output = norm(output)
     if residual is not None:
         output = output + residual
     if activation is not None:
         output = activation(output)
     return pooling(output) if isinstance(pooling, Module) else functional.POOLINGS[pooling or "none"](output)
+
+
+def _trains_in_one(norm: Module, activation, pooling, input: Tensor) -> bool:
+    """Whether `_train` does what the layers do one after the other."""
+    if type(norm) is not BatchNorm2d or not norm.training or input.dtype is not torch.float32 or input.dim() != 4:
+        return False
+    if torch.compiler.is_compiling() or backend.current() == "native" or input.numel() <= input.shape[1]:
+        return False
+    if (activation is not None and _known(activation) is None) or (pooling is not None and not _known_pooling(pooling)):
+        return False
+    return _unwatched([m for m in (norm, activation, pooling) if isinstance(m, Module)])
+
+
+def _train(
+    norm: BatchNorm2d, activation: Activation | None, input: Tensor, residual: Tensor | None, pooling: str | None
+) -> Tensor:
+    """pooling(activation(norm(input) + residual)), and the running statistics' next state."""
+    slope = 1.0 if activation is None else {"relu": 0.0, "leaky_relu": activation.slope}.get(activation.name)
+    known = slope is not None and 0 <= slope <= 1
+    even = input.shape[2] % 2 == input.shape[3] % 2 == 0
+    pooled = pooling == "max" and known and residual is None and even
+    output, mean, variance = functional.batch_norm(
+        input, norm.weight, norm.bias, norm.eps,
+        residual=residual, negative_slope=slope if known else 1.0, pooled=pooled,
+    )  # fmt: skip
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if norm.running_mean is not None:
+        share = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, share)
+            norm.running_var.lerp_(variance, share)
+    output = output if known else functional.ACTIVATIONS[activation.name](output, activation.slope)
+    return output if pooled else functional.POOLINGS[pooling or "none"](output)
 
 
 def _convolve(
@@ -523,7 +562,7 @@ def _links(conv: fx.Node, root: Module) -> list[fx.Node]:
 
 def _is_norm(node: fx.Node, root: Module) -> bool:
     norm = _module(node, root)
-    return type(norm) is BatchNorm2d and _one_argument(node) and not norm.training and norm.running_mean is not None
+    return type(norm) is BatchNorm2d and _one_argument(node) and norm.running_mean is not None
 
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")

@@ -73,7 +73,8 @@ class ShowAttendTell(nn.Module):
     def start(self, images: Tensor) -> State:
         """The state before START, of images [N, C, H, W]: places [N, S, F], those projected, h, c."""
         features = self.encoder(images)
-        places = features.flatten(2).transpose(1, 2) + self.position(_coordinates(features))
+        places = features.flatten(2).transpose(1, 2).contiguous()  # once, as every step reads them
+        places = places + self.position(_coordinates(features))
         mean = places.mean(1)
         return places, self.cell.project_keys(places), self.init_h(mean).tanh(), self.init_c(mean).tanh()
 
@@ -82,17 +83,22 @@ class ShowAttendTell(nn.Module):
         places, projected, h, c = state
         word = self.embed(words)
         h, c, context, weights = self.cell(word, places, (h, c), projected_keys=projected)
-        output = self.from_word(word) + self.from_state(h) + self.from_context(context)
-        return self.words(self.dropout(output.tanh())), (places, projected, h, c), weights
+        return self._scores(word, h, context), (places, projected, h, c), weights
 
     def forward(self, images: Tensor, sentences: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N, T, V] of the word that follows each word of sentences [N, T], and weights [N, T, S]."""
-        state, scores, weights = self.start(images), [], []
-        for words in sentences.unbind(1):
-            logits, state, looked = self.step(words, state)
-            scores.append(logits)
-            weights.append(looked)
-        return torch.stack(scores, 1), torch.stack(weights, 1)
+        places, projected, h, c = self.start(images)
+        words, steps = self.embed(sentences), []
+        for word in words.unbind(1):
+            h, c, context, weights = self.cell(word, places, (h, c), projected_keys=projected)
+            steps.append((h, context, weights))
+        states, contexts, weights = (torch.stack(of_steps, 1) for of_steps in zip(*steps, strict=True))
+        return self._scores(words, states, contexts), weights
+
+    def _scores(self, word: Tensor, h: Tensor, context: Tensor) -> Tensor:
+        """[*, V] from embedded words, states and contexts [*, ...], of one step or of all."""
+        output = self.from_word(word) + self.from_state(h) + self.from_context(context)
+        return self.words(self.dropout(output.tanh()))
 
 
 def _coordinates(features: Tensor) -> Tensor:

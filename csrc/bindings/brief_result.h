@@ -1,7 +1,7 @@
-// Tensors on the CPU that live briefly, in memory that others have used before.
+// Tensors on the CPU that live briefly, in memory that others have used before: results of models without gradients, and gradients.
 #pragma once
 #include "../cpu/result_memory.h"
-#include "tensor_common.h"
+#include "conv2d_common.h"
 
 namespace cvfast {
 
@@ -20,6 +20,11 @@ inline Tensor brief_tensor(int64_t dims, const int64_t* sizes, const int64_t* st
   if (error != AOTI_TORCH_SUCCESS) return_result(data);
   TORCH_ERROR_CODE_CHECK(error);
   return Tensor(result);
+}
+
+inline Tensor brief_result(const Sizes4& size, const Tensor& first, const Tensor& second) {
+  const ResultLayout r(size, first, second);
+  return brief_tensor(4, r.size.data(), r.strides, r.dtype, r.elements() * first.element_size());
 }
 
 }  // namespace cvfast
