@@ -145,16 +145,17 @@ class Sums {
 // Numbers per channel, in whole vectors.
 struct Table {
   float *pivot, *mean, *scale, *bias, *grad_mean, *slope;
+  float* direction;  // 1, 0 or -1: whether norm's result rises with x
   double* sums;  // [N][2][C]
 
   Table(const BatchNormProblem& p) {
     const int64_t padded = round_up(p.channels, chains), sums_bytes = p.batch * 2 * p.channels * sizeof(double);
-    char* const all = static_cast<char*>(thread_scratch(ScratchUse::caller, sums_bytes + 6 * padded * sizeof(float)));
+    char* const all = static_cast<char*>(thread_scratch(ScratchUse::caller, sums_bytes + 7 * padded * sizeof(float)));
     sums = reinterpret_cast<double*>(all);
     float* next = reinterpret_cast<float*>(all + sums_bytes);
-    float** const rows[] = {&pivot, &mean, &scale, &bias, &grad_mean, &slope};
+    float** const rows[] = {&pivot, &mean, &scale, &bias, &grad_mean, &slope, &direction};
     for (float** row : rows) *row = next, next += padded;
-    for (int64_t i = 0; i < 6 * padded; ++i) pivot[i] = 0;
+    for (int64_t i = 0; i < 7 * padded; ++i) pivot[i] = 0;
   }
 
   void known(const BatchNormProblem& p, const float* statistics) {
@@ -162,6 +163,7 @@ struct Table {
       mean[c] = statistics[c];
       scale[c] = statistics[p.channels + c] * (p.weight ? p.weight[c] : 1);
       bias[c] = p.bias ? p.bias[c] : 0;
+      direction[c] = static_cast<float>((scale[c] > 0) - (scale[c] < 0));
     }
   }
 };
@@ -199,18 +201,22 @@ void sum_up(const BatchNormProblem& p, const Table& table, const ThreadPool& poo
     for (int64_t i = 0; i < 2 * p.channels; ++i) table.sums[i] += table.sums[n * 2 * p.channels + i];
 }
 
-// activation(norm(x) + residual)
+// The pixel of a place that gives the maximum of norm's results, which rise or fall with x: the first such one.
 template <class W>
-[[gnu::always_inline]] inline void activate(const W& walk, const Table& table, const typename W::Place& at,
-                                            const FloatVector* x, FloatVector* y) {
-  const FloatVector mean = W::of_channel(table.mean, at), scale = W::of_channel(table.scale, at);
-  const FloatVector bias = W::of_channel(table.bias, at), slope = FloatVector{} + walk.p.negative_slope;
-  FloatVector residual = {};
-  if (walk.p.residual) residual = load_first(walk.p.residual + at.in, at.count);
-  for (int i = 0; i < W::pixels; ++i) {
-    y[i] = (x[i] - mean) * scale + bias + residual;
-    y[i] = y[i] > 0 ? y[i] : slope * y[i];
+[[gnu::always_inline]] inline FloatVector winner(const FloatVector* x, FloatVector direction) {
+  FloatVector found = x[0], most = x[0] * direction;
+  for (int i = 1; i < W::pixels; ++i) {
+    const FloatVector next = x[i] * direction;
+    found = next > most ? x[i] : found;
+    most = next > most ? next : most;
   }
+  return found;
+}
+
+// norm(x)
+template <class W>
+[[gnu::always_inline]] inline FloatVector normalised(const Table& table, const typename W::Place& at, FloatVector x) {
+  return (x - W::of_channel(table.mean, at)) * W::of_channel(table.scale, at) + W::of_channel(table.bias, at);
 }
 
 template <bool ChannelsLast>
@@ -219,9 +225,7 @@ void measure(const BatchNormForward& args, Table& table, const ThreadPool& pool)
   const int64_t plane = p.height * p.width;
   for (int64_t c = 0; c < p.channels; ++c) table.pivot[c] = p.input[ChannelsLast ? c : c * plane];
   sum_up<ChannelsLast, false>(p, table, pool, [&](const auto& walk, const auto& at) {
-    FloatVector x;
-    walk.load(p.input, at, &x);
-    const FloatVector d = x - walk.of_channel(table.pivot, at);  // small beside the mean where that is large
+    const FloatVector d = load_first(p.input + at.in, at.count) - walk.of_channel(table.pivot, at);  // small beside the mean where that is large
     return Terms{d, d, d};
   });
   const double count = static_cast<double>(p.batch * plane);
@@ -239,57 +243,46 @@ void forward(const BatchNormForward& args, const ThreadPool& pool) {
   Table table(p);
   measure<ChannelsLast>(args, table, pool);
   table.known(p, args.statistics);
+  const FloatVector slope = FloatVector{} + p.negative_slope;
   for_blocks<ChannelsLast, Windows>(p, pool, [&](const auto& walk) {
+    using W = Walk<ChannelsLast, Windows>;
     for (int64_t line = 0; line < walk.lines(); ++line)
       walk.over(line, [&](const auto& at) {
-        FloatVector x[walk.pixels], y[walk.pixels];
+        FloatVector x[W::pixels];
         walk.load(p.input, at, x);
-        activate(walk, table, at, x, y);
-        for (int i = 1; i < walk.pixels; ++i) y[0] = y[i] > y[0] ? y[i] : y[0];
-        store_first(y[0], args.output + at.out, at.count);
+        FloatVector y = normalised<W>(table, at, winner<W>(x, W::of_channel(table.direction, at)));
+        if (p.residual) y += load_first(p.residual + at.in, at.count);
+        store_first(y > 0 ? y : slope * y, args.output + at.out, at.count);
       });
   });
 }
 
-// Of a place: the pixels' distances from the mean, and the gradients of norm(x) + residual. Returns what they sum up to, and
-// the two factors of the sum of their products.
+// What reaches norm's result at a place's winner, and the winner.
+struct Arriving {
+  FloatVector grad, x;
+};
+
 template <class W>
-[[gnu::always_inline]] inline Terms gradients(const BatchNormBackward& args, const W& walk, const Table& table,
-                                              const typename W::Place& at, FloatVector* distance, FloatVector* grad) {
-  FloatVector x[W::pixels], y[W::pixels] = {};
-  walk.load(args.problem.input, at, x);
-  if (W::pixels == 1 && args.problem.residual)
-    y[0] = load_first(args.problem.residual + at.in, at.count);
-  else
-    activate(walk, table, at, x, y);
-  const FloatVector mean = W::of_channel(table.mean, at), given = load_first(args.grad + at.out, at.count);
-  FloatVector top = y[0];
-  for (int i = 1; i < W::pixels; ++i) top = y[i] > top ? y[i] : top;
-  const FloatVector through = top > 0 ? given : args.problem.negative_slope * given;
-  for (int i = 0; i < W::pixels; ++i) distance[i] = x[i] - mean;
-  if constexpr (W::pixels == 1) {
-    grad[0] = through;
-    return {through, through, distance[0]};
-  }
-  FloatVector where = {};  // the distance of the first pixel that is the maximum; all of a channel is NaN, or nothing
-  auto open = top == top;
-  for (int i = 0; i < W::pixels; ++i) {
-    const auto taken = open & (y[i] == top);
-    grad[i] = taken ? through : FloatVector{};
-    where = taken ? distance[i] : where;
-    open &= ~taken;
-  }
-  return {through, through, where};
+[[gnu::always_inline]] inline Arriving arriving(const BatchNormBackward& args, const Table& table,
+                                                const typename W::Place& at, const FloatVector* x) {
+  const FloatVector first = winner<W>(x, W::of_channel(table.direction, at));
+  const FloatVector y = args.problem.residual ? load_first(args.problem.residual + at.in, at.count)
+                                              : normalised<W>(table, at, first);
+  const FloatVector grad = load_first(args.grad + at.out, at.count);
+  return {y <= 0 ? args.problem.negative_slope * grad : grad, first};  // NaN passes, as in torch
 }
 
 template <bool ChannelsLast, bool Windows>
 void backward(const BatchNormBackward& args, const ThreadPool& pool) {
+  using W = Walk<ChannelsLast, Windows>;
   const BatchNormProblem& p = args.problem;
   Table table(p);
   table.known(p, args.statistics);
-  sum_up<ChannelsLast, Windows>(p, table, pool, [&](const auto& walk, const auto& at) {
-    FloatVector distance[walk.pixels], grad[walk.pixels];
-    return gradients(args, walk, table, at, distance, grad);
+  sum_up<ChannelsLast, Windows>(p, table, pool, [&](const W& walk, const auto& at) {
+    FloatVector x[W::pixels];
+    walk.load(p.input, at, x);
+    const Arriving arrived = arriving<W>(args, table, at, x);
+    return Terms{arrived.grad, arrived.grad, arrived.x - W::of_channel(table.mean, at)};
   });
   const double count = static_cast<double>(p.batch * p.height * p.width);
   for (int64_t c = 0; c < p.channels; ++c) {
@@ -299,16 +292,25 @@ void backward(const BatchNormBackward& args, const ThreadPool& pool) {
     table.grad_mean[c] = static_cast<float>(table.sums[c] / count);
     table.slope[c] = static_cast<float>(dot / count * inverse * inverse);
   }
-  for_blocks<ChannelsLast, Windows>(p, pool, [&](const auto& walk) {
+  for_blocks<ChannelsLast, Windows>(p, pool, [&](const W& walk) {
     for (int64_t line = 0; line < walk.lines(); ++line)
       walk.over(line, [&](const auto& at) {
-        FloatVector distance[walk.pixels], grad[walk.pixels];
-        gradients(args, walk, table, at, distance, grad);
-        if (args.grad_residual) store_first(grad[0], args.grad_residual + at.in, at.count);
-        const FloatVector mean = walk.of_channel(table.grad_mean, at), slope = walk.of_channel(table.slope, at);
-        const FloatVector scale = walk.of_channel(table.scale, at);
-        for (int i = 0; i < walk.pixels; ++i) grad[i] = (grad[i] - mean - distance[i] * slope) * scale;
-        walk.store(grad, args.grad_input, at);
+        FloatVector x[W::pixels];
+        walk.load(p.input, at, x);
+        const auto [grad, first] = arriving<W>(args, table, at, x);
+        if (args.grad_residual) store_first(grad, args.grad_residual + at.in, at.count);
+        const FloatVector mean = W::of_channel(table.mean, at), grad_mean = W::of_channel(table.grad_mean, at);
+        const FloatVector slope = W::of_channel(table.slope, at), scale = W::of_channel(table.scale, at);
+        FloatVector left = grad;  // of the gradient, for the first pixel that is the winner
+        for (int i = 0; i < W::pixels; ++i) {
+          FloatVector own = left;
+          if constexpr (Windows) {
+            own = x[i] == first ? left : FloatVector{};
+            left = x[i] == first ? FloatVector{} : left;
+          }
+          x[i] = (own - grad_mean - (x[i] - mean) * slope) * scale;
+        }
+        walk.store(x, args.grad_input, at);
       });
   });
 }
