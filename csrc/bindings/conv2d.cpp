@@ -43,7 +43,7 @@ struct Kernels {
     kernels().conv2d_weight_grad(args, thread_pool());
   }
   // Freed and asked for again at every step.
-  static Tensor weight_gradient(const Ints& size, const Tensor& first, const Tensor& second) {
+  static Tensor gradient(const Ints& size, const Tensor& first, const Tensor& second) {
     return brief_result(size, first, second);
   }
 };

@@ -159,7 +159,7 @@ struct Conv2dOperators {
     check_operands(grad_output, weight);
     Conv2dShape shape = conv2d_shape(input_size, weight.sizes(), stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
-    Tensor grad_input = empty_result(input_size, grad_output, weight);
+    Tensor grad_input = Kernels::gradient(input_size, grad_output, weight);
     Kernels::input_grad({shape, dtype_of(weight), tensor4(grad_output), tensor4(weight), nullptr, tensor4(grad_input)},
                         grad_input);
     return grad_input;
@@ -181,7 +181,7 @@ struct Conv2dOperators {
     check_operands(grad_output, input);
     Conv2dShape shape = conv2d_shape(input.sizes(), weight_size, stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
-    Tensor grad_weight = Kernels::weight_gradient(weight_size, grad_output, input);
+    Tensor grad_weight = Kernels::gradient(weight_size, grad_output, input);
     Kernels::weight_grad({shape, dtype_of(input), tensor4(grad_output), tensor4(input), tensor4(grad_weight)}, grad_weight);
     return grad_weight;
   }

@@ -22,7 +22,8 @@ Tensor brief_contiguous(int64_t batch, int64_t length, int64_t features, const T
 // [N, L, O] from contiguous rows [N, L, I], weight [O, I] and bias [O]: a 1x1 convolution of one image whose pixels are the rows.
 Tensor projected(const Tensor& input, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& packed) {
   const int64_t in = weight.size(1), out = weight.size(0), rows = input.size(0) * input.size(1);
-  const Conv2dShape shape = conv2d_shape(Ints{1, in, rows, 1}, Ints{out, in, 1, 1}, {1, 1}, {0, 0}, {1, 1}, 1);
+  const Ints one = {1, 1}, none = {0, 0};
+  const Conv2dShape shape = conv2d_shape(Ints{1, in, rows, 1}, Ints{out, in, 1, 1}, one, none, one, 1);
   const Tensor result = brief_contiguous(input.size(0), input.size(1), out, input);
   Tensor keep;
   kernels().conv2d_forward({shape, dtype_of(input), {input.const_data_ptr(), {rows * in, 1, in, in}},
