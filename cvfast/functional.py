@@ -270,7 +270,7 @@ def prepared_conv2d_sequence(
 def prepared_linear(
     weight: Tensor, bias: Tensor | None, *, activation: str = "none", negative_slope: float = 0.01
 ) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
-    """linear for one weight and many inputs, as prepared_conv2d. The residual is for likeness: there is never one."""
+    """linear for one weight and many inputs, as prepared_conv2d; a residual only without an activation."""
     call = _ext_linear.prepare(activation, negative_slope, weight, bias)
     if call is None:
         return None
@@ -279,8 +279,9 @@ def prepared_linear(
         if not (_backend.is_free() and _backend.is_certain("ext")):
             return None
         if _ext_linear.is_torchs(input, weight) or _ext_linear.why_slower(input, weight, bias):
-            return ACTIVATIONS[activation](torch.nn.functional.linear(input, weight, bias), negative_slope)
-        return call(input)
+            output = ACTIVATIONS[activation](torch.nn.functional.linear(input, weight, bias), negative_slope)
+            return output if residual is None else output + residual
+        return call(input, residual)
 
     return prepared
 

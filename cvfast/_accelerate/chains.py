@@ -1,6 +1,6 @@
 """Chains of a graph that can run as one: convolution, batch-norm, a tensor added, activation, pooling of 2x2 pixels.
 
-Or a linear layer and its activation.
+Or a linear layer and its activation, or a linear layer and a tensor added.
 
 A chain is matched on the graph (`fuse_graph`) and run by a `Chain`, which looks at each call whether it may run as one:
 batch-norm must be in eval mode and nobody may watch the layers by hooks. If so, batch-norm's scale and shift are folded
@@ -31,7 +31,7 @@ from cvfast._accelerate.plain import unwatched
 
 CONVOLUTIONS = (layers.Conv2d, layers.ConvTranspose2d, nn.Conv2d, nn.ConvTranspose2d)
 _LINEAR = (layers.Linear, nn.Linear)
-STARTS = (*CONVOLUTIONS, *_LINEAR)  # what a chain starts with; behind a linear layer it has an activation and no more
+STARTS = (*CONVOLUTIONS, *_LINEAR)  # what a chain starts with; behind a linear layer it has one part and no more
 _BEHIND_LINEAR = ("gelu", "gelu_tanh", "silu")  # that take torch so long that a chain's own time doesn't matter
 
 
@@ -271,7 +271,8 @@ def _convolve(
     """activation(conv's operation with this weight and bias + residual), pooled."""
     name, slope = ("none", 0.0) if activation is None else activation
     if isinstance(conv, _LINEAR):
-        return functional.linear(input, weight, bias, activation=name, negative_slope=slope)
+        output = functional.linear(input, weight, bias, activation=name, negative_slope=slope)
+        return output if residual is None else _with(residual, output)
     if _is_added_in_place(conv, input, weight, residual):
         return conv._conv_forward(
             input, weight, bias, activation=name, negative_slope=slope, residual=residual, pooling=pooling or "none"
@@ -285,9 +286,14 @@ def _convolve(
     else:
         output = conv._conv_forward(input, weight, bias)
     if residual is not None:
-        same = residual.shape == output.shape and residual.dtype == output.dtype
-        output = output.add_(residual) if same else output + residual
+        output = _with(residual, output)
     return functional.POOLINGS[pooling or "none"](output if activation is None else activation(output))
+
+
+def _with(residual: Tensor, output: Tensor) -> Tensor:
+    """The sum of the two, in place of `output`, which nobody else has, where it fits."""
+    same = residual.shape == output.shape and residual.dtype == output.dtype
+    return output.add_(residual) if same else output + residual
 
 
 def _is_added_in_place(conv: Module, input: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
@@ -551,7 +557,11 @@ def _links(conv: fx.Node, root: Module) -> list[fx.Node]:
             links.append(users[0])
 
     if type(_module(conv, root)) in _LINEAR:
-        extend(lambda node: getattr(_activation(node, root), "name", None) in _BEHIND_LINEAR)
+        extend(
+            lambda node: (
+                getattr(_activation(node, root), "name", None) in _BEHIND_LINEAR or _residual(node, conv) is not None
+            )
+        )
         return links
     extend(lambda node: _is_norm(node, root))
     extend(lambda node: _residual(node, links[-1]) is not None)

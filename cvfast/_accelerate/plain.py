@@ -19,7 +19,7 @@ from types import FunctionType
 
 import torch
 from torch import Tensor, fx
-from torch.nn import Module, ModuleList, Sequential
+from torch.nn import Dropout, Module, ModuleList, Sequential
 from torch.nn.modules.module import _has_any_global_hook
 
 _CONSTANTS = (type(None), bool, int, float, str)
@@ -134,9 +134,19 @@ class _Tracer(fx.Tracer):
         return True
 
     def call_module(self, module: Module, forward: Callable, args: tuple, kwargs: dict):
+        if len(args) == 1 and not kwargs and self._hands_on(module):
+            return args[0]
         if not self._inlines(module):
             return super().call_module(module, forward, args, kwargs)
         return original(type(module)).forward(module, *args, **kwargs)
+
+    def _hands_on(self, module: Module) -> bool:
+        """Whether `module` gives back its input, as dropout of nothing does; `facts` then has why."""
+        if original(type(module)) is not Dropout or module.p != 0 or not unwatched(module):
+            return False
+        self._facts.values.append((module, "p", module.p))
+        self._facts.inlined.append((module, Dropout))
+        return True
 
     def _inlines(self, module: Module) -> bool:
         """Whether `module` becomes part of the graph; if so, `facts` has what that depends on."""

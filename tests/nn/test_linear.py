@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,60 @@ def test_accelerate_joins_a_layer_and_its_activation(activation, slow_mkl, monke
     model(x).sum().backward()
     assert x.grad is not None and model[0].weight.grad is not None
     assert type(cvfast.restore(model)[0]) is nn.Linear
+
+
+class Shortcut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(64, 64), nn.Dropout(0.0)
+
+    def forward(self, x, y):
+        return y + self.dropout(self.layer(x))
+
+
+@pytest.mark.parametrize("rows", [3, 200], ids=["torch's product", "cvfast's"])
+def test_an_added_tensor_in_one_pass(rows, slow_mkl, monkeypatch):
+    """Also behind dropout of nothing; tensors that are broadcast, gradients and changes give what the parts give."""
+    model = Shortcut().eval()
+    wide, calls = copy.deepcopy(model).double(), []
+    cvfast.accelerate(model, fuse=True)
+    run = ext.epilogue_kernel
+    monkeypatch.setattr("cvfast.backends.ext.conv2d.epilogue_kernel", lambda *args: calls.append(args) or run(*args))
+    x = torch.randn(4, rows, 64)
+
+    def check(*shape: int) -> None:
+        y = torch.randn(shape)
+        exact = wide(x.double(), y.double()).detach()
+        for _ in range(3):
+            assert_close(model(x, y).detach(), exact)
+
+    with torch.no_grad():
+        check(4, rows, 64)
+        added = [
+            args
+            for args in calls
+            if any(isinstance(a, torch.Tensor) and a.shape == (1, 64, 4 * rows, 1) for a in args[3:])
+        ]
+        assert len(added) == (2 if rows == 200 else 0)  # the first call finds out
+        for shape in ((rows, 64), (1, rows, 64), (64,), (4, 1, 64), (2, 4, rows, 64), (4, 1, rows, 64)):
+            check(*shape)
+        assert model(x, torch.randn(4, rows, 64, dtype=torch.float64)).dtype is torch.float64
+    check(4, rows, 64)
+    x.requires_grad_()
+    y = torch.randn(4, rows, 64, requires_grad=True)
+    grads = torch.autograd.grad(model(x, y).square().sum(), (x, y, *model.parameters()))
+    exact = torch.autograd.grad(wide(x.double(), y.double()).square().sum(), (x, y, *wide.parameters()))
+    for one, two in zip(grads, exact, strict=True):
+        assert_close(one, two.double())
+    with torch.no_grad():
+        for drop in (model.dropout, wide.dropout):
+            drop.p = 0.999
+        check(4, rows, 64)  # in eval mode that is nothing, too
+        model.train()
+        assert (model(x, y) == y).float().mean() > 0.9
+        model.eval().dropout.p = 0.0
+        model.dropout.register_forward_hook(lambda module, args, output: output * 0)
+        assert (model(x, y) == y).all()
 
 
 def test_it_is_torchs_layer():

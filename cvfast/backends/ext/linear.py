@@ -97,8 +97,8 @@ def packed_weight(input: Tensor, weight: Tensor) -> Tensor | None:
 
 def prepare(
     activation: str, negative_slope: float, weight: Tensor, bias: Tensor | None
-) -> Callable[[Tensor], Tensor | None] | None:
-    """`run_with_activation` for one weight and many inputs of some rows, as conv2d.prepare."""
+) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
+    """`run_with_activation` for one weight and many inputs of some rows and residuals, as conv2d.prepare."""
     if why_not(weight, weight, bias):
         return None
     kernel = weight.detach()[:, :, None, None]
@@ -106,10 +106,14 @@ def prepare(
     if call is None:
         return None
 
-    def prepared(input: Tensor) -> Tensor | None:
+    def prepared(input: Tensor, residual: Tensor | None) -> Tensor | None:
         if type(input) is not Tensor or input.shape[-1] != weight.shape[1]:
             return None
-        output = call(rows_as_pixels(input), None)
+        if residual is not None:
+            if residual.shape != (*input.shape[:-1], weight.shape[0]):
+                return None
+            residual = rows_as_pixels(residual)
+        output = call(rows_as_pixels(input), residual)
         return None if output is None else pixels_as_rows(output, input)
 
     return prepared
