@@ -21,6 +21,7 @@ from cvfast.backends.ext import attention as ext_attention
 from cvfast.backends.ext import batch_norm as ext_batch_norm
 from cvfast.backends.ext import conv2d as ext_conv2d
 from cvfast.backends.ext import conv_transpose2d as ext_conv_transpose2d
+from cvfast.backends.ext import gelu as ext_gelu
 from cvfast.backends.ext import linear as ext_linear
 from cvfast.backends.ext import recurrent as ext_recurrent
 from cvfast.backends.ext import recurrent_cell as ext_recurrent_cell
@@ -29,6 +30,7 @@ from cvfast.backends.native import attention as native_attention
 from cvfast.backends.native import batch_norm as native_batch_norm
 from cvfast.backends.native import conv2d as native_conv2d
 from cvfast.backends.native import conv_transpose2d as native_conv_transpose2d
+from cvfast.backends.native import gelu as native_gelu
 from cvfast.backends.native import linear as native_linear
 from cvfast.backends.native import recurrent as native_recurrent
 from cvfast.backends.native import recurrent_cell as native_recurrent_cell
@@ -56,6 +58,7 @@ BACKENDS: dict[str, dict[str, ModuleType]] = {
         "triton": triton_conv_transpose2d,
         "native": native_conv_transpose2d,
     },
+    "gelu": {"ext": ext_gelu, "native": native_gelu},
     "linear": {"ext": ext_linear, "triton": triton_linear, "native": native_linear},
     **dict.fromkeys(("lstm", "gru", "rnn"), _RECURRENT),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_cell"), _RECURRENT_CELL),

@@ -117,13 +117,21 @@ def conv2d(
     return output if dims == 4 else output.squeeze(0)
 
 
+def gelu(input: Tensor, *, backend: str | None = None) -> Tensor:
+    """torch.nn.functional.gelu, not approximated, of any shape and dtype; on the CPU by a kernel where that is faster.
+
+    backend: "auto", "ext" or "native"; None: what `cvfast.use_backend` or CVFAST_BACKEND says.
+    """
+    return _backend.select("gelu", backend, input).run(input)
+
+
 ACTIVATIONS = {
     "none": lambda x, slope: x,
     "relu": lambda x, slope: torch.relu(x),
     "relu6": lambda x, slope: torch.nn.functional.relu6(x),
     "leaky_relu": torch.nn.functional.leaky_relu,
     "silu": lambda x, slope: torch.nn.functional.silu(x),
-    "gelu": lambda x, slope: torch.nn.functional.gelu(x),
+    "gelu": lambda x, slope: gelu(x),
     "gelu_tanh": lambda x, slope: torch.nn.functional.gelu(x, approximate="tanh"),
     "sigmoid": lambda x, slope: torch.sigmoid(x),
     "tanh": lambda x, slope: torch.tanh(x),

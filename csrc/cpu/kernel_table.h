@@ -5,6 +5,7 @@
 #include "cvfast/batch_norm.h"
 #include "cvfast/batched_product.h"
 #include "cvfast/conv2d.h"
+#include "cvfast/gelu.h"
 #include "cvfast/recurrent.h"
 
 namespace cvfast {
@@ -49,6 +50,12 @@ struct BatchNormKernels {
   void (*backward)(const BatchNormBackward&, const ThreadPool&);
 };
 
+// Likewise kernels/gelu.cpp.
+struct GeluKernels {
+  void (*forward)(const GeluForward&, const ThreadPool&);
+  void (*backward)(const GeluBackward&, const ThreadPool&);
+};
+
 // What kernels/peak.cpp exports: work at a core's limits, for a clock outside. Results only keep the work alive.
 struct PeakKernels {
   int64_t bytes_per_step;  // of the sums s = s * x + x that one step forms; they stay normal for 0.1 < x < 0.9
@@ -70,6 +77,7 @@ struct KernelTable {
   AdditiveAttentionKernels additive_attention;
   BatchedProductKernel batched_product;
   BatchNormKernels batch_norm;
+  GeluKernels gelu;
   PeakKernels peak;
 };
 

@@ -8,6 +8,7 @@ from cvfast.ops import (
     batched_product,
     conv2d,
     conv_transpose2d,
+    gelu,
     recurrent,
     self_attention,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "batched_product",
     "conv2d",
     "conv_transpose2d",
+    "gelu",
     "recurrent",
     "self_attention",
 ]

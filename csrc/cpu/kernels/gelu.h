@@ -9,8 +9,12 @@ namespace {
 constexpr float erfcx_above[] = {3.27113177e-2f, 2.28814302e-1f, 7.30756991e-1f, 1.23760311f, 1.f};
 constexpr float erfcx_below[] = {5.79785883e-2f, 4.05589611e-1f, 1.32378686f, 2.40047356f, 2.36598284f, 1.f};
 
+struct Normal {
+  FloatVector phi, bell;  // Phi(x), exp(-x^2 / 2)
+};
+
 // With Phi(-|x|) = exp(-x^2 / 2) erfcx(|x| / sqrt(2)) / 2, which loses nothing where Phi is near 0.
-inline FloatVector gelu(FloatVector x) {
+inline Normal normal(FloatVector x) {
   constexpr float farthest = 10;
   const FloatVector distance = (x < 0 ? -x : x) * 0.707106781f, a = clamp<float>(distance, 0, farthest);
   FloatVector above = FloatVector{} + erfcx_above[0], below = FloatVector{} + erfcx_below[0];
@@ -19,9 +23,16 @@ inline FloatVector gelu(FloatVector x) {
 #pragma GCC unroll 8
   for (int i = 1; i < 6; ++i) below = below * a + erfcx_below[i];
   const ExpParts<float> e = exp_parts<float>(clamp<float>(-0.5f * x * x, Exponential<float>::least, 0));
-  const FloatVector tail = 0.5f * (e.scale + e.scale * e.growth) * (above / below);
+  const FloatVector bell = e.scale + e.scale * e.growth, tail = 0.5f * bell * (above / below);
   const FloatVector phi = distance > farthest ? FloatVector{} : tail;  // -inf gives NaN, as torch's
-  return x * (x < 0 ? phi : 1 - phi);
+  return {x < 0 ? phi : 1 - phi, distance > farthest ? FloatVector{} : bell};
+}
+
+inline FloatVector gelu(FloatVector x) { return x * normal(x).phi; }
+// Phi(x) + x Phi'(x)
+inline FloatVector gelu_derivative(FloatVector x) {
+  const Normal n = normal(x);
+  return n.phi + 0.398942280f * x * n.bell;
 }
 
 inline Vector<double> gelu(Vector<double> x) {
