@@ -88,7 +88,7 @@ def conv2d(
         RuntimeError: as torch's, for shapes, dtypes or options that do not fit; or where the named backend cannot run.
         TypeError, ValueError: arguments of another type, an unknown backend.
     """
-    plain = activation == "none" and pooling == "none" and residual is None and not torch.is_grad_enabled()
+    plain = activation == "none" and pooling == "none" and residual is None
     if plain and _backend.is_certain("ext", backend):
         output = _ext_conv2d.run_unasked(input, weight, bias, stride, padding, dilation, groups)
         if output is not None:

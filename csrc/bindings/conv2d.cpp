@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 #include "../cpu/huge_pages.h"
@@ -53,7 +54,7 @@ struct Kernels {
     kernels().conv2d_weight_grad(args, thread_pool());
   }
   // Freed and asked for again at every step.
-  static Tensor weight_gradient(const Sizes4& size, const Tensor& first, const Tensor& second) {
+  static Tensor empty_weight_grad(const Sizes4& size, const Tensor& first, const Tensor& second) {
     return brief_result(size, first, second);
   }
 };
@@ -107,6 +108,20 @@ Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const st
   return output;
 }
 
+// The gradients to input and weight, those that are needed, of the result of a call without an epilogue.
+std::tuple<std::optional<Tensor>, std::optional<Tensor>> gradients(const Tensor& grad_output, const Tensor& input,
+                                                                   const Tensor& weight, int64_t bits, bool needs_input,
+                                                                   bool needs_weight) {
+  const Conv2dHow how = Conv2dHow::unpacked(bits);
+  check_operands(input, weight);
+  const Conv2dShape shape =
+      conv2d_shape(input.sizes(), weight.sizes(), how.stride, how.padding, how.dilation, how.groups);
+  std::optional<Tensor> grad_input, grad_weight;
+  if (needs_input) grad_input = Operators::input_grad(shape, grad_output, weight);
+  if (needs_weight) grad_weight = Operators::weight_grad(shape, grad_output, input);
+  return {grad_input, grad_weight};
+}
+
 Tensor transpose_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                const std::optional<Tensor>& residual, const std::string& activation, double negative_slope,
                                const Ints& stride, const Ints& padding, const Ints& output_padding, int64_t groups,
@@ -153,6 +168,7 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement_conv2d<Operators>(m); }
 STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   implement_conv2d<Operators>(m);
   m.impl("conv2d_epilogue", TORCH_BOX(&forward_with_epilogue));
+  m.impl("conv2d_gradients", TORCH_BOX(&gradients));
   m.impl("conv2d_packed_form", TORCH_BOX(&packed_form));
   m.impl("conv2d_pack", TORCH_BOX(&pack));
   m.impl("conv_transpose2d_epilogue", TORCH_BOX(&transpose_with_epilogue));

@@ -24,7 +24,7 @@ struct Kernels {
   static void forward(const Conv2dForward& conv, const Tensor& t) { launch(cuda::conv2d_forward, conv, t); }
   static void input_grad(const Conv2dInputGrad& conv, const Tensor& t) { launch(cuda::conv2d_input_grad, conv, t); }
   static void weight_grad(const Conv2dWeightGrad& conv, const Tensor& t) { launch(cuda::conv2d_weight_grad, conv, t); }
-  static Tensor weight_gradient(const Sizes4& size, const Tensor& first, const Tensor& second) {
+  static Tensor empty_weight_grad(const Sizes4& size, const Tensor& first, const Tensor& second) {
     return empty_result(size, first, second);
   }
 };

@@ -100,7 +100,7 @@ def run_with_differentiable_epilogue(
     if how is None:
         return None
     residual = _in_result_format(residual, input, weight)
-    return differentiable_epilogue(residual, activation, negative_slope, how, input, weight, bias, *options)
+    return differentiable_epilogue(input, weight, bias, how, options, activation, residual, negative_slope)
 
 
 def _in_result_format(residual: Tensor | None, input: Tensor, weight: Tensor) -> Tensor | None:
@@ -185,8 +185,9 @@ def run_unasked(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padd
     if how is None or how >= _HOW_LARGE_PATCH:
         return None
     try:
-        kept = packed_weight(input, weight, how)
-        return epilogue_kernel(input, weight, bias, how, kept)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias):
+            return differentiable_epilogue(input, weight, bias, how, (stride, padding, dilation, groups))
+        return epilogue_kernel(input, weight, bias, how, packed_weight(input, weight, how))
     except RuntimeError:  # what does not fit: the checks of every call find better words
         return None
 
