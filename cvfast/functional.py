@@ -248,10 +248,16 @@ def linear(
         RuntimeError: as torch's, for shapes or dtypes that do not fit; or where the named backend cannot run.
         ValueError: unknown activation or backend.
     """
+    if backend is None and _backend.is_free():
+        if not _ext_linear.is_torchs(input, weight):
+            unasked = _backend.is_certain("ext") and activation in ACTIVATIONS
+            output = _ext_linear.run_unasked(input, weight, bias, activation, negative_slope) if unasked else None
+            if output is not None:
+                return output
+        elif activation == "none":
+            return torch.nn.functional.linear(input, weight, bias)
     if activation != "none":
         return _linear_with_activation(input, weight, bias, activation, negative_slope, backend)
-    if backend is None and _backend.is_free() and _ext_linear.is_torchs(input, weight):
-        return torch.nn.functional.linear(input, weight, bias)
     return _choose_linear(input, weight, bias, backend).run(input, weight, bias)
 
 

@@ -27,17 +27,26 @@ void prepare(const Tensor& result) {
 }
 
 // An uninitialised result in memory that others have used before, where there is some; it cannot be resized.
-Tensor brief_result(const Sizes4& size, const Tensor& first, const Tensor& second) {
-  const ResultLayout r(size, first, second);
-  void* data = borrow_result(r.elements() * first.element_size());
-  if (!data) return empty_result(r);
+Tensor brief_result(int64_t dims, const int64_t* size, const int64_t* strides, int64_t elements, const Tensor& like) {
+  const int32_t dtype = dtype_code(like), cpu = aoti_torch_device_type_cpu();
+  int32_t index;  // torch compares it with that of the memory's device
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  void* data = borrow_result(elements * like.element_size());
   AtenTensorHandle result;
+  if (!data) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, size, strides, dtype, cpu, index, &result));
+    return Tensor(result);
+  }
   const AOTITorchError error =
-      torch_from_blob(data, 4, r.size.data(), r.strides, 0, r.dtype, r.device_type, r.device_index, &result,
-                      aoti_torch_layout_strided(), nullptr, 0, [](void* memory, void*) { return_result(memory); }, nullptr);
+      torch_from_blob(data, dims, size, strides, 0, dtype, cpu, index, &result, aoti_torch_layout_strided(), nullptr, 0,
+                      [](void* memory, void*) { return_result(memory); }, nullptr);
   if (error != AOTI_TORCH_SUCCESS) return_result(data);
   TORCH_ERROR_CODE_CHECK(error);
   return Tensor(result);
+}
+Tensor brief_result(const Sizes4& size, const Tensor& first, const Tensor& second) {
+  const ResultLayout r(size, first, second);
+  return brief_result(4, r.size.data(), r.strides, r.elements(), first);
 }
 
 struct Kernels {
@@ -108,6 +117,50 @@ Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const st
   return output;
 }
 
+// From one row of `t` [*, I] to the next, where rows are evenly spaced.
+std::optional<int64_t> row_stride(const Tensor& t) {
+  std::optional<int64_t> step;
+  int64_t rows = 1;
+  for (int64_t d = t.dim() - 2; d >= 0; rows *= t.size(d), --d) {
+    if (t.size(d) == 1) continue;
+    if (!step) step = t.stride(d);
+    if (t.stride(d) != *step * rows) return std::nullopt;
+  }
+  return step.value_or(t.size(t.dim() - 1));
+}
+
+// activation(input weight^T + bias) for input [*, I] and weight [O, I]: a 1x1 convolution of one channels_last image whose
+// pixels are the rows. The result is contiguous.
+Tensor linear(const Tensor& given, const Tensor& weight, const std::optional<Tensor>& bias, int64_t bits,
+              const std::optional<Tensor>& packed, double negative_slope) {
+  const Conv2dHow how = Conv2dHow::unpacked(bits);
+  check_how(how);
+  const int64_t dims = given.dim();
+  STD_TORCH_CHECK(dims >= 1 && weight.dim() == 2 && given.size(dims - 1) == weight.size(1) && given.numel() > 0 &&
+                      weight.size(0) > 0 && given.scalar_type() == weight.scalar_type() && given.device() == weight.device(),
+                  "cvfast linear: input and weight do not fit");
+  const std::optional<int64_t> step = row_stride(given);
+  const Tensor input = step ? given : torch::stable::contiguous(given);
+  const int64_t in = weight.size(1), out = weight.size(0), rows = input.numel() / in;
+  const int64_t input_step = step.value_or(in), input_one = step ? given.stride(dims - 1) : 1;
+  Ints size = sizes_of(given), strides(dims);
+  size[dims - 1] = out;
+  for (int64_t d = dims - 1, next = 1; d >= 0; next *= size[d], --d) strides[d] = next;
+  Tensor keep, output = brief_result(dims, size.data(), strides.data(), rows * out, given);
+  const Conv2dShape shape = {.batch = 1, .in_channels = in, .in_height = rows, .in_width = 1, .out_channels = out,
+                             .out_height = rows, .out_width = 1, .kernel_height = 1, .kernel_width = 1, .stride_h = 1,
+                             .stride_w = 1, .padding_h = 0, .padding_w = 0, .dilation_h = 1, .dilation_w = 1, .groups = 1};
+  Kernels::forward({shape, dtype_of(input),
+                    {input.const_data_ptr(), {rows * input_step, input_one, input_step, input_step}},
+                    {weight.const_data_ptr(), {weight.stride(0), weight.stride(1), 1, 1}},
+                    bias_data(bias, input, out, keep),
+                    {output.mutable_data_ptr(), {rows * out, 1, out, out}},
+                    {how.activation, negative_slope, nullptr, Pooling::none},
+                    packed.has_value() ? packed->const_data_ptr() : nullptr},
+                   output);
+  return output;
+}
+
 // The gradients to input and weight, those that are needed, of the result of a call without an epilogue.
 std::tuple<std::optional<Tensor>, std::optional<Tensor>> gradients(const Tensor& grad_output, const Tensor& input,
                                                                    const Tensor& weight, int64_t bits, bool needs_input,
@@ -168,6 +221,7 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement_conv2d<Operators>(m); }
 STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   implement_conv2d<Operators>(m);
   m.impl("conv2d_epilogue", TORCH_BOX(&forward_with_epilogue));
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("conv2d_gradients", TORCH_BOX(&gradients));
   m.impl("conv2d_packed_form", TORCH_BOX(&packed_form));
   m.impl("conv2d_pack", TORCH_BOX(&pack));

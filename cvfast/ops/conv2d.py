@@ -221,6 +221,14 @@ def _nohow(*options) -> None:
 # for what is no int, pair of ints or known name, or too large for that number.
 conv2d_how: Callable[..., int | None] = _library.C.conv2d_how if _library.ops.loaded else _nohow
 
+# activation(input weight^T + bias) for input [*, I] and weight [O, I], without derivatives; `how` of `ONE_BY_ONE`, and
+# `packed` of the rows as pixels.
+linear_kernel = define_kernel(
+    "cvfast",
+    "linear(Tensor input, Tensor weight, Tensor? bias, int how, Tensor? packed=None, float negative_slope=0.0) "
+    "-> Tensor",
+)
+
 # Activations whose result tells their derivative: (gradient of the result, result, slope) -> gradient of the argument.
 _aten = torch.ops.aten
 TOLD_BY_RESULT: dict[str, Callable[[Tensor, Tensor | None, float], Tensor]] = {
