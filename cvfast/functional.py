@@ -90,7 +90,7 @@ def conv2d(
         RuntimeError: as torch's, for shapes, dtypes or options that do not fit; or where the named backend cannot run.
         TypeError, ValueError: arguments of another type, an unknown backend.
     """
-    plain = activation == "none" and pooling == "none" and residual is None and not torch.is_grad_enabled()
+    plain = activation == "none" and pooling == "none" and residual is None
     if plain and _backend.is_certain("ext", backend):
         output = _ext_conv2d.run_unasked(input, weight, bias, stride, padding, dilation, groups)
         if output is not None:
@@ -321,10 +321,16 @@ def linear(
         RuntimeError: as torch's, for shapes or dtypes that do not fit; or where the named backend cannot run.
         ValueError: unknown activation or backend.
     """
+    if backend is None and _backend.is_free():
+        if not _ext_linear.is_torchs(input, weight):
+            unasked = _backend.is_certain("ext") and activation in ACTIVATIONS
+            output = _ext_linear.run_unasked(input, weight, bias, activation, negative_slope) if unasked else None
+            if output is not None:
+                return output
+        elif activation == "none":
+            return torch.nn.functional.linear(input, weight, bias)
     if activation != "none":
         return _linear_with_activation(input, weight, bias, activation, negative_slope, backend)
-    if backend is None and _backend.is_free() and _ext_linear.is_torchs(input, weight):
-        return torch.nn.functional.linear(input, weight, bias)
     return _choose_linear(input, weight, bias, backend).run(input, weight, bias)
 
 

@@ -129,7 +129,7 @@ def test_it_runs_cvfasts_kernels():
     with torch.profiler.profile() as profile:
         model(X)
     ran = {event.key for event in profile.key_averages()}
-    operators = ("conv2d", "conv_transpose2d", "lstm", "gru", "rnn_tanh", "attention", "lstm_cell", "gru_cell")
+    operators = ("conv2d_epilogue", "conv_transpose2d", "lstm", "gru", "rnn_tanh", "attention", "lstm_cell", "gru_cell")
     assert {f"cvfast_kernels::{name}" for name in operators} <= ran
 
 
@@ -911,7 +911,7 @@ def test_override_sends_functions_to_cvfast():
     with cvfast.override(), torch.profiler.profile() as profile:
         outputs = model(X), layers(X)
     ran = {event.key for event in profile.key_averages()}
-    names = ("conv2d", "conv_transpose2d", "attention", "lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell")
+    names = ("conv2d_epilogue", "conv_transpose2d", "attention", "lstm", "gru", "rnn_tanh", "lstm_cell", "gru_cell")
     assert {f"cvfast_kernels::{name}" for name in names} <= ran
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
 

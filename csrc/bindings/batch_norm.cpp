@@ -16,6 +16,8 @@ namespace {
 using namespace cvfast;
 using torch::headeronly::ScalarType;
 
+Sizes4 sizes4(const Tensor& t) { return {t.size(0), t.size(1), t.size(2), t.size(3)}; }
+
 // The data of a dense f32 image of these sizes in this format.
 const float* image(const Tensor& t, const Sizes4& sizes, bool channels_last) {
   STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, "cvfast batch_norm: images must be float32 [N, C, H, W]");
@@ -41,7 +43,7 @@ const float* numbers(const std::optional<Tensor>& t, int64_t count) {
 BatchNormProblem problem(const Tensor& input, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
                          const std::optional<Tensor>& bias, double negative_slope, bool pooled) {
   STD_TORCH_CHECK(input.dim() == 4 && input.numel() > 0, "cvfast batch_norm: the input must be [N, C, H, W] and not empty");
-  const Sizes4 sizes = sizes4(sizes_of(input));
+  const Sizes4 sizes = sizes4(input);
   const bool channels_last = is_channels_last(input);
   STD_TORCH_CHECK(!pooled || (!residual.has_value() && sizes[2] % 2 == 0 && sizes[3] % 2 == 0),
                   "cvfast batch_norm: pooled are images of even sizes, without a residual");
@@ -78,9 +80,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   STD_TORCH_CHECK(statistics.numel() == 3 * p.channels && statistics.is_contiguous() &&
                       statistics.scalar_type() == ScalarType::Float,
                   "cvfast batch_norm: statistics must be float32 [3, C]");
-  const Tensor grad_input = prepared(brief_result(sizes4(sizes_of(input)), input, input));
+  const Tensor grad_input = prepared(brief_result(sizes4(input), input, input));
   const bool added = output.has_value();
-  const Tensor grad_residual = added ? prepared(brief_result(sizes4(sizes_of(input)), input, input))
+  const Tensor grad_residual = added ? prepared(brief_result(sizes4(input), input, input))
                                      : empty_contiguous({0}, aoti_torch_dtype_float32());
   const Tensor grad_weight = empty_contiguous({p.channels}, aoti_torch_dtype_float32());
   const Tensor grad_bias = empty_contiguous({p.channels}, aoti_torch_dtype_float32());

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -72,7 +73,7 @@ void check_how(const Conv2dHow& how) {
 
 Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t bits,
                              const std::optional<Tensor>& packed, const std::optional<Tensor>& residual,
-                             double negative_slope) {
+                             double negative_slope, bool lasting) {
   const Conv2dHow how = Conv2dHow::unpacked(bits);
   check_how(how);
   check_operands(input, weight);
@@ -84,7 +85,7 @@ Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const st
     STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0, "cvfast conv2d: the result is too small to pool 2x2 pixels");
     shape.out_height = 2 * sizes[2], shape.out_width = 2 * sizes[3];
   }
-  Tensor keep, output = brief_result(sizes, input, weight);
+  Tensor keep, output = lasting ? empty_result(sizes, input, weight) : brief_result(sizes, input, weight);
   const Epilogue epilogue = {how.activation, negative_slope, residual_data(residual, output), how.pooling};
   Kernels::forward({shape, dtype_of(input), tensor4(input), tensor4(weight),
                     bias_data(bias, input, shape.out_channels, keep), tensor4(output), epilogue,
@@ -116,11 +117,74 @@ Tensor forward_sequence(std::vector<Tensor> inputs, std::vector<Tensor> weights,
     const int64_t* step = &steps[numbers * i];
     const std::optional<Tensor> residual = step[1] < 0 ? std::nullopt : values[step[1]];
     values[known + i] =
-        forward_with_epilogue(*values[step[0]], weights[i], biases[i], step[2], packed[i], residual, negative_slopes[i]);
+        forward_with_epilogue(*values[step[0]], weights[i], biases[i], step[2], packed[i], residual, negative_slopes[i], false);
     for (size_t operand = 0; operand < 2; ++operand)
       if (step[operand] >= 0 && last_use[step[operand]] == i) values[step[operand]].reset();
   }
   return *values.back();
+}
+
+// From one row of `t` [*, I] to the next, where rows are evenly spaced.
+std::optional<int64_t> row_stride(const Tensor& t) {
+  std::optional<int64_t> step;
+  int64_t rows = 1;
+  for (int64_t d = t.dim() - 2; d >= 0; rows *= t.size(d), --d) {
+    if (t.size(d) == 1) continue;
+    if (!step) step = t.stride(d);
+    if (t.stride(d) != *step * rows) return std::nullopt;
+  }
+  return step.value_or(t.size(t.dim() - 1));
+}
+
+// activation(input weight^T + bias + residual) for input [*, I] and weight [O, I]: a 1x1 convolution of one channels_last image
+// whose pixels are the rows. The result is contiguous.
+Tensor linear(const Tensor& given, const Tensor& weight, const std::optional<Tensor>& bias, int64_t bits,
+              const std::optional<Tensor>& packed, double negative_slope, const std::optional<Tensor>& residual) {
+  const Conv2dHow how = Conv2dHow::unpacked(bits);
+  check_how(how);
+  const int64_t dims = given.dim();
+  STD_TORCH_CHECK(dims >= 1 && weight.dim() == 2 && given.size(dims - 1) == weight.size(1) && given.numel() > 0 &&
+                      weight.size(0) > 0 && given.scalar_type() == weight.scalar_type() && given.device() == weight.device(),
+                  "cvfast linear: input and weight do not fit");
+  const std::optional<int64_t> step = row_stride(given);
+  const Tensor input = step ? given : torch::stable::contiguous(given);
+  const int64_t in = weight.size(1), out = weight.size(0), rows = input.numel() / in;
+  const int64_t input_step = step.value_or(in), input_one = step ? given.stride(dims - 1) : 1;
+  Ints size = sizes_of(given), strides(dims);
+  size[dims - 1] = out;
+  for (int64_t d = dims - 1, next = 1; d >= 0; next *= size[d], --d) strides[d] = next;
+  Tensor keep,
+      output = brief_tensor(dims, size.data(), strides.data(), dtype_code(given), rows * out * given.element_size());
+  STD_TORCH_CHECK(!residual.has_value() || (sizes_of(*residual) == size && residual->is_contiguous() &&
+                                            residual->scalar_type() == given.scalar_type()),
+                  "cvfast linear: the residual must be contiguous, of the result's sizes and dtype");
+  const Conv2dShape shape = {.batch = 1, .in_channels = in, .in_height = rows, .in_width = 1, .out_channels = out,
+                             .out_height = rows, .out_width = 1, .kernel_height = 1, .kernel_width = 1, .stride_h = 1,
+                             .stride_w = 1, .padding_h = 0, .padding_w = 0, .dilation_h = 1, .dilation_w = 1, .groups = 1};
+  Kernels::forward({shape, dtype_of(input),
+                    {input.const_data_ptr(), {rows * input_step, input_one, input_step, input_step}},
+                    {weight.const_data_ptr(), {weight.stride(0), weight.stride(1), 1, 1}},
+                    bias_data(bias, input, out, keep),
+                    {output.mutable_data_ptr(), {rows * out, 1, out, out}},
+                    {how.activation, negative_slope, residual.has_value() ? residual->const_data_ptr() : nullptr,
+                     Pooling::none},
+                    packed.has_value() ? packed->const_data_ptr() : nullptr},
+                   output);
+  return output;
+}
+
+// The gradients to input and weight, those that are needed, of the result of a call without an epilogue.
+std::tuple<std::optional<Tensor>, std::optional<Tensor>> gradients(const Tensor& grad_output, const Tensor& input,
+                                                                   const Tensor& weight, int64_t bits, bool needs_input,
+                                                                   bool needs_weight) {
+  const Conv2dHow how = Conv2dHow::unpacked(bits);
+  check_operands(input, weight);
+  const Conv2dShape shape =
+      conv2d_shape(input.sizes(), weight.sizes(), how.stride, how.padding, how.dilation, how.groups);
+  std::optional<Tensor> grad_input, grad_weight;
+  if (needs_input) grad_input = Operators::input_grad(shape, grad_output, weight);
+  if (needs_weight) grad_weight = Operators::weight_grad(shape, grad_output, input);
+  return {grad_input, grad_weight};
 }
 
 Tensor transpose_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -170,6 +234,8 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   implement_conv2d<Operators>(m);
   m.impl("conv2d_epilogue", TORCH_BOX(&forward_with_epilogue));
   m.impl("conv2d_sequence", TORCH_BOX(&forward_sequence));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("conv2d_gradients", TORCH_BOX(&gradients));
   m.impl("conv2d_packed_form", TORCH_BOX(&packed_form));
   m.impl("conv2d_pack", TORCH_BOX(&pack));
   m.impl("conv_transpose2d_epilogue", TORCH_BOX(&transpose_with_epilogue));

@@ -24,12 +24,6 @@ inline bool is_channels_last(const Tensor& tensor) {
 
 using Sizes4 = std::array<int64_t, 4>;
 
-// The four of a list; conv2d_shape says whether there are as many.
-inline Sizes4 sizes4(const Ints& sizes) {
-  STD_TORCH_CHECK(sizes.size() == 4, "cvfast conv2d: sizes must have 4 numbers");
-  return {sizes[0], sizes[1], sizes[2], sizes[3]};
-}
-
 // How a result [N, C, H, W] of first's dtype and device lies in memory, in the format that the operands ask for.
 struct ResultLayout {
   Sizes4 size;
@@ -167,12 +161,15 @@ struct Conv2dOperators {
     return output;
   }
 
-  static Tensor input_grad(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
-                           const Ints& padding, const Ints& dilation, int64_t groups) {
+  static Tensor input_gradient(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, int64_t groups) {
+    return input_grad(conv2d_shape(input_size, weight.sizes(), stride, padding, dilation, groups), grad_output, weight);
+  }
+  static Tensor input_grad(const Conv2dShape& shape, const Tensor& grad_output, const Tensor& weight) {
     check_operands(grad_output, weight);
-    Conv2dShape shape = conv2d_shape(input_size, weight.sizes(), stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
-    Tensor grad_input = Kernels::gradient(sizes4(input_size), grad_output, weight);
+    Tensor grad_input =
+        Kernels::gradient({shape.batch, shape.in_channels, shape.in_height, shape.in_width}, grad_output, weight);
     Kernels::input_grad({shape, dtype_of(weight), tensor4(grad_output), tensor4(weight), nullptr, tensor4(grad_input)},
                         grad_input);
     return grad_input;
@@ -189,12 +186,15 @@ struct Conv2dOperators {
     return output;
   }
 
-  static Tensor weight_grad(const Tensor& grad_output, const Tensor& input, const Ints& weight_size, const Ints& stride,
-                            const Ints& padding, const Ints& dilation, int64_t groups) {
+  static Tensor weight_gradient(const Tensor& grad_output, const Tensor& input, const Ints& weight_size, const Ints& stride,
+                                const Ints& padding, const Ints& dilation, int64_t groups) {
+    return weight_grad(conv2d_shape(input.sizes(), weight_size, stride, padding, dilation, groups), grad_output, input);
+  }
+  static Tensor weight_grad(const Conv2dShape& shape, const Tensor& grad_output, const Tensor& input) {
     check_operands(grad_output, input);
-    Conv2dShape shape = conv2d_shape(input.sizes(), weight_size, stride, padding, dilation, groups);
     check_grad_output(grad_output, shape);
-    Tensor grad_weight = Kernels::gradient(sizes4(weight_size), grad_output, input);
+    Tensor grad_weight = Kernels::gradient(
+        {shape.out_channels, shape.in_channels / shape.groups, shape.kernel_height, shape.kernel_width}, grad_output, input);
     Kernels::weight_grad({shape, dtype_of(input), tensor4(grad_output), tensor4(input), tensor4(grad_weight)}, grad_weight);
     return grad_weight;
   }
@@ -204,8 +204,8 @@ struct Conv2dOperators {
 template <class Operators, class Library>
 void implement_conv2d(Library& m) {
   m.impl("conv2d", TORCH_BOX(&Operators::forward));
-  m.impl("conv2d_input_grad", TORCH_BOX(&Operators::input_grad));
-  m.impl("conv2d_weight_grad", TORCH_BOX(&Operators::weight_grad));
+  m.impl("conv2d_input_grad", TORCH_BOX(&Operators::input_gradient));
+  m.impl("conv2d_weight_grad", TORCH_BOX(&Operators::weight_gradient));
   m.impl("conv_transpose2d", TORCH_BOX(&Operators::transpose));
 }
 

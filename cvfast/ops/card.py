@@ -59,25 +59,20 @@ def register(cards: Sequence[Card]) -> None:
             _transformations(card, op, library)
 
 
-def kernel(schema: str) -> torch._ops.OpOverload:
-    """Defines an operator of the compiled libraries alone: for calls that are not `watched` and need no derivative."""
-    library = torch.library.Library("cvfast_kernels", "FRAGMENT")
-    _libraries.append(library)
-    library.define(schema)
-    library.impl(schema.partition("(")[0], torch.library.fallthrough_kernel, "Autograd")
-    return getattr(torch.ops.cvfast_kernels, schema.partition("(")[0]).default
-
-
 _libraries: list[torch.library.Library] = []  # a Library takes its registrations back when it is collected
 _kernels: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}  # operator -> its twin
 
 
 def define_kernel(namespace: str, schema: str) -> torch._ops.OpOverload:
-    """An operator of the twin of `namespace` alone, for calls that nothing but its kernel has to see."""
-    library = torch.library.Library(f"{namespace}_kernels", "FRAGMENT")
+    """An operator of the twin of `namespace` alone: for calls that are not `watched` and need no derivative."""
+    library, name = torch.library.Library(f"{namespace}_kernels", "FRAGMENT"), schema.partition("(")[0]
     _libraries.append(library)
     library.define(schema)
-    return getattr(getattr(torch.ops, library.ns), schema.partition("(")[0]).default
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    return getattr(getattr(torch.ops, library.ns), name).default
+
+
+kernel = partial(define_kernel, "cvfast")  # an operator of the compiled libraries alone
 
 
 def _define(card: Card, library: torch.library.Library) -> torch._ops.OpOverload:

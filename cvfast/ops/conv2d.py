@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
 from cvfast import _library
-from cvfast.ops.card import Card, call, define_kernel, register
+from cvfast.ops.card import Card, call, define_kernel, register, watched
 
 _OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -206,10 +206,11 @@ packed_form_kernel, pack_kernel = (
 
 # conv2d with its epilogue, without derivatives: activation(conv2d(...) + residual), residual as the result; where there
 # is no residual, that pooled. `how`: options, activation and pooling. `packed`: the weight as conv2d_pack gave it.
+# `lasting`: the result is kept for a derivative, so it does not lie in the memory that calls use in turn.
 epilogue_kernel = define_kernel(
     "cvfast",
     "conv2d_epilogue(Tensor input, Tensor weight, Tensor? bias, int how, Tensor? packed=None, Tensor? residual=None, "
-    "float negative_slope=0.0) -> Tensor",
+    "float negative_slope=0.0, bool lasting=False) -> Tensor",
 )
 
 # Several of these in a row, the last one's result. Values are the inputs and then the results; `steps`: three numbers
@@ -229,6 +230,14 @@ def _nohow(*options) -> None:
 # for what is no int, pair of ints or known name, or too large for that number.
 conv2d_how: Callable[..., int | None] = _library.C.conv2d_how if _library.ops.loaded else _nohow
 
+# activation(input weight^T + bias + residual) for input [*, I] and weight [O, I], without derivatives; `how` of
+# `ONE_BY_ONE`, and `packed` of the rows as pixels.
+linear_kernel = define_kernel(
+    "cvfast",
+    "linear(Tensor input, Tensor weight, Tensor? bias, int how, Tensor? packed=None, float negative_slope=0.0, "
+    "Tensor? residual=None) -> Tensor",
+)
+
 # Activations whose result tells their derivative: (gradient of the result, result, slope) -> gradient of the argument.
 _aten = torch.ops.aten
 TOLD_BY_RESULT: dict[str, Callable[[Tensor, Tensor | None, float], Tensor]] = {
@@ -241,23 +250,43 @@ TOLD_BY_RESULT: dict[str, Callable[[Tensor, Tensor | None, float], Tensor]] = {
 }
 
 
+# Gradients of input and weight, where they are needed, at once: for a backward pass that nobody differentiates.
+_gradients_kernel = define_kernel(
+    "cvfast",
+    "conv2d_gradients(Tensor grad_output, Tensor input, Tensor weight, int how, bool needs_input, bool needs_weight) "
+    "-> (Tensor?, Tensor?)",
+)
+
+
 class _WithEpilogue(_SingleLevelFunction):
-    """activation(conv2d(...) + residual) in one pass, for autograd alone: tracers and transforms see the parts."""
+    """activation(conv2d(...) + residual) in one pass, for autograd alone: tracers and transforms see the parts.
+
+    how: `conv2d_how` of options, activation and no pooling. options: ints or pairs.
+    """
 
     @staticmethod
-    def forward(ctx, residual, activation, slope, how, input, weight, bias, *options):
-        output = epilogue_kernel(input, weight, bias, how, None, residual, slope)
-        ctx.epilogue, ctx.options = (activation, slope), options
+    def forward(ctx, input, weight, bias, how, options, activation="none", residual=None, slope=0.0):
+        output = epilogue_kernel(input, weight, bias, how, None, residual, slope, True)
+        ctx.how, ctx.options, ctx.epilogue = how, options, (activation, slope)
         ctx.save_for_backward(input, weight, None if activation == "none" else output)
         return output
 
     @staticmethod
     def backward(ctx, grad):
         (activation, slope), (input, weight, output) = ctx.epilogue, ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, _, _, *others = ctx.needs_input_grad
         grad = TOLD_BY_RESULT[activation](grad, output, slope)
-        needs_residual, _, _, _, *needs = ctx.needs_input_grad
-        gradients = _gradients(torch.ops.cvfast, grad, input, weight, ctx.options, needs[:3])
-        return grad if needs_residual else None, None, None, None, *gradients, *(None for _ in ctx.options)
+        if torch.is_grad_enabled() or watched(grad):
+            options = [(o, o) if type(o) is int else o for o in ctx.options[:3]] + [ctx.options[3]]
+            gradients = _gradients(torch.ops.cvfast, grad, input, weight, options, ctx.needs_input_grad[:3])
+        else:
+            gradients = (
+                *_gradients_kernel(grad, input, weight, ctx.how, needs_input, needs_weight),
+                grad.sum((0, 2, 3)) if needs_bias else None,
+            )
+        if not others:
+            return *gradients, None, None
+        return *gradients, None, None, None, grad if others[1] else None, None
 
 
 differentiable_epilogue = _WithEpilogue.apply

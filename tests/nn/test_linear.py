@@ -101,10 +101,8 @@ class Mlp(nn.Sequential):
 
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=repr)
 def test_accelerate_joins_a_layer_and_its_activation(activation, slow_mkl, monkeypatch):
-    calls, kernel = [], ext.epilogue_kernel
-    plain = conv2d_how(*ONE_BY_ONE)
-    for module in (ext, ext.conv2d):  # in a layer's call, and in a prepared one
-        monkeypatch.setattr(module, "epilogue_kernel", lambda *args: (calls.append(args[3]), kernel(*args))[1])
+    calls, kernel, plain = [], ext.linear_kernel, conv2d_how(*ONE_BY_ONE)
+    monkeypatch.setattr(ext, "linear_kernel", lambda *args: (calls.append(args[3]), kernel(*args))[1])
     torch.manual_seed(0)
     model, x = Mlp(activation).eval(), torch.randn(4, 100, 64)
     exact = model.double()(x.double()).detach()

@@ -104,7 +104,7 @@ def run_with_differentiable_epilogue(
     if how is None:
         return None
     residual = _in_result_format(residual, input, weight)
-    return differentiable_epilogue(residual, activation, negative_slope, how, input, weight, bias, *options)
+    return differentiable_epilogue(input, weight, bias, how, options, activation, residual, negative_slope)
 
 
 def _in_result_format(residual: Tensor | None, input: Tensor, weight: Tensor) -> Tensor | None:
@@ -112,27 +112,14 @@ def _in_result_format(residual: Tensor | None, input: Tensor, weight: Tensor) ->
 
 
 def prepare(
-    activation: str,
-    negative_slope: float,
-    pooling: str,
-    weight: Tensor,
-    bias: Tensor | None,
-    *options,
-    owner: Tensor | None = None,
+    activation: str, negative_slope: float, pooling: str, weight: Tensor, bias: Tensor | None, *options
 ) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
     """`run_with_epilogue` for one weight and many inputs, its checks made once; None where it may not be taken.
 
-    The call (input, residual) returns None for what has to go through the checks of every call. owner: as
-    `packed_weight` has it.
+    The call (input, residual) returns None for what has to go through the checks of every call.
     """
-    tensors = [t for t in (weight, bias) if t is not None]
     how = conv2d_how(*options, activation, pooling)
-    if (
-        how is None
-        or weight.dtype not in CPU_DTYPES
-        or not all(type(t) in (Tensor, Parameter) and t.is_cpu and t.dtype is weight.dtype for t in tensors)
-        or why_not(weight, weight, bias, *options)
-    ):
+    if how is None or not may_prepare(weight, bias) or why_not(weight, weight, bias, *options):
         return None
     kernel, dtype = epilogue_kernel, weight.dtype
 
@@ -140,12 +127,19 @@ def prepare(
         if not takes_prepared(input, dtype) or not (residual is None or type(residual) is Tensor):
             return None
         try:
-            kept = packed_weight(input, weight, how, owner)
-            return kernel(input, weight, bias, how, kept, residual, negative_slope)
+            return kernel(input, weight, bias, how, packed_weight(input, weight, how), residual, negative_slope)
         except RuntimeError:  # what does not fit: other calls convert it, or find better words
             return None
 
     return prepared
+
+
+def may_prepare(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are ordinary tensors that the CPU's kernels take."""
+    tensors = [t for t in (weight, bias) if t is not None]
+    return weight.dtype in CPU_DTYPES and all(
+        type(t) in (Tensor, Parameter) and t.is_cpu and t.dtype is weight.dtype for t in tensors
+    )
 
 
 def takes_prepared(input: Tensor, dtype: torch.dtype) -> bool:
@@ -215,21 +209,18 @@ def _fits_kernel(input: Tensor, *operands: Tensor | None) -> bool:
     )
 
 
-_LEAST_TO_PACK = 4096  # weights: fewer are packed as fast as the kept ones are looked up
+LEAST_TO_PACK = 4096  # weights: fewer are packed as fast as the kept ones are looked up
 
 
-def packed_weight(input: Tensor, weight: Tensor, how: int, owner: Tensor | None = None) -> Tensor | None:
-    """The weight in the form in which the kernels read it, where that is kept.
-
-    owner: the tensor that lasts, if `weight` is a view of one made for this call.
-    """
-    if weight.numel() < _LEAST_TO_PACK:
+def packed_weight(input: Tensor, weight: Tensor, how: int) -> Tensor | None:
+    """The weight in the form in which the kernels read it, where that is kept."""
+    if weight.numel() < LEAST_TO_PACK:
         return None
     return packed(
         (input.shape, input.stride(), how),
         lambda: packed_form_kernel(input, weight, how),
         lambda: pack_kernel(input, weight, how),
-        weight if owner is None else owner,
+        weight,
     )
 
 
@@ -242,8 +233,9 @@ def run_unasked(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padd
     if how is None or how >= _HOW_LARGE_PATCH:
         return None
     try:
-        kept = packed_weight(input, weight, how)
-        return epilogue_kernel(input, weight, bias, how, kept)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias):
+            return differentiable_epilogue(input, weight, bias, how, (stride, padding, dilation, groups))
+        return epilogue_kernel(input, weight, bias, how, packed_weight(input, weight, how))
     except RuntimeError:  # what does not fit: the checks of every call find better words
         return None
 

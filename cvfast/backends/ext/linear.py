@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cvfast import _library
 from cvfast._packed import packed
 from cvfast.backends.ext import conv2d
-from cvfast.ops.card import autocast_dtype
+from cvfast.ops.card import autocast_dtype, derives, watched
 from cvfast.ops.conv2d import (
     ONE_BY_ONE,
     conv2d_how,
-    epilogue_kernel,
     linear,
+    linear_kernel,
     pack_kernel,
     packed_form_kernel,
-    pixels_as_rows,
     rows_as_pixels,
 )
 
@@ -79,41 +79,54 @@ def run_with_activation(
     """activation(linear(...)) in one pass; None where derivatives or tracers see the parts, or nothing is there."""
     if input.numel() * weight.numel() == 0 or not conv2d.runs_with_epilogue(input, weight, bias):
         return None
-    pixels, kernel = rows_as_pixels(input), weight[:, :, None, None]
     how = conv2d_how(*ONE_BY_ONE, activation, "none")
-    kept = conv2d.packed_weight(pixels, kernel, how, weight)
-    output = epilogue_kernel(pixels, kernel, bias, how, kept, None, negative_slope)
-    return pixels_as_rows(output, input)
+    return linear_kernel(input, weight, bias, how, packed_weight(input, weight, how), negative_slope)
 
 
-def packed_weight(input: Tensor, weight: Tensor) -> Tensor | None:
-    """The weight in the form in which the kernel reads it for rows like `input`, contiguous, where that is kept."""
+def packed_weight(input: Tensor, weight: Tensor, how: int = conv2d_how(*ONE_BY_ONE)) -> Tensor | None:
+    """As conv2d.packed_weight has it, for rows as pixels."""
 
-    def on_pixels(kernel: Callable) -> Callable:
-        return lambda: kernel(rows_as_pixels(input), weight[:, :, None, None], conv2d_how(*ONE_BY_ONE))
+    def operands() -> tuple[Tensor, Tensor, int]:
+        return rows_as_pixels(input), weight[:, :, None, None], how
 
-    return packed(("rows", input.shape), on_pixels(packed_form_kernel), on_pixels(pack_kernel), weight)
+    if weight.numel() < conv2d.LEAST_TO_PACK:
+        return None
+    call = (input.shape, input.stride(), how)
+    return packed(call, lambda: packed_form_kernel(*operands()), lambda: pack_kernel(*operands()), weight)
 
 
 def prepare(
     activation: str, negative_slope: float, weight: Tensor, bias: Tensor | None
 ) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
     """`run_with_activation` for one weight and many inputs of some rows and residuals, as conv2d.prepare."""
-    if why_not(weight, weight, bias):
+    if why_not(weight, weight, bias) or not conv2d.may_prepare(weight, bias):
         return None
-    kernel = weight.detach()[:, :, None, None]
-    call = conv2d.prepare(activation, negative_slope, "none", kernel, bias, *ONE_BY_ONE, owner=weight)
-    if call is None:
-        return None
+    how, dtype = conv2d_how(*ONE_BY_ONE, activation, "none"), weight.dtype
 
     def prepared(input: Tensor, residual: Tensor | None) -> Tensor | None:
-        if type(input) is not Tensor or input.shape[-1] != weight.shape[1]:
+        if not conv2d.takes_prepared(input, dtype):
             return None
         if residual is not None:
-            if residual.shape != (*input.shape[:-1], weight.shape[0]):
+            if type(residual) is not Tensor or residual.shape != (*input.shape[:-1], weight.shape[0]):
                 return None
-            residual = rows_as_pixels(residual)
-        output = call(rows_as_pixels(input), residual)
-        return None if output is None else pixels_as_rows(output, input)
+            residual = residual.contiguous()
+        try:
+            return linear_kernel(input, weight, bias, how, packed_weight(input, weight, how), negative_slope, residual)
+        except RuntimeError:  # what does not fit
+            return None
 
     return prepared
+
+
+def run_unasked(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, negative_slope: float
+) -> Tensor | None:
+    """A call that is not `is_torchs`, checked by the kernel alone; None for what needs another look."""
+    plain = type(input) is Tensor and type(weight) in (Tensor, Parameter) and input.is_cpu
+    if not plain or input.dtype is not torch.float32 or watched(input) or derives((input, weight, bias)):
+        return None
+    how = conv2d_how(*ONE_BY_ONE, activation, "none")
+    try:
+        return linear_kernel(input, weight, bias, how, packed_weight(input, weight, how), negative_slope)
+    except RuntimeError:  # what does not fit: the checks of every call find better words
+        return None
