@@ -183,8 +183,8 @@ def rows_as_pixels(input: Tensor) -> Tensor:
 
 
 def pixels_as_rows(output: Tensor, input: Tensor) -> Tensor:
-    """[*, O] from the convolution's result for `input` [*, I]."""
-    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], -1)
+    """[*, O], contiguous, from the convolution's result for `input` [*, I]."""
+    return output.permute(0, 2, 3, 1).reshape(*input.shape[:-1], -1).contiguous()
 
 
 ONE_BY_ONE = ((1, 1), (0, 0), (1, 1), 1)  # options of that convolution
