@@ -3,6 +3,7 @@
 // a time, so that a pixel loaded serves every tap of a kernel line. The chain of operations per element is that of the
 // implicit GEMM, zeros for padding included, so the bits are too.
 #pragma once
+#include "../isa.h"
 #include "conv2d_implicit_gemm.h"
 #include "transpose.h"
 
@@ -95,14 +96,17 @@ struct DepthwiseLine {
   int64_t to_stride;
 };
 
-// From this size of source and result on they come from memory. What lies in the caches Zen 5 fetches in time by itself, and
-// asking for it costs a fifth of the time; Zen 1 gains as much by it.
-constexpr int64_t ahead_bytes = CVFAST_VECTOR_BYTES < 64 ? 0 : int64_t{8} << 20;
+// From this size of source and result on what comes next is asked for. What lies in the caches Zen 5 fetches in time by itself,
+// and asking for it costs a fifth of the time; Zen 4 and Zen 1 gain as much by it, Zen 4 as soon as its L2 cannot hold them.
+inline int64_t ahead_bytes() {
+  static const int64_t with_avx512 = int64_t{halves_avx512() ? 2 : 8} << 20;
+  return CVFAST_VECTOR_BYTES < 64 ? 0 : with_avx512;
+}
 template <class S>
 bool asks_ahead(const Correlation<S>& c) {
   const Conv2dShape& s = c.shape;
   const int64_t pixels = s.in_height * s.in_width + s.out_height * s.out_width;
-  return c.batch * c.groups * pixels * static_cast<int64_t>(sizeof(S)) >= ahead_bytes;
+  return c.batch * c.groups * pixels * static_cast<int64_t>(sizeof(S)) >= ahead_bytes();
 }
 
 // Step 0: line.step.
