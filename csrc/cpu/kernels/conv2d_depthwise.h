@@ -99,7 +99,7 @@ struct DepthwiseLine {
 // From this size of source and result on what comes next is asked for. What lies in the caches Zen 5 fetches in time by itself,
 // and asking for it costs a fifth of the time; Zen 4 and Zen 1 gain as much by it, Zen 4 as soon as its L2 cannot hold them.
 inline int64_t ahead_bytes() {
-  static const int64_t with_avx512 = int64_t{halves_avx512() ? 2 : 8} << 20;
+  const int64_t with_avx512 = int64_t{halves_avx512() ? 2 : 8} << 20;
   return CVFAST_VECTOR_BYTES < 64 ? 0 : with_avx512;
 }
 template <class S>
