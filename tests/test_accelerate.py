@@ -331,6 +331,7 @@ def test_batch_norm_that_trains_takes_along_what_follows(activation, fused_in_tr
     cvfast.accelerate(model, fuse=True)
     for actual, wanted in zip(trained(model), trained(twin), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
     model.eval(), twin.eval()
     with torch.no_grad():
         assert error(model(PICTURE), twin(PICTURE)) < 1e-5
@@ -347,6 +348,7 @@ def test_pooling_behind_batch_norm_that_trains(pooling, options, size):
     cvfast.accelerate(model, fuse=True)
     for actual, wanted in zip(trained(model), trained(twin), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
     assert "batch_norm" in chosen(model)
 
 

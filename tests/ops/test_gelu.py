@@ -45,12 +45,12 @@ def test_far_from_0_and_not_finite(isa):
         torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
-def test_same_bits_for_any_threads():
+def test_same_bits_for_any_threads(threads):
     input, grad = operands((7, 20011))
-    torch.set_num_threads(1)
+    threads(1)
     expected = results(functional.gelu, input, grad)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
+    for count in (2, 3):
+        threads(count)
         assert all(torch.equal(a, b) for a, b in zip(results(functional.gelu, input, grad), expected, strict=True))
 
 
