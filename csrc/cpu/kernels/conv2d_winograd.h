@@ -164,15 +164,56 @@ void transform_patches(const TiledImages<S, Pixels, Points>& images, int64_t fir
 
 // ---- Products ----
 
-// m [rows, width] (+)= v [rows, depth] * u [depth, width], rows cut evenly into tiles of registers.
-// after_tile() is called after each.
-template <class AfterTile = Nothing>
-void point_product(int64_t rows, int64_t depth, Matrix<const float> v, const float* u, float* m, bool add,
-                   AfterTile&& after_tile = {}) {
-  for (int64_t row = 0; row < rows;) {
-    const int64_t count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
-    tile_product_rows<float>(count, Matrix<const float>{v.data + row * v.row_stride, v.row_stride, v.col_stride}, u,
-                             winograd_width, depth, m + row * winograd_width, winograd_width, add);
+// A tile of M: m [Rows, width] (+)= v [Rows, depth] * u [depth, width], added to M after every `chain` multiply-adds. What comes
+// next is asked for meanwhile: as many rows of V behind these, and of U `ahead_lines` cache lines per 16 channels from `ahead` on.
+template <int Rows>
+void point_tile(const float* v, int64_t v_stride, const float* u, int64_t depth, int64_t chain, const float* ahead,
+                int64_t ahead_lines, float* m, bool add) {
+  constexpr int vectors = winograd_width / lanes<float>;
+  for (int64_t begin = 0; begin < depth; begin += chain) {
+    FloatVector sum[Rows][vectors] = {};
+    const int64_t end = min(begin + chain, depth);
+    for (int64_t first = begin; first < end; first += line_floats) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) __builtin_prefetch(v + (Rows + i) * v_stride);
+      for (int64_t line = 0; line < ahead_lines; ++line, ahead += line_floats) __builtin_prefetch(ahead, 0, 2);
+      for (int64_t k = min(line_floats, end - first); k > 0; --k, ++v, u += winograd_width) {
+        const FloatVector row[vectors] = {load_vector(u), load_vector(u + lanes<float>)};
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+          for (int j = 0; j < vectors; ++j) sum[i][j] += v[i * v_stride] * row[j];
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < vectors; ++j) {
+        float* to = m + i * winograd_width + j * lanes<float>;
+        store_vector(add || begin > 0 ? load_vector(to) + sum[i][j] : sum[i][j], to);
+      }
+  }
+}
+
+using PointTile = decltype(&point_tile<1>);
+template <int Rows = tile_rows>
+PointTile point_tile_of(int64_t rows) {
+  if constexpr (Rows > 1)
+    if (rows < Rows) return point_tile_of<Rows - 1>(rows);
+  return point_tile<Rows>;
+}
+
+// m [rows, width] (+)= v [rows, depth] * u [depth, width], rows cut evenly into tiles of registers; meanwhile U's next point, at
+// `next_u`, comes near. after_tile() is called after each tile.
+template <int Taps, class AfterTile>
+void point_product(int64_t rows, int64_t depth, const float* v, int64_t v_stride, const float* u, const float* next_u, float* m,
+                   bool add, AfterTile&& after_tile) {
+  const int64_t tiles = ceil_div(rows, tile_rows), ahead_lines = ceil_div(winograd_width, max<int64_t>(tiles, 1));
+  for (int64_t row = 0, tile = 0; row < rows; ++tile) {
+    const int64_t count = ceil_div(rows - row, tiles - tile);
+    const float* ahead = next_u + tile * ahead_lines * depth;
+    point_tile_of(count)(v + row * v_stride, v_stride, u, depth, winograd_chain<Taps>, ahead, ahead_lines,
+                         m + row * winograd_width, add);
     after_tile();
     row += count;
   }
@@ -278,14 +319,14 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile ti
 // ---- Work ----
 
 // With fewer tiles at a time, reading (or making) the weights would cost more than the products.
-constexpr int64_t winograd_least_tiles = 64;
+constexpr int64_t winograd_least_tiles = 32;
 // Up to this many tiles it pays to make U anew for every four of them, in registers, if there are enough registers.
 constexpr int64_t winograd_few_tiles = 8;
 // With more tiles the reading of the weights hardly counts, packed or not.
-constexpr int64_t winograd_most_tiles_to_pack = 128;
+constexpr int64_t winograd_most_tiles_to_pack = 1024;
 // U has four times the elements of the taps (six of 2x2). Up to so many it is kept; larger ones take as long to read from memory
 // as to make.
-constexpr int64_t winograd_most_u_to_keep = int64_t{1} << 20;
+constexpr int64_t winograd_most_u_to_keep = int64_t{1} << 24;
 // Transformed weights beyond this many elements are not made for all chunks but again by each.
 constexpr int64_t winograd_most_u = int64_t{1} << 23;
 
@@ -367,10 +408,11 @@ void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, in
     for (int64_t x = 0; x < w.points; ++x) {
       const int64_t point = y * w.points + x;
       const TileRun run = y < used_y && x < used_x ? w.source.needing(y, x, first, tiles) : TileRun{0, 0};
-      const Matrix<const float> patches = {v + point * v_stride + run.begin * w.source.block_width, w.source.block_width, 1};
       float* to = m + point * m_stride;
-      point_product(run.end - run.begin, w.source.block_channels(block), patches, u + point * w.u_point_stride(),
-                    to + run.begin * winograd_width, block > 0, after_tile);
+      const float* point_u = u + point * w.u_point_stride();
+      point_product<Taps>(run.end - run.begin, w.source.block_channels(block),
+                          v + point * v_stride + run.begin * w.source.block_width, w.source.block_width, point_u,
+                          point_u + w.u_point_stride(), to + run.begin * winograd_width, block > 0, after_tile);
       if (block == 0) zero_all_but(run, tiles, to);
     }
 }
@@ -386,35 +428,38 @@ template <int Taps, int Column, int Tiles, int LastTiles>
   constexpr int first_ahead = Taps == 2 || Column == 0 ? Column : Column + 2;
   constexpr int ahead = Taps == 2 ? Column < all_taps : Column == 0 ? 3 : Column == points - 1 ? 2 : 1;
   constexpr auto needs = [](int tile, int y) { return y < points - 1 || tile < LastTiles; };
-  FloatVector sum[points][Tiles] = {};
   const float* from[points];
   for (int y = 0; y < points; ++y) from[y] = v + (points * y + Column) * point_stride;
-  for (int64_t k = 0; k < depth; ++k, taps += all_taps * lanes<float>) {
-    FloatVector g[all_taps], column[Taps], u[points];
-    for (int tap = first_ahead; tap < first_ahead + ahead; ++tap)
-      __builtin_prefetch(next + (all_taps * k + tap) * lanes<float>, 0, 2);
-    load_taps<Taps>(taps, g);
+  for (int64_t k = 0; k < depth;) {
+    FloatVector sum[points][Tiles] = {};
+    for (const int64_t end = min(k + winograd_chain<Taps>, depth); k < end; ++k, taps += all_taps * lanes<float>) {
+      FloatVector g[all_taps], column[Taps], u[points];
+      for (int tap = first_ahead; tap < first_ahead + ahead; ++tap)
+        __builtin_prefetch(next + (all_taps * k + tap) * lanes<float>, 0, 2);
+      load_taps<Taps>(taps, g);
 #pragma GCC unroll 3
-    for (int y = 0; y < Taps; ++y) {
-      FloatVector line[Taps], row[points];
+      for (int y = 0; y < Taps; ++y) {
+        FloatVector line[Taps], row[points];
 #pragma GCC unroll 3
-      for (int x = 0; x < Taps; ++x) line[x] = g[Taps * y + x];
-      transform_kernel(line, row);
-      column[y] = row[Column];
-    }
-    transform_kernel(column, u);
+        for (int x = 0; x < Taps; ++x) line[x] = g[Taps * y + x];
+        transform_kernel(line, row);
+        column[y] = row[Column];
+      }
+      transform_kernel(column, u);
 #pragma GCC unroll 6
-    for (int y = 0; y < points; ++y)
+      for (int y = 0; y < points; ++y)
 #pragma GCC unroll 4
-      for (int t = 0; t < Tiles; ++t)
-        if (needs(t, y)) sum[y][t] += from[y][t * tile_stride + k] * u[y];
-  }
-  for (int y = 0; y < points; ++y)
-    for (int t = 0; t < Tiles; ++t) {
-      if (!needs(t, y)) continue;
-      float* to = m + (points * y + Column) * m_point_stride + t * winograd_width;
-      store_vector(add ? load_vector(to) + sum[y][t] : sum[y][t], to);
+        for (int t = 0; t < Tiles; ++t)
+          if (needs(t, y)) sum[y][t] += from[y][t * tile_stride + k] * u[y];
     }
+    for (int y = 0; y < points; ++y)
+      for (int t = 0; t < Tiles; ++t) {
+        if (!needs(t, y)) continue;
+        float* to = m + (points * y + Column) * m_point_stride + t * winograd_width;
+        store_vector(add ? load_vector(to) + sum[y][t] : sum[y][t], to);
+      }
+    add = true;
+  }
 }
 
 using FewTilesColumn = decltype(&few_tiles_column<3, 0, 1, 1>);

@@ -6,10 +6,10 @@
 namespace cvfast {
 namespace {
 
-// Most channels of a block: a product's chain of multiply-adds. With two taps half as many take a fifth of the error away, for up
-// to 3 % of the time.
+constexpr int64_t winograd_depth = 128;  // most channels of a block
+// A product's chain of multiply-adds; their sums are added up. With two taps short ones take half of the error away.
 template <int Taps>
-constexpr int64_t winograd_depth = Taps == 2 ? 64 : 128;
+constexpr int64_t winograd_chain = Taps == 2 ? 16 : winograd_depth;
 constexpr bool many_registers = tile_rows == 12;
 constexpr int64_t winograd_width = tile_cols<float>;  // output channels of a panel
 constexpr int64_t winograd_most_phases = 4;            // of the source, 2 on each axis
@@ -237,7 +237,7 @@ Winograd<S, Taps> winograd(const Correlation<S>& c, int64_t phase_y, int64_t pha
   source.batch = c.batch, source.groups = c.groups, source.channels = c.in_channels;
   // Pooled or not, the results are cut in the same way.
   source.grid = tile_grid(c.batch, w.height() + c.lines_left_out, w.width() + c.pixels_left_out);
-  source.cut_channels(winograd_depth<Taps>);
+  source.cut_channels(winograd_depth);
   w.panels = ceil_div(c.out_channels, winograd_width), w.kept_taps = w.kept_u = nullptr;
   return w;
 }

@@ -144,6 +144,16 @@ int64_t sum_at(const WinogradWeightGrad<S, Taps>& w, int64_t group, int64_t out,
          phase * w.input.channel_blocks * winograd_width + channel;
 }
 
+// m [rows, width] (+)= v [rows, depth] * u [depth, width], rows cut evenly into tiles of registers.
+inline void sums_of_point(int64_t rows, int64_t depth, Matrix<const float> v, const float* u, float* m, bool add) {
+  for (int64_t row = 0; row < rows;) {
+    const int64_t count = ceil_div(rows - row, ceil_div(rows - row, tile_rows));
+    tile_product_rows<float>(count, Matrix<const float>{v.data + row * v.row_stride, v.row_stride, v.col_stride}, u,
+                             winograd_width, depth, m + row * winograd_width, winograd_width, add);
+    row += count;
+  }
+}
+
 // Adds up the tiles of one chunk for a block of output channels and the panels [panel, end), at most grad_panels: into `sums`
 // (`add` to what is there), or into the result if there are none. The chunk are the `tiles` tiles from `first` on.
 template <class S, int Taps>
@@ -172,7 +182,7 @@ void sum_chunk(const WinogradWeightGrad<S, Taps>& w, int64_t group, int64_t bloc
       const float* a = block_grads + point * w.grad_output.point_stride(tiles) + tile * width;
       for (int64_t p = panel; p < end; ++p)
         if (used(p, point))
-          point_product(outs, min(run.end - tile, grad_depth), Matrix<const float>{a, 1, width},
+          sums_of_point(outs, min(run.end - tile, grad_depth), Matrix<const float>{a, 1, width},
                         panel_v + p * input.block_stride(tiles) + point * input.point_stride(tiles) + tile * winograd_width,
                         m_of(p), tile > run.begin);
     }
