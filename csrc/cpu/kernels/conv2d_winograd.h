@@ -164,15 +164,17 @@ void transform_patches(const TiledImages<S, Pixels, Points>& images, int64_t fir
 
 // ---- Products ----
 
-// A tile of M: m [Rows, width] (+)= v [Rows, depth] * u [depth, width], added to M after every `chain` multiply-adds. What comes
+// A tile of M: m [Rows, width] (+)= v [Rows, depth] * u [depth, width], the sum of chains of `Chain` multiply-adds. What comes
 // next is asked for meanwhile: as many rows of V behind these, and of U `ahead_lines` cache lines per 16 channels from `ahead` on.
-template <int Rows>
-void point_tile(const float* v, int64_t v_stride, const float* u, int64_t depth, int64_t chain, const float* ahead,
-                int64_t ahead_lines, float* m, bool add) {
+template <int Rows, int64_t Chain>
+void point_tile(const float* v, int64_t v_stride, const float* u, int64_t depth, const float* ahead, int64_t ahead_lines,
+                float* m, bool add) {
   constexpr int vectors = winograd_width / lanes<float>;
-  for (int64_t begin = 0; begin < depth; begin += chain) {
+  constexpr bool one_chain = Chain == winograd_depth;
+  FloatVector total[Rows][vectors] = {};
+  for (int64_t begin = 0; begin < depth; begin += Chain) {
     FloatVector sum[Rows][vectors] = {};
-    const int64_t end = min(begin + chain, depth);
+    const int64_t end = min(begin + Chain, depth);
     for (int64_t first = begin; first < end; first += line_floats) {
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) __builtin_prefetch(v + (Rows + i) * v_stride);
@@ -188,19 +190,23 @@ void point_tile(const float* v, int64_t v_stride, const float* u, int64_t depth,
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < vectors; ++j) {
-        float* to = m + i * winograd_width + j * lanes<float>;
-        store_vector(add || begin > 0 ? load_vector(to) + sum[i][j] : sum[i][j], to);
-      }
+      for (int j = 0; j < vectors; ++j) total[i][j] = one_chain ? sum[i][j] : total[i][j] + sum[i][j];
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) {
+      float* to = m + i * winograd_width + j * lanes<float>;
+      store_vector(add ? load_vector(to) + total[i][j] : total[i][j], to);
+    }
 }
 
-using PointTile = decltype(&point_tile<1>);
-template <int Rows = tile_rows>
+using PointTile = decltype(&point_tile<1, winograd_depth>);
+template <int64_t Chain, int Rows = tile_rows>
 PointTile point_tile_of(int64_t rows) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return point_tile_of<Rows - 1>(rows);
-  return point_tile<Rows>;
+    if (rows < Rows) return point_tile_of<Chain, Rows - 1>(rows);
+  return point_tile<Rows, Chain>;
 }
 
 // m [rows, width] (+)= v [rows, depth] * u [depth, width], rows cut evenly into tiles of registers; meanwhile U's next point, at
@@ -212,8 +218,8 @@ void point_product(int64_t rows, int64_t depth, const float* v, int64_t v_stride
   for (int64_t row = 0, tile = 0; row < rows; ++tile) {
     const int64_t count = ceil_div(rows - row, tiles - tile);
     const float* ahead = next_u + tile * ahead_lines * depth;
-    point_tile_of(count)(v + row * v_stride, v_stride, u, depth, winograd_chain<Taps>, ahead, ahead_lines,
-                         m + row * winograd_width, add);
+    point_tile_of<winograd_chain<Taps>>(count)(v + row * v_stride, v_stride, u, depth, ahead, ahead_lines,
+                                               m + row * winograd_width, add);
     after_tile();
     row += count;
   }
@@ -424,12 +430,14 @@ template <int Taps, int Column, int Tiles, int LastTiles>
                                         int64_t tile_stride, int64_t point_stride, float* m, int64_t m_point_stride,
                                         bool add) {
   constexpr int points = winograd_inputs<Taps>, all_taps = Taps * Taps;
+  constexpr bool one_chain = winograd_chain<Taps> == winograd_depth;
   // Of four taps one per column; of nine more, where the first and the last column read few of their own.
   constexpr int first_ahead = Taps == 2 || Column == 0 ? Column : Column + 2;
   constexpr int ahead = Taps == 2 ? Column < all_taps : Column == 0 ? 3 : Column == points - 1 ? 2 : 1;
   constexpr auto needs = [](int tile, int y) { return y < points - 1 || tile < LastTiles; };
   const float* from[points];
   for (int y = 0; y < points; ++y) from[y] = v + (points * y + Column) * point_stride;
+  FloatVector total[points][Tiles] = {};
   for (int64_t k = 0; k < depth;) {
     FloatVector sum[points][Tiles] = {};
     for (const int64_t end = min(k + winograd_chain<Taps>, depth); k < end; ++k, taps += all_taps * lanes<float>) {
@@ -452,14 +460,17 @@ template <int Taps, int Column, int Tiles, int LastTiles>
         for (int t = 0; t < Tiles; ++t)
           if (needs(t, y)) sum[y][t] += from[y][t * tile_stride + k] * u[y];
     }
+#pragma GCC unroll 6
     for (int y = 0; y < points; ++y)
-      for (int t = 0; t < Tiles; ++t) {
-        if (!needs(t, y)) continue;
-        float* to = m + (points * y + Column) * m_point_stride + t * winograd_width;
-        store_vector(add ? load_vector(to) + sum[y][t] : sum[y][t], to);
-      }
-    add = true;
+#pragma GCC unroll 4
+      for (int t = 0; t < Tiles; ++t) total[y][t] = one_chain ? sum[y][t] : total[y][t] + sum[y][t];
   }
+  for (int y = 0; y < points; ++y)
+    for (int t = 0; t < Tiles; ++t) {
+      if (!needs(t, y)) continue;
+      float* to = m + (points * y + Column) * m_point_stride + t * winograd_width;
+      store_vector(add ? load_vector(to) + total[y][t] : total[y][t], to);
+    }
 }
 
 using FewTilesColumn = decltype(&few_tiles_column<3, 0, 1, 1>);
