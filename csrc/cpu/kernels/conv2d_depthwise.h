@@ -80,7 +80,8 @@ inline Range source_lines(const Axis& y, int64_t position, int64_t count) {
   return {begin, max(begin, min(max(a, b) + more + 1, y.inputs))};
 }
 
-// Channels [begin, end), at least `lanes`, of one line of results. The taps of row i and pixel p begin at rows[i][p * step].
+// Channels [begin, end), at least `lanes`, of one line of results, or of several: rows of taps are then those of all of them. The
+// taps of row i and pixel p begin at rows[i][p * step].
 template <class S>
 struct DepthwiseLine {
   int64_t begin, end;
@@ -93,7 +94,7 @@ struct DepthwiseLine {
   Bounds<Compute<S>> bounds;
   bool ahead;  // what comes next is asked for
   S* to;
-  int64_t to_stride;
+  int64_t to_stride, to_line_stride;
 };
 
 // From this size of source and result on what comes next is asked for. What lies in the caches Zen 5 fetches in time by itself,
@@ -155,6 +156,66 @@ void depthwise_tile(const DepthwiseLine<S>& line, int64_t pixel) {
   }
 }
 
+// Pixels of `Lines` neighbouring lines with a square kernel: a pixel that is loaded serves the taps of all kernel lines. Each
+// sum's taps keep their order.
+template <class S, int Taps, int Step, int Lines, int Pixels>
+void depthwise_square_tile(const DepthwiseLine<S>& line, int64_t pixel) {
+  using V = Vector<Compute<S>>;
+  constexpr int64_t L = lanes<Compute<S>>;
+  constexpr int rows = (Lines - 1) * Step + Taps, columns = (Pixels - 1) * Step + Taps;
+  const S* const* source[rows];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) source[i] = line.rows[i] + pixel * Step;
+  S* const to = line.to + pixel * line.to_stride;
+  const int64_t to_stride = line.to_stride, to_line_stride = line.to_line_stride, weight_stride = line.weight_stride;
+  const int64_t end = line.end;
+  const Compute<S>*const line_weights = line.weights, *const bias = line.bias;
+  const auto bounds = line.bounds;
+  for (int64_t c = line.begin; c < end; c += L) {
+    const int64_t channel = min(c, end - L);  // the last vector may overlap the one before
+    const Compute<S>* weights = line_weights + channel;
+    V sum[Lines][Pixels] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      V w[Lines][Taps];
+#pragma GCC unroll 4
+      for (int l = 0; l < Lines; ++l)
+        if (const int r = i - l * Step; r >= 0 && r < Taps)
+#pragma GCC unroll 8
+          for (int t = 0; t < Taps; ++t) w[l][t] = load_as<V>(weights + (r * Taps + t) * weight_stride);
+#pragma GCC unroll 32
+      for (int j = 0; j < columns; ++j) {
+        const V x = load_vector(source[i][j] + channel);
+#pragma GCC unroll 4
+        for (int l = 0; l < Lines; ++l)
+#pragma GCC unroll 8
+          for (int t = 0; t < Taps; ++t)
+            if (i >= l * Step && i - l * Step < Taps && j >= t && (j - t) % Step == 0 && (j - t) / Step < Pixels)
+              sum[l][(j - t) / Step] += x * w[l][t];
+      }
+    }
+#pragma GCC unroll 4
+    for (int l = 0; l < Lines; ++l)
+#pragma GCC unroll 16
+      for (int p = 0; p < Pixels; ++p) {
+        if (bias) sum[l][p] += load_as<V>(bias + channel);
+        store_vector(bounds.clamp(sum[l][p]), to + l * to_line_stride + p * to_stride + channel);
+      }
+  }
+}
+
+constexpr int depthwise_square_lines = 2;
+template <class S, int Taps, int Step>
+void depthwise_square(const DepthwiseLine<S>& line) {
+  const int64_t pixels = line.pixels;
+  if constexpr (tile_rows == 12)
+    if (pixels >= 7 && round_up(pixels, 7) <= round_up(pixels, 4)) {
+      for (int64_t p = 0; p < pixels; p += 7) depthwise_square_tile<S, Taps, Step, 2, 7>(line, min(p, pixels - 7));
+      return;
+    }
+  for (int64_t p = 0; p < pixels; p += 4) depthwise_square_tile<S, Taps, Step, 2, 4>(line, min(p, pixels - 4));
+}
+
 // In tiles of 7 or 4 pixels, whichever computes fewer twice; the last one overlaps its neighbour. Of 14 for many taps, where there are
 // registers for that.
 template <class S, int Taps, int Step>
@@ -178,6 +239,22 @@ struct DepthwiseLineKernel {
   int64_t row_taps;  // taps in a row: those of a kernel line, or one
   void (*run)(const DepthwiseLine<S>&);
 };
+
+// The kernel for several lines, or nullptr.
+template <class S>
+auto depthwise_square_kernel(const Axis& y, const Axis& x) -> void (*)(const DepthwiseLine<S>&) {
+  const Columns columns(x);
+  if (y.taps != x.taps || y.step != x.step || y.tap_offset * y.tap_offset != 1 || columns.tap_step != 1 || x.positions < 4) return nullptr;
+  if (x.step == 1) switch (x.taps) {
+      case 3: return depthwise_square<S, 3, 1>;
+      case 5: return depthwise_square<S, 5, 1>;
+    }
+  if (x.step == 2) switch (x.taps) {
+      case 3: return depthwise_square<S, 3, 2>;
+      case 5: return depthwise_square<S, 5, 2>;
+    }
+  return nullptr;
+}
 
 template <class S>
 DepthwiseLineKernel<S> depthwise_line_kernel(const Axis& x) {
@@ -257,13 +334,29 @@ void depthwise_lines(const PixelTable<S>& table, const Axis& y, const Axis& x, i
   const int64_t rows_per_line = x.taps / kernel.row_taps;
   const S* const* rows[2][block_depth];
   DepthwiseLine<S> line = {begin, end, nullptr, y.taps * rows_per_line, x.positions, x.step, nullptr, weights, weight_stride,
-                           bias, bounds, ahead, nullptr, columns.direction * result.pixel_stride};
+                           bias, bounds, ahead, nullptr, columns.direction * result.pixel_stride, 0};
   const auto find_rows = [&](int64_t i) {
     for (int64_t row = 0; row < line.row_count; ++row)
       rows[i % 2][row] = table.line(y.source(i, row / rows_per_line)) + row % rows_per_line * columns.tap_step;
   };
+  const int64_t end_line = position + lines;
+  if (const auto square = depthwise_square_kernel<S>(y, x)) {
+    constexpr int64_t count = depthwise_square_lines;
+    const bool down = y.tap_offset < 0;
+    line.row_count = (count - 1) * y.step + y.taps;
+    line.rows = rows[0];
+    line.to_line_stride = down ? -result.line_stride : result.line_stride;
+    for (; position + count <= end_line; position += count) {
+      const int64_t from = down ? position + count - 1 : position;
+      for (int64_t row = 0; row < line.row_count; ++row) rows[0][row] = table.line(y.source(from, 0) + row * y.tap_offset);
+      line.to = result.at(from, columns.direction < 0 ? x.positions - 1 : 0);
+      square(line);
+      for (int64_t i = position; i < position + count; ++i) after_line(i);
+    }
+    line.row_count = y.taps * rows_per_line;
+  }
   find_rows(position);
-  for (int64_t i = position; i < position + lines; ++i) {
+  for (int64_t i = position; i < end_line; ++i) {
     find_rows(i + 1);  // beyond the table: a line of zeros
     line.rows = rows[i % 2], line.next_rows = rows[(i + 1) % 2];
     line.to = result.at(i, columns.direction < 0 ? x.positions - 1 : 0);
