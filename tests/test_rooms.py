@@ -84,6 +84,7 @@ MAY_IMPORT = {
     "cvfast/_accelerate/": (
         "cvfast._accelerate",
         "cvfast._choices",
+        "cvfast._library",
         "cvfast._packed",
         "cvfast.backend",
         "cvfast.functional",

@@ -1,4 +1,5 @@
-// cvfast._C: what was built, which instruction sets there are, and the choice of one (for tests and CVFAST_ISA).
+// cvfast._C: what was built, which instruction sets there are, and the choice of one (for tests and CVFAST_ISA); comparisons
+// of Python objects.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 #include "../cpu/poison.h"
 #include "../cpu/precision.h"
 #include "conv2d_how.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 
@@ -75,6 +77,7 @@ PyMethodDef plain_functions[] = {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and instruction sets of cvfast's CPU kernels; needs no torch.";
   if (PyModule_AddFunctions(m.ptr(), plain_functions) != 0) throw py::error_already_set();
+  cvfast::add_unchanged(m);
   m.attr("build_info") = py::dict(
       py::arg("compiler") = CVFAST_COMPILER, py::arg("torch") = CVFAST_BUILT_WITH_TORCH, py::arg("cuda") = CVFAST_CUDA_BUILD);
   m.attr("made_by_intel") = cvfast::made_by_intel();

@@ -28,6 +28,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from cvfast import backend, functional, nn
 from cvfast._accelerate import layers
 from cvfast._accelerate.plain import unwatched
+from cvfast._accelerate.unchanged import Answer, Snapshot
 
 CONVOLUTIONS = (layers.Conv2d, layers.ConvTranspose2d, nn.Conv2d, nn.ConvTranspose2d)
 _LINEAR = (layers.Linear, nn.Linear)
@@ -438,11 +439,12 @@ class _Ready:
         self.conv, self.norm = conv, norm
         self.sources, self.tensors, self.state = sources, _given(sources), state
         self.modules = [(m, type(m)) for m in (conv, norm, activation, pooling) if isinstance(m, Module)]
-        options = [(m, _OPTIONS[cls]) for m, cls in self.modules if cls in _OPTIONS]
+        options = [(m, itemgetter(*_OPTIONS[cls])) for m, cls in self.modules if cls in _OPTIONS]
         self.options = [(m, of, of(m.__dict__)) for m, of in options]
+        self.holds = Answer(self.is_still_so, self.look)
 
-    def holds(self) -> bool:
-        """Whether all that was found out about the layers is still so."""
+    def is_still_so(self) -> bool:
+        """Whether all that was found out about the layers is as it was."""
         if _has_any_global_hook():
             return False
         for module, cls in self.modules:
@@ -458,14 +460,25 @@ class _Ready:
         sources = (own["weight"], own["bias"]) if norm is None else _sources(conv, norm)
         return all(map(is_, sources, self.sources)) and _state(self.tensors) == self.state
 
+    def look(self, snapshot: Snapshot) -> None:
+        """Notes what `is_still_so` asks for."""
+        for module, cls in self.modules:
+            snapshot.unwatched(module)
+            snapshot.entries(module, _OPTIONS.get(cls, ()))
+        snapshot.entries(self.conv, ("_conv_forward",))
+        snapshot.tensors(self.conv, "_parameters", ("weight", "bias"))
+        if self.norm is not None:
+            snapshot.tensors(self.norm, "_parameters", ("weight", "bias"))
+            snapshot.tensors(self.norm, "_buffers", ("running_mean", "running_var"))
+
 
 _OPTIONS = {  # what a chain's call depends on besides parameters and buffers
-    **dict.fromkeys(CONVOLUTIONS, itemgetter("stride", "padding", "dilation", "groups", "padding_mode")),
-    BatchNorm2d: itemgetter("training", "eps"),
-    torch.nn.GELU: itemgetter("approximate"),
-    torch.nn.LeakyReLU: itemgetter("negative_slope"),
-    torch.nn.MaxPool2d: itemgetter(*_MAX_POOL),
-    torch.nn.AvgPool2d: itemgetter(*_AVERAGE_POOL),
+    **dict.fromkeys(CONVOLUTIONS, ("stride", "padding", "dilation", "groups", "padding_mode")),
+    BatchNorm2d: ("training", "eps"),
+    torch.nn.GELU: ("approximate",),
+    torch.nn.LeakyReLU: ("negative_slope",),
+    torch.nn.MaxPool2d: tuple(_MAX_POOL),
+    torch.nn.AvgPool2d: tuple(_AVERAGE_POOL),
 }
 
 

@@ -22,6 +22,8 @@ from torch import Tensor, fx
 from torch.nn import Dropout, Module, ModuleList, Sequential
 from torch.nn.modules.module import _has_any_global_hook
 
+from cvfast._accelerate.unchanged import Answer, Snapshot
+
 _CONSTANTS = (type(None), bool, int, float, str)
 _TORCH = (torch, torch.nn.functional)
 _BAKED = ("is_", "get_", "set_", "manual_", "rand", "normal", "bernoulli", "empty", "seed")
@@ -58,6 +60,7 @@ class Facts:
     children: list[tuple[Module, tuple[Module | None, ...]]] = field(default_factory=list)
     values: list[tuple[Module, str, object]] = field(default_factory=list)
     inlined: list[tuple[Module, type[Module]]] = field(default_factory=list)
+    _held: Answer | None = field(default=None, init=False, repr=False, compare=False)
 
     def watch_children(self, module: Module) -> None:
         if all(module is not watched for watched, _ in self.children):
@@ -65,6 +68,21 @@ class Facts:
 
     def hold(self) -> bool:
         """Whether all is as it was."""
+        if torch.compiler.is_compiling():
+            return self._hold()
+        if self._held is None:
+            self._held = Answer(self._hold, self._look)
+        return self._held()
+
+    def _look(self, snapshot: Snapshot) -> None:
+        for module, _ in self.children:
+            snapshot.children(module)
+        for module, name, _ in self.values:
+            snapshot.attribute(module, name)
+        for module, _ in self.inlined:
+            snapshot.unwatched(module)
+
+    def _hold(self) -> bool:
         for module, children in self.children:
             if tuple(module._modules.values()) != children:
                 return False

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from cvfast import functional
 from cvfast._accelerate import chains
 from cvfast._accelerate.chains import Chain
+from cvfast._accelerate.unchanged import Answer, Snapshot
 
 _MOST_CALLS = 64  # that a sequence knows: images of that many sizes
 
@@ -30,19 +31,30 @@ class Sequence:
         self.ends = [[value for value, last in last_use.items() if last == i] for i in range(len(steps))]
         self.ready: list[chains._Ready] = []  # for which `calls` were prepared, by shapes and strides of the inputs
         self.calls: dict = {}
+        self._are_ready = Answer(self._ask_all, self._look_at_all)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if chains.observer is None and not torch.compiler.is_compiling():
-            ready = [chain.ready for chain, _, _ in self.steps]
-            if None not in ready and all([one.holds() for one in ready]):
-                output = self._at_once(ready, inputs)
-                if output is not None:
-                    return output
+            output = self._at_once(inputs) if self._are_ready() else None
+            if output is not None:
+                return output
+            self._are_ready.forget()  # the chains may find out something else
         return self._one_by_one(inputs)
 
-    def _at_once(self, ready: list[chains._Ready], inputs: tuple[Tensor, ...]) -> Tensor | None:
+    def _ask_all(self) -> bool:
+        ready = [chain.ready for chain, _, _ in self.steps]
+        if None in ready or not all([one.is_still_so() for one in ready]):
+            return False
         if ready != self.ready:
             self.ready, self.calls = ready, {}
+        return True
+
+    def _look_at_all(self, snapshot: Snapshot) -> None:
+        for chain, _, _ in self.steps:
+            if chain.ready is not None:
+                chain.ready.look(snapshot)
+
+    def _at_once(self, inputs: tuple[Tensor, ...]) -> Tensor | None:
         key = tuple([(input.shape, input.stride()) for input in inputs])
         call = self.calls.get(key)
         if call is None:

@@ -130,8 +130,16 @@ void cut_into_pieces(CorrelationPlan& p, int64_t pixels, int64_t channels, int64
   p.pixel_blocks = ceil_div(pixels, p.pixel_block);
 }
 
+// Whether the patches are rows of the image itself, of a 1x1 kernel on neighbouring channels.
 template <class S>
-CorrelationPlan plan(const Correlation<S>& c, int64_t threads) {
+bool patches_in_place(const Correlation<S>& c, const Phase<S>& phase) {
+  return __is_same(S, Compute<S>) && phase.patches.channel_stride == 1 &&
+         evenly_spaced(phase.patches, 0, phase.pixels(c.batch)).data;
+}
+
+// weights_kept: the weights are packed already.
+template <class S>
+CorrelationPlan plan(const Correlation<S>& c, int64_t threads, bool weights_kept = false) {
   using T = Compute<S>;
   CorrelationPlan p;
   const Phase<S> phase = make_phase(c, 0, 0);
@@ -156,7 +164,8 @@ CorrelationPlan plan(const Correlation<S>& c, int64_t threads) {
   const int64_t units = c.groups * c.phases_y() * c.phases_x() * cells * (p.samples_apart ? c.batch : 1);
   const int64_t kernel_depth = c.shape.kernel_height * c.shape.kernel_width * c.groups * c.in_channels;
   p.weights_used_once = p.channels_are_cols && cells == 1 && pixels <= block_rows &&
-                        kernel_depth * max<int64_t>(pixels, panel_cols<T>) <= most_gathered;
+                        kernel_depth * max<int64_t>(pixels, panel_cols<T>) <= most_gathered &&
+                        !(weights_kept && patches_in_place(c, phase));
   if (p.weights_used_once)
     p.pixel_block = pixels;
   else
@@ -431,10 +440,11 @@ Matrix<const Compute<S>> piece_patches(const Correlation<S>& c, const Correlatio
   return {to.data, to.row_stride, to.col_stride};
 }
 
-// `skip_padding`: taps that meet only padding may be passed over.
+// `skip_padding`: taps that meet only padding may be passed over. `far`: the weights are not in the caches yet.
 template <class S>
 void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const CorrelationPiece<S>& piece,
-                     const PackedWeights<Compute<S>>& weights, bool skip_padding, const WorkerBlocks<Compute<S>>& blocks) {
+                     const PackedWeights<Compute<S>>& weights, bool far, bool skip_padding,
+                     const WorkerBlocks<Compute<S>>& blocks) {
   using T = Compute<S>;
   const Matrix<T> in_place = results_in_place(c, p, piece);
   const int64_t scratch_stride = round_up(p.channels_are_cols ? piece.channels : piece.pixels, tile_cols<T>);
@@ -453,7 +463,8 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
     for (int64_t first = 0; first < piece.channels; first += p.channel_block) {
       const int64_t channels = min(piece.channels - first, p.channel_block);
       const T* operand = weights.at(start, piece.channel + first);
-      const Panels<T> panels = weights.panels(start, piece.channel + first, skipped);
+      Panels<T> panels = weights.panels(start, piece.channel + first, skipped);
+      panels.far = far;
       T* to = result.data + first * result.col_stride;
       if (bounded && start + whole == weights.depth)
         block_product(piece.pixels, channels, depth, patches, panels, to, result.row_stride, add,
@@ -576,8 +587,8 @@ void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
   using T = Compute<S>;
   const Correlation<S> c = correlation<S>(problem);
   if (c.batch == 0 || c.groups * c.out_channels == 0 || make_phase(c, 0, 0).pixels(c.batch) == 0) return;
-  const CorrelationPlan p = plan(c, pool.threads);
-  const PackedHeader* kept = p.channels_are_cols ? kept_weights(problem, PackedForm::panels) : nullptr;
+  const PackedHeader* kept = kept_weights(problem, PackedForm::panels);
+  const CorrelationPlan p = plan(c, pool.threads, kept != nullptr);
   if (p.weights_used_once) return correlate_few_pixels(c, p, kept, pool);
   const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
   T* packed = kept ? kept_panels<T>(kept) : scratch<T>(ScratchUse::caller, packed_elements(c, p));
@@ -601,7 +612,8 @@ void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
       const int64_t pixels = min(phase.pixels(unit_batch) - first, p.pixel_block);
       const int64_t channel = range * p.channel_range, channels = min(c.out_channels - channel, p.channel_range);
       const CorrelationPiece<S> piece = {phase, group, pixel, pixels, channel, channels};
-      if (pixels > 0) correlate_piece(c, p, piece, weights, skip_padding, blocks);
+      const bool far = kept && i - begin < p.channel_ranges * c.groups;  // kept since the last call, and met first
+      if (pixels > 0) correlate_piece(c, p, piece, weights, far, skip_padding, blocks);
     }
   });
 }

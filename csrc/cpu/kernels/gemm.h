@@ -39,11 +39,12 @@ template <class T>
 constexpr int64_t block_cols = 15 * tile_cols<T>;
 
 // B in panels of `cols` <= panel_cols columns, whole vectors of them; those of the last vector beyond the matrix are readable
-// and ignored.
+// and ignored. far: a panel is not in the caches yet; it comes near while the one before it is multiplied with.
 template <class T>
 struct Panels {
   const T* data;
   int64_t cols, panel_stride, row_stride;
+  bool far = false;
 };
 
 // The least and the largest value of an element; NaN stays NaN.
@@ -68,10 +69,11 @@ struct AsItIs {
 
 // One tile of `Vectors` vectors of columns; C has as many writable columns with stride 1. The strides are scalars: a
 // Matrix would go through memory, where it costs more than a shallow tile's share of anything else. `A_ahead`: as many rows of A as
-// come behind these, which the next tile will read, are brought near meanwhile.
+// come behind these, which the next tile will read, are brought near meanwhile, and so are `later_lines` cache lines from `later`
+// on for each line of a row of A.
 template <class T, int Rows, int Vectors, bool A_ahead, class Finish>
 void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const T* b, int64_t b_stride, int64_t depth, T* c,
-                  int64_t c_stride, bool add, Finish finish) {
+                  int64_t c_stride, bool add, Finish finish, const T* later, int64_t later_lines) {
   constexpr int L = lanes<T>;
   Vector<T> sum[Rows][Vectors] = {};
 #pragma GCC unroll 16
@@ -80,9 +82,11 @@ void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const 
     for (int j = 0; j < Vectors; j += 2) __builtin_prefetch(c + i * c_stride + j * L, 1);  // cache lines come in pairs
   const int64_t step = A_ahead ? line_elements<T> : depth;
   for (int64_t first = 0; first < depth; first += step) {
-    if constexpr (A_ahead)
+    if constexpr (A_ahead) {
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) __builtin_prefetch(a + (Rows + i) * a_row_stride);
+      for (int64_t i = 0; i < later_lines; ++i, later += line_elements<T>) __builtin_prefetch(later, 0, 2);
+    }
     for (int64_t k = min(step, depth - first); k > 0; --k) {
       Vector<T> row[Vectors];
 #pragma GCC unroll 4
@@ -109,11 +113,14 @@ void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const 
 // A tile of `rows` <= Rows rows.
 template <class T, int Vectors = 2, int Rows = tile_rows, bool A_ahead = false, class Finish = AsItIs>
 [[gnu::always_inline]] inline void tile_product_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t b_stride,
-                                                     int64_t depth, T* c, int64_t c_stride, bool add, Finish finish = {}) {
+                                                     int64_t depth, T* c, int64_t c_stride, bool add, Finish finish = {},
+                                                     const T* later = nullptr, int64_t later_lines = 0) {
   if constexpr (Rows > 1)
     if (rows < Rows)
-      return tile_product_rows<T, Vectors, Rows - 1, A_ahead>(rows, a, b, b_stride, depth, c, c_stride, add, finish);
-  tile_product<T, Rows, Vectors, A_ahead>(a.data, a.row_stride, a.col_stride, b, b_stride, depth, c, c_stride, add, finish);
+      return tile_product_rows<T, Vectors, Rows - 1, A_ahead>(rows, a, b, b_stride, depth, c, c_stride, add, finish, later,
+                                                              later_lines);
+  tile_product<T, Rows, Vectors, A_ahead>(a.data, a.row_stride, a.col_stride, b, b_stride, depth, c, c_stride, add, finish,
+                                          later, later_lines);
 }
 
 // For what may be called after a tile.
@@ -121,15 +128,20 @@ struct Nothing {
   void operator()() const {}
 };
 
-// A column of tiles. The rows are cut evenly.
+// A column of tiles. The rows are cut evenly. next: as many rows of as many elements as there are from `b` on, which are needed
+// next and brought near meanwhile, an equal share beside each tile; or nullptr.
 template <class T, int Vectors, class Finish = AsItIs>
 void column_product(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-                    bool add, Finish finish = {}) {
+                    bool add, Finish finish = {}, const T* next = nullptr) {
   constexpr int most = rows_beside(Vectors);
+  const int64_t lines = next ? ceil_div(b_stride, ceil_div(rows, most)) : 0;  // line_elements rows of b are b_stride lines
+  const int64_t share = lines * line_elements<T> * ceil_div(depth, line_elements<T>);
   for (int64_t row = 0, count; row < rows; row += count) {
     count = ceil_div(rows - row, ceil_div(rows - row, most));
     const Matrix<const T> a_rows = {a.data + row * a.row_stride, a.row_stride, a.col_stride};
-    tile_product_rows<T, Vectors, most, true>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add, finish);
+    tile_product_rows<T, Vectors, most, true>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add, finish,
+                                              next, lines);
+    next += share;
   }
 }
 
@@ -139,7 +151,8 @@ void panel_column(int64_t vectors, int64_t rows, int64_t depth, Matrix<const T> 
                   bool add, Finish finish) {
   if constexpr (Vectors > 1)
     if (vectors < Vectors) return panel_column<T, Vectors - 1>(vectors, rows, depth, a, b, c, c_stride, add, finish);
-  column_product<T, Vectors>(rows, depth, a, b.data, b.row_stride, c, c_stride, add, finish);
+  column_product<T, Vectors>(rows, depth, a, b.data, b.row_stride, c, c_stride, add, finish,
+                             b.far ? b.data + b.panel_stride : nullptr);
 }
 
 // A block: rows <= block_rows, cols <= block_cols, depth <= block_depth for the caches' sake. `c` has row stride
