@@ -67,23 +67,25 @@ struct AsItIs {
 };
 
 // One tile of `Vectors` vectors of columns; C has as many writable columns with stride 1. The strides are scalars: a
-// Matrix would go through memory, where it costs more than a shallow tile's share of anything else. `A_ahead`: as many rows of A as
-// come behind these, which the next tile will read, are brought near meanwhile.
-template <class T, int Rows, int Vectors, bool A_ahead, class Finish>
-void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const T* b, int64_t b_stride, int64_t depth, T* c,
-                  int64_t c_stride, bool add, Finish finish) {
+// Matrix would go through memory, where it costs more than a shallow tile's share of anything else. `Ahead`: as many rows of A as
+// come behind these, which the next tile will read, are brought near meanwhile, and of each row of B the line `b_ahead` elements
+// further on.
+template <class T, int Rows, int Vectors, bool Ahead, class Finish>
+void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const T* b, int64_t b_stride, int64_t b_ahead,
+                  int64_t depth, T* c, int64_t c_stride, bool add, Finish finish) {
   constexpr int L = lanes<T>;
   Vector<T> sum[Rows][Vectors] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < Vectors; j += 2) __builtin_prefetch(c + i * c_stride + j * L, 1);  // cache lines come in pairs
-  const int64_t step = A_ahead ? line_elements<T> : depth;
+  const int64_t step = Ahead ? line_elements<T> : depth;
   for (int64_t first = 0; first < depth; first += step) {
-    if constexpr (A_ahead)
+    if constexpr (Ahead)
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) __builtin_prefetch(a + (Rows + i) * a_row_stride);
     for (int64_t k = min(step, depth - first); k > 0; --k) {
+      if constexpr (Ahead) __builtin_prefetch(b + b_ahead, 0, 2);
       Vector<T> row[Vectors];
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) row[j] = load_as<Vector<T>>(b + j * L);
@@ -107,13 +109,15 @@ void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const 
 }
 
 // A tile of `rows` <= Rows rows.
-template <class T, int Vectors = 2, int Rows = tile_rows, bool A_ahead = false, class Finish = AsItIs>
+template <class T, int Vectors = 2, int Rows = tile_rows, bool Ahead = false, class Finish = AsItIs>
 [[gnu::always_inline]] inline void tile_product_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t b_stride,
-                                                     int64_t depth, T* c, int64_t c_stride, bool add, Finish finish = {}) {
+                                                     int64_t depth, T* c, int64_t c_stride, bool add, Finish finish = {},
+                                                     int64_t b_ahead = 0) {
   if constexpr (Rows > 1)
     if (rows < Rows)
-      return tile_product_rows<T, Vectors, Rows - 1, A_ahead>(rows, a, b, b_stride, depth, c, c_stride, add, finish);
-  tile_product<T, Rows, Vectors, A_ahead>(a.data, a.row_stride, a.col_stride, b, b_stride, depth, c, c_stride, add, finish);
+      return tile_product_rows<T, Vectors, Rows - 1, Ahead>(rows, a, b, b_stride, depth, c, c_stride, add, finish, b_ahead);
+  tile_product<T, Rows, Vectors, Ahead>(a.data, a.row_stride, a.col_stride, b, b_stride, b_ahead, depth, c, c_stride, add,
+                                        finish);
 }
 
 // For what may be called after a tile.
@@ -121,15 +125,19 @@ struct Nothing {
   void operator()() const {}
 };
 
-// A column of tiles. The rows are cut evenly.
+// A column of tiles. The rows are cut evenly. The first tiles bring the panel near that is `to_next` elements further on, one
+// line of each row apiece: with few rows of A, memory gives B no faster than it is needed.
 template <class T, int Vectors, class Finish = AsItIs>
 void column_product(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-                    bool add, Finish finish = {}) {
+                    bool add, Finish finish = {}, int64_t to_next = 0) {
   constexpr int most = rows_beside(Vectors);
-  for (int64_t row = 0, count; row < rows; row += count) {
+  constexpr int64_t width = Vectors * lanes<T>;
+  int64_t line = 0;
+  for (int64_t row = 0, count; row < rows; row += count, line += line_elements<T>) {
     count = ceil_div(rows - row, ceil_div(rows - row, most));
     const Matrix<const T> a_rows = {a.data + row * a.row_stride, a.row_stride, a.col_stride};
-    tile_product_rows<T, Vectors, most, true>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add, finish);
+    tile_product_rows<T, Vectors, most, true>(count, a_rows, b, b_stride, depth, c + row * c_stride, c_stride, add, finish,
+                                              line < width ? to_next + line : 0);
   }
 }
 
@@ -139,7 +147,7 @@ void panel_column(int64_t vectors, int64_t rows, int64_t depth, Matrix<const T> 
                   bool add, Finish finish) {
   if constexpr (Vectors > 1)
     if (vectors < Vectors) return panel_column<T, Vectors - 1>(vectors, rows, depth, a, b, c, c_stride, add, finish);
-  column_product<T, Vectors>(rows, depth, a, b.data, b.row_stride, c, c_stride, add, finish);
+  column_product<T, Vectors>(rows, depth, a, b.data, b.row_stride, c, c_stride, add, finish, b.panel_stride);
 }
 
 // A block: rows <= block_rows, cols <= block_cols, depth <= block_depth for the caches' sake. `c` has row stride
