@@ -1,5 +1,5 @@
-// The halves of a transformer's encoder layer on the CPU, and self-attention with its projections by itself: each one call of
-// several kernels. The schemas are in cvfast/ops/encoder.py.
+// Layers of a transformer's encoder on the CPU, and self-attention with its projections by itself: each one call of many
+// kernels. The schemas are in cvfast/ops/encoder.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -110,35 +110,52 @@ Tensor self_attention(const Tensor& input, const Tensor& in_weight, const MaybeT
   return projected(attended(projected(input, in), heads), out);
 }
 
-Tensor encoder_attention(const Tensor& input, const Tensor& norm_weight, const Tensor& norm_bias, double epsilon,
-                         const Tensor& in_weight, const MaybeTensor& in_bias, const Tensor& out_weight,
-                         const MaybeTensor& out_bias, int64_t heads, const MaybeTensor& packed_in,
-                         const MaybeTensor& packed_out) {
-  const Layer in = {in_weight, in_bias, packed_in}, out = {out_weight, out_bias, packed_out};
-  check_attention(input, in, out, heads);
-  STD_TORCH_CHECK(out_weight.size(0) == input.size(2), "cvfast encoder: the result does not fit the input");
-  const Tensor projections = projected(normalized(input, norm_weight, norm_bias, epsilon), in);
-  return projected(attended(projections, heads), out, Activation::none, &input);
-}
+// Half of a layer: its operands are those of a layer norm and of two linear layers.
+struct Half {
+  const Tensor &norm_weight, &norm_bias;
+  double epsilon;
+  Layer first, second;
+  int64_t heads;  // 0: of an mlp
+  Activation activation;
 
-Tensor encoder_mlp(const Tensor& input, const Tensor& norm_weight, const Tensor& norm_bias, double epsilon,
-                   const Tensor& weight_1, const MaybeTensor& bias_1, int64_t bits, const Tensor& weight_2,
-                   const MaybeTensor& bias_2, const MaybeTensor& packed_1, const MaybeTensor& packed_2) {
-  const Layer first = {weight_1, bias_1, packed_1}, second = {weight_2, bias_2, packed_2};
-  const Tensor normal = normalized(input, norm_weight, norm_bias, epsilon);
-  first.check(input, input.size(input.dim() - 1));
-  second.check(input, weight_1.size(0));
-  STD_TORCH_CHECK(weight_1.size(0) > 0 && weight_2.size(0) == input.size(input.dim() - 1),
-                  "cvfast encoder: the result does not fit the input");
-  const Activation activation = Conv2dHow::unpacked(bits).activation;
-  STD_TORCH_CHECK(activation <= Activation::hardsigmoid, "cvfast encoder: unknown activation");
-  return projected(projected(normal, first, activation), second, Activation::none, &input);
+  Tensor operator()(const Tensor& input) const {
+    const Tensor normal = normalized(input, norm_weight, norm_bias, epsilon);
+    const int64_t features = input.size(input.dim() - 1);
+    STD_TORCH_CHECK(second.weight.dim() == 2 && second.weight.size(0) == features,
+                    "cvfast encoder: the result does not fit the input");
+    if (heads > 0) {
+      check_attention(normal, first, second, heads);
+      return projected(attended(projected(normal, first), heads), second, Activation::none, &input);
+    }
+    first.check(input, features);
+    second.check(input, first.weight.size(0));
+    STD_TORCH_CHECK(first.weight.size(0) > 0, "cvfast encoder: an mlp without features");
+    return projected(projected(normal, first, activation), second, Activation::none, &input);
+  }
+};
+
+Tensor encoder(const Tensor& input, std::vector<MaybeTensor> operands, std::vector<MaybeTensor> packed,
+               std::vector<double> epsilons, Ints heads, Ints hows) {
+  constexpr size_t each = 6;  // operands of a half
+  const size_t halves = heads.size();
+  STD_TORCH_CHECK(halves > 0 && operands.size() == each * halves && packed.size() == 2 * halves && hows.size() == halves &&
+                      epsilons.size() == halves,
+                  "cvfast encoder: the operands of the halves do not fit");
+  Tensor x = input;
+  for (size_t i = 0; i < halves; ++i) {
+    const MaybeTensor* o = &operands[each * i];
+    for (int weight : {0, 1, 2, 4}) STD_TORCH_CHECK(o[weight].has_value(), "cvfast encoder: a weight is missing");
+    const Activation activation = Conv2dHow::unpacked(hows[i]).activation;
+    STD_TORCH_CHECK(activation <= Activation::hardsigmoid, "cvfast encoder: unknown activation");
+    x = Half{*o[0], *o[1], epsilons[i], {*o[2], o[3], packed[2 * i]}, {*o[4], o[5], packed[2 * i + 1]}, heads[i],
+             activation}(x);
+  }
+  return x;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   m.impl("self_attention", TORCH_BOX(&self_attention));
-  m.impl("encoder_attention", TORCH_BOX(&encoder_attention));
-  m.impl("encoder_mlp", TORCH_BOX(&encoder_mlp));
+  m.impl("encoder", TORCH_BOX(&encoder));
 }

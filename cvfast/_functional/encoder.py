@@ -1,8 +1,9 @@
-"""Self-attention with its projections, and half of an encoder layer, by one kernel call where there is one."""
+"""Self-attention with its projections, and layers of an encoder, by one kernel call where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -28,38 +29,31 @@ def self_attention(
     return _ext.self_attention(input, in_weight, in_bias, out_weight, out_bias, heads)
 
 
-_ext = _backend.BACKENDS["attention"]["ext"]
+class Half(NamedTuple):
+    """Half of a transformer's encoder layer: input + linear(f(linear(layer_norm(input)))).
 
-
-def prepared_encoder_attention(
-    norm: tuple[Tensor, Tensor, float],
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    heads: int,
-) -> Callable[[Tensor], Tensor | None] | None:
-    """input + self_attention(layer_norm(input), ...) for many inputs [N, L, E]; as prepared_linear, None for the parts.
-
-    norm: weight [E], bias [E] and epsilon; the others as self_attention's.
+    norm, first, second: weight and bias of each; biases but the norm's may be None. epsilon: the norm's. heads: f is
+    the attention of so many of them; or 0: f is `activation`.
     """
-    return _where_free(_ext.prepare_encoder_attention(norm, in_weight, in_bias, out_weight, out_bias, heads))
+
+    norm: tuple[Tensor, Tensor]
+    epsilon: float
+    first: tuple[Tensor, Tensor | None]
+    second: tuple[Tensor, Tensor | None]
+    heads: int = 0
+    activation: str = "none"
 
 
-def prepared_encoder_mlp(
-    norm: tuple[Tensor, Tensor, float],
-    activation: str,
-    weight_1: Tensor,
-    bias_1: Tensor | None,
-    weight_2: Tensor,
-    bias_2: Tensor | None,
-) -> Callable[[Tensor], Tensor | None] | None:
-    """input + linear_2(activation(linear_1(layer_norm(input)))) for many inputs [*, E], in the same way."""
-    return _where_free(_ext.prepare_encoder_mlp(norm, activation, weight_1, bias_1, weight_2, bias_2))
+def prepared_encoder(halves: Sequence[Half], input: Tensor) -> Callable[[Tensor], Tensor | None] | None:
+    """The halves one after the other for many inputs [N, L, E] of this one's size; None where they have to be called.
 
-
-def _where_free(call: Callable[[Tensor], Tensor | None] | None) -> Callable[[Tensor], Tensor | None] | None:
-    """`call` while nobody named another backend."""
-    if call is None:
+    The call gives None, too, where that is so of it, and raises LookupError once it has to be prepared anew.
+    """
+    try:
+        call = _ext.PreparedEncoder(halves, input)
+    except RuntimeError:
         return None
     return lambda input: call(input) if _backend.is_free() and _backend.is_certain("ext") else None
+
+
+_ext = _backend.BACKENDS["attention"]["ext"]

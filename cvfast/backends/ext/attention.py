@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from cvfast import _library
-from cvfast.backends.ext import conv2d, linear
+from cvfast.backends.ext import linear
+from cvfast.backends.ext.encoder import PreparedEncoder as PreparedEncoder
 from cvfast.ops.card import call, derives, watched
-from cvfast.ops.conv2d import ONE_BY_ONE, conv2d_how
-from cvfast.ops.encoder import ENCODER_ATTENTION, ENCODER_MLP, SELF_ATTENTION
+from cvfast.ops.encoder import SELF_ATTENTION
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 
@@ -67,69 +65,3 @@ def self_attention(
         return None
     packed = linear.packed_weight(input, in_weight), linear.packed_weight(input, out_weight)
     return SELF_ATTENTION(input, in_weight, in_bias, out_weight, out_bias, heads, *packed)
-
-
-def _may_prepare(*tensors: Tensor | None) -> bool:
-    given = [t for t in tensors if t is not None]
-    return all([type(t) in (Tensor, Parameter) and t.is_cpu and t.dtype is torch.float32 for t in given])
-
-
-def _takes_prepared(input: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels are the ones for this input, whose first product is that with `weight`."""
-    return (
-        conv2d.takes_prepared(input, torch.float32)
-        and input.dim() > 0
-        and input.is_contiguous()
-        and not linear.is_torchs(input, weight)
-    )
-
-
-def prepare_encoder_attention(
-    norm: tuple[Tensor, Tensor, float],
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    heads: int,
-) -> Callable[[Tensor], Tensor | None] | None:
-    """input + attention(norm(input)) for many inputs of some shapes, as conv2d.prepare."""
-    if not _may_prepare(*norm[:2], in_weight, in_bias, out_weight, out_bias):
-        return None
-
-    def prepared(input: Tensor) -> Tensor | None:
-        if not _takes_prepared(input, in_weight):
-            return None
-        rows = input.numel() // input.shape[-1]
-        packed = linear.packed_for_rows(rows, in_weight), linear.packed_for_rows(rows, out_weight)
-        try:
-            return ENCODER_ATTENTION(input, *norm, in_weight, in_bias, out_weight, out_bias, heads, *packed)
-        except RuntimeError:  # what does not fit
-            return None
-
-    return prepared
-
-
-def prepare_encoder_mlp(
-    norm: tuple[Tensor, Tensor, float],
-    activation: str,
-    weight_1: Tensor,
-    bias_1: Tensor | None,
-    weight_2: Tensor,
-    bias_2: Tensor | None,
-) -> Callable[[Tensor], Tensor | None] | None:
-    """input + linear(activation(linear(norm(input)))) for many inputs of some shapes, as conv2d.prepare."""
-    if not _may_prepare(*norm[:2], weight_1, bias_1, weight_2, bias_2):
-        return None
-    how = conv2d_how(*ONE_BY_ONE, activation, "none")
-
-    def prepared(input: Tensor) -> Tensor | None:
-        if not _takes_prepared(input, weight_1):
-            return None
-        rows = input.numel() // input.shape[-1]
-        packed = linear.packed_for_rows(rows, weight_1, how), linear.packed_for_rows(rows, weight_2)
-        try:
-            return ENCODER_MLP(input, *norm, weight_1, bias_1, how, weight_2, bias_2, *packed)
-        except RuntimeError:
-            return None
-
-    return prepared
