@@ -18,9 +18,11 @@ from cvfast._functional.additive_attention import additive_attention
 from cvfast._functional.attention import scaled_dot_product_attention
 from cvfast._functional.attention_lstm_cell import attention_lstm_cell
 from cvfast._functional.attention_statistics import AttentionStatistics, attention_statistics
+from cvfast._functional.encoder import Half as Half  # accelerate's, as the next one
+from cvfast._functional.encoder import prepared_encoder as prepared_encoder
+from cvfast._functional.encoder import self_attention as self_attention  # cvfast.nn's
 from cvfast._functional.packed_attention import packed_attention
 from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
-from cvfast._functional.self_attention import self_attention as self_attention  # cvfast.nn's
 
 __all__ = [
     "AttentionStatistics",

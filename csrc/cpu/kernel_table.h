@@ -6,6 +6,7 @@
 #include "cvfast/batched_product.h"
 #include "cvfast/conv2d.h"
 #include "cvfast/gelu.h"
+#include "cvfast/layer_norm.h"
 #include "cvfast/recurrent.h"
 
 namespace cvfast {
@@ -56,6 +57,11 @@ struct GeluKernels {
   void (*backward)(const GeluBackward&, const ThreadPool&);
 };
 
+// Likewise kernels/layer_norm.cpp.
+struct LayerNormKernel {
+  void (*forward)(const LayerNormForward&, const ThreadPool&);
+};
+
 // What kernels/peak.cpp exports: work at a core's limits, for a clock outside. Results only keep the work alive.
 struct PeakKernels {
   int64_t bytes_per_step;  // of the sums s = s * x + x that one step forms; they stay normal for 0.1 < x < 0.9
@@ -78,6 +84,7 @@ struct KernelTable {
   BatchedProductKernel batched_product;
   BatchNormKernels batch_norm;
   GeluKernels gelu;
+  LayerNormKernel layer_norm;
   PeakKernels peak;
 };
 

@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from cvfast._accelerate import plain
 from cvfast._accelerate.chains import CONVOLUTIONS, STARTS, Found, forget, fuse_graph
+from cvfast._accelerate.encoder import join_halves
 from cvfast._accelerate.plain import original
 from cvfast._accelerate.sequences import join_neighbours
 
@@ -79,6 +80,7 @@ def make_plan(module: Module) -> Plan:
         return Plan(cls.forward, plain.Facts(), [])
     graph, facts = plain.trace(module, lambda m: isinstance(m, STARTS))
     chains = fuse_graph(graph, module)
+    join_halves(graph, module)
     join_neighbours(graph)
     code = graph.python_code("self")
     namespace = dict(code.globals)

@@ -74,20 +74,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _in_one_call(self, input: Tensor) -> Tensor | None:
         """Plain inference of self-attention; None where the steps have to be taken."""
-        if (
-            torch.is_grad_enabled()
-            or not self._qkv_same_embed_dim
-            or not self.batch_first
-            or self.bias_k is not None
-            or self.add_zero_attn
-            or (self.training and self.dropout > 0)
-            or input.dim() != 3
-            or input.shape[2] != self.embed_dim
-        ):
+        if not self._is_one_call() or input.dim() != 3 or input.shape[2] != self.embed_dim:
             return None
         out = self.out_proj
         weights = (self.in_proj_weight, self.in_proj_bias, out.weight, out.bias)
         return functional.self_attention(input, *weights, self.num_heads)
+
+    def _is_one_call(self) -> bool:
+        """Whether `_in_one_call` may do what this layer does, as far as its options say."""
+        return (
+            not torch.is_grad_enabled()
+            and self._qkv_same_embed_dim
+            and self.batch_first
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and not (self.training and self.dropout > 0)
+        )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The projections, each of embed_dim; one product where all three inputs are the same tensor."""

@@ -8,9 +8,9 @@ from cvfast.ops import (
     batched_product,
     conv2d,
     conv_transpose2d,
+    encoder,
     gelu,
     recurrent,
-    self_attention,
 )
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "batched_product",
     "conv2d",
     "conv_transpose2d",
+    "encoder",
     "gelu",
     "recurrent",
-    "self_attention",
 ]

@@ -19,7 +19,8 @@ from cvfast.testing import assert_as_accurate
 @pytest.fixture
 def slow_mkl(monkeypatch):
     """As on a processor on which torch's product is slow: the rules of size decide."""
-    monkeypatch.setattr(ext, "_MKL_IS_SLOW", True)
+    monkeypatch.setattr(ext, "_HAS_AVX512", True)
+    monkeypatch.setattr(ext, "_TRAINS_ON_MKL", False)
     monkeypatch.setattr(ext, "_LEAST_PRODUCTS", 2_000_000)
     monkeypatch.setattr(ext, "_LEAST_ROWS_TO_TRAIN", ext._LEAST_ROWS)
 
@@ -45,9 +46,17 @@ def test_few_rows_may_be_torchs_in_training_alone(slow_mkl, monkeypatch):
         assert chosen(1000, 64) == "ext"
 
 
-def test_on_intels_processors_torchs_product_is_taken(monkeypatch):
-    monkeypatch.setattr(ext, "_MKL_IS_SLOW", False)
+def test_on_intels_processors_torchs_product_is_taken_in_training_alone(slow_mkl, monkeypatch):
+    monkeypatch.setattr(ext, "_TRAINS_ON_MKL", True)
     assert chosen(1000, 64) == "native"
+    with torch.no_grad():
+        assert chosen(1000, 64) == "ext"
+
+
+def test_without_avx512_torchs_product_is_taken(slow_mkl, monkeypatch):
+    monkeypatch.setattr(ext, "_HAS_AVX512", False)
+    with torch.no_grad():
+        assert chosen(1000, 64) == "native"
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))

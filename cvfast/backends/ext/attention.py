@@ -8,8 +8,9 @@ from torch.nn import Parameter
 
 from cvfast import _library
 from cvfast.backends.ext import linear
+from cvfast.backends.ext.encoder import PreparedEncoder as PreparedEncoder
 from cvfast.ops.card import call, derives, watched
-from cvfast.ops.self_attention import SELF_ATTENTION
+from cvfast.ops.encoder import SELF_ATTENTION
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 
@@ -51,7 +52,7 @@ def run(
 def self_attention(
     input: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None, heads: int
 ) -> Tensor | None:
-    """As cvfast/ops/self_attention.py says; None where a derivative or a tracer sees the parts, or they are torch's."""
+    """As cvfast/ops/encoder.py says; None where a derivative or a tracer sees the parts, or they are torch's."""
     tensors = [t for t in (input, in_weight, in_bias, out_weight, out_bias) if t is not None]
     if (
         linear.is_torchs(input, in_weight)

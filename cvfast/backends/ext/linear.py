@@ -22,9 +22,12 @@ from cvfast.ops.conv2d import (
     rows_as_pixels,
 )
 
-# torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512. Where AVX-512 is not
-# wider than AVX2, cvfast gains less by its product, and not where little is computed or, in training, on few rows.
-_MKL_IS_SLOW = _library.C is not None and _library.C.best_isa() == "avx512" and not _library.C.made_by_intel
+# torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512. On Intel's it is as
+# fast where weights change at each step, not where they are kept packed and what follows is done in the cache. Where
+# AVX-512 is not wider than AVX2, cvfast gains less by its product, and not where little is computed or, in training, on
+# few rows.
+_HAS_AVX512 = _library.C is not None and _library.C.best_isa() == "avx512"
+_TRAINS_ON_MKL = _library.C is not None and _library.C.made_by_intel
 _GAINS_LESS = _library.C is not None and _library.C.halves_avx512
 _LEAST_ROWS = 16
 _LEAST_ROWS_TO_TRAIN = 1024 if _GAINS_LESS else _LEAST_ROWS
@@ -46,11 +49,15 @@ def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
     """Where torch's own operator is taken although the kernels could run; figures in docs/benchmarks.md."""
     if torch.compiler.is_exporting():
         return ["a graph that is exported has torch's product"]
-    if not _MKL_IS_SLOW or autocast_dtype(input, "cpu") is not torch.float32:
-        return ["torch's product is as fast: only in float32 with AVX-512, on other processors than Intel's, it is not"]
+    if _mkl_is_as_fast() or autocast_dtype(input, "cpu") is not torch.float32:
+        return ["torch's product is as fast: in training on Intel's processors, without AVX-512, or not in float32"]
     if _computes_little(input, weight):
         return [f"few rows or products ({list(input.shape)} by {list(weight.shape)}): torch's takes less time"]
     return []
+
+
+def _mkl_is_as_fast() -> bool:
+    return not _HAS_AVX512 or (_TRAINS_ON_MKL and torch.is_grad_enabled())
 
 
 def _computes_little(input: Tensor, weight: Tensor) -> bool:
@@ -61,7 +68,7 @@ def _computes_little(input: Tensor, weight: Tensor) -> bool:
 
 def is_torchs(input: Tensor, weight: Tensor) -> bool:
     """Whether `why_slower` has a reason that is known at once: small products must not wait for a choice."""
-    return not _MKL_IS_SLOW or torch.compiler.is_exporting() or _computes_little(input, weight)
+    return _mkl_is_as_fast() or torch.compiler.is_exporting() or _computes_little(input, weight)
 
 
 _operator = torch.ops.cvfast.conv2d.default
@@ -93,6 +100,17 @@ def packed_weight(input: Tensor, weight: Tensor, how: int = conv2d_how(*ONE_BY_O
         return None
     call = (input.shape, input.stride(), how)
     return packed(call, lambda: packed_form_kernel(*operands()), lambda: pack_kernel(*operands()), weight)
+
+
+def packed_for_rows(rows: int, weight: Tensor, how: int = conv2d_how(*ONE_BY_ONE)) -> Tensor | None:
+    """`packed_weight` for so many contiguous rows."""
+
+    def operands() -> tuple[Tensor, Tensor, int]:
+        return rows_as_pixels(weight.new_empty(rows, weight.shape[1])), weight[:, :, None, None], how
+
+    if weight.numel() < conv2d.LEAST_TO_PACK:
+        return None
+    return packed((rows, how), lambda: packed_form_kernel(*operands()), lambda: pack_kernel(*operands()), weight)
 
 
 def prepare(

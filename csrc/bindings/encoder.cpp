@@ -1,0 +1,161 @@
+// Layers of a transformer's encoder on the CPU, and self-attention with its projections by itself: each one call of many
+// kernels. The schemas are in cvfast/ops/encoder.py.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+
+#include "../cpu/isa.h"
+#include "brief_result.h"
+#include "conv2d_how.h"
+#include "cpu_tensors.h"
+#include "thread_pool.h"
+
+namespace {
+
+using namespace cvfast;
+using MaybeTensor = std::optional<Tensor>;
+
+// Contiguous, of the dtype of `like` and its sizes but for the last one.
+Tensor brief_rows(const Tensor& like, int64_t features) {
+  Ints sizes = sizes_of(like), strides(sizes.size());
+  sizes.back() = features;
+  int64_t elements = 1;
+  for (size_t d = sizes.size(); d-- > 0; elements *= sizes[d]) strides[d] = elements;
+  return prepared(brief_tensor(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_code(like),
+                               elements * like.element_size()));
+}
+
+// A linear layer: weight [O, I], bias [O], the weight as conv2d_pack gave it.
+struct Layer {
+  const Tensor& weight;
+  const MaybeTensor &bias, &packed;
+
+  void check(const Tensor& input, int64_t in) const {
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in && weight.scalar_type() == input.scalar_type() &&
+                        weight.device() == input.device(),
+                    "cvfast encoder: a weight does not fit the input");
+  }
+};
+
+// activation(linear(input) + residual) [*, O] of contiguous rows [*, I]: a 1x1 convolution of one image whose pixels are the rows.
+Tensor projected(const Tensor& input, const Layer& layer, Activation activation = Activation::none,
+                 const Tensor* residual = nullptr) {
+  const int64_t in = layer.weight.size(1), out = layer.weight.size(0), rows = input.numel() / in;
+  const Ints ones = {1, 1}, none = {0, 0};
+  const Conv2dShape shape = conv2d_shape(Ints{1, in, rows, 1}, Ints{out, in, 1, 1}, ones, none, ones, 1);
+  const Tensor result = brief_rows(input, out);
+  Tensor keep;
+  kernels().conv2d_forward({shape, dtype_of(input), {input.const_data_ptr(), {rows * in, 1, in, in}},
+                            {layer.weight.const_data_ptr(), {layer.weight.stride(0), layer.weight.stride(1), 1, 1}},
+                            bias_data(layer.bias, input, out, keep), {result.mutable_data_ptr(), {rows * out, 1, out, out}},
+                            {activation, 0, residual ? residual->const_data_ptr() : nullptr, Pooling::none},
+                            layer.packed.has_value() ? layer.packed->const_data_ptr() : nullptr},
+                           thread_pool());
+  return result;
+}
+
+// [N, L, E] from query, key and value side by side [N, L, 3 E].
+Tensor attended(const Tensor& projections, int64_t heads) {
+  const int64_t batch = projections.size(0), length = projections.size(1), width = projections.size(2), features = width / 3,
+                size = features / heads;
+  auto operand = [&](int64_t which) -> ConstTensor4 {
+    const char* data = static_cast<const char*>(projections.const_data_ptr());
+    return {data + which * features * projections.element_size(), {length * width, size, width, 1}};
+  };
+  AttentionProblem p = {};
+  p.shape = {batch, heads, heads, length, length, size, size};
+  p.dtype = dtype_of(projections);
+  p.query = operand(0), p.key = operand(1), p.value = operand(2);
+  p.scale = 1 / std::sqrt(static_cast<double>(size));
+  p.visible.left = p.visible.right = length;
+  const Tensor result = brief_rows(projections, features);
+  const Tensor log_sum = empty_contiguous({batch, heads, length}, compute_code(projections));
+  kernels().attention.forward({p, {result.mutable_data_ptr(), {length * features, size, features, 1}},
+                               log_sum.mutable_data_ptr()},
+                              thread_pool());
+  return result;
+}
+
+void check_attention(const Tensor& input, const Layer& in, const Layer& out, int64_t heads) {
+  STD_TORCH_CHECK(input.dim() == 3 && input.is_contiguous(), "cvfast encoder: input must be [N, L, E], contiguous");
+  in.check(input, input.size(2));
+  const int64_t features = in.weight.size(0) / 3;
+  out.check(input, features);
+  STD_TORCH_CHECK(in.weight.size(0) == 3 * features && heads > 0 && features > 0 && features % heads == 0,
+                  "cvfast encoder: sizes of weights and heads do not fit");
+}
+
+const float* feature_data(const Tensor& t, int64_t features) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == features && t.is_contiguous() && dtype_of(t) == DType::f32,
+                  "cvfast encoder: a layer norm's weight or bias does not fit the input");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+Tensor normalized(const Tensor& input, const Tensor& weight, const Tensor& bias, double epsilon) {
+  const int64_t dims = input.dim(), features = dims > 0 ? input.size(dims - 1) : 0;
+  STD_TORCH_CHECK(features > 0 && input.numel() > 0 && input.is_contiguous() && dtype_of(input) == DType::f32,
+                  "cvfast encoder: input must be float32, contiguous and not empty");
+  const float *weights = feature_data(weight, features), *biases = feature_data(bias, features);
+  const Tensor result = brief_rows(input, features);
+  kernels().layer_norm.forward({input.numel() / features, features, epsilon, static_cast<const float*>(input.const_data_ptr()),
+                                weights, biases, static_cast<float*>(result.mutable_data_ptr())},
+                               thread_pool());
+  return result;
+}
+
+Tensor self_attention(const Tensor& input, const Tensor& in_weight, const MaybeTensor& in_bias, const Tensor& out_weight,
+                      const MaybeTensor& out_bias, int64_t heads, const MaybeTensor& packed_in, const MaybeTensor& packed_out) {
+  const Layer in = {in_weight, in_bias, packed_in}, out = {out_weight, out_bias, packed_out};
+  check_attention(input, in, out, heads);
+  return projected(attended(projected(input, in), heads), out);
+}
+
+// Half of a layer: its operands are those of a layer norm and of two linear layers.
+struct Half {
+  const Tensor &norm_weight, &norm_bias;
+  double epsilon;
+  Layer first, second;
+  int64_t heads;  // 0: of an mlp
+  Activation activation;
+
+  Tensor operator()(const Tensor& input) const {
+    const Tensor normal = normalized(input, norm_weight, norm_bias, epsilon);
+    const int64_t features = input.size(input.dim() - 1);
+    STD_TORCH_CHECK(second.weight.dim() == 2 && second.weight.size(0) == features,
+                    "cvfast encoder: the result does not fit the input");
+    if (heads > 0) {
+      check_attention(normal, first, second, heads);
+      return projected(attended(projected(normal, first), heads), second, Activation::none, &input);
+    }
+    first.check(input, features);
+    second.check(input, first.weight.size(0));
+    STD_TORCH_CHECK(first.weight.size(0) > 0, "cvfast encoder: an mlp without features");
+    return projected(projected(normal, first, activation), second, Activation::none, &input);
+  }
+};
+
+Tensor encoder(const Tensor& input, std::vector<MaybeTensor> operands, std::vector<MaybeTensor> packed,
+               std::vector<double> epsilons, Ints heads, Ints hows) {
+  constexpr size_t each = 6;  // operands of a half
+  const size_t halves = heads.size();
+  STD_TORCH_CHECK(halves > 0 && operands.size() == each * halves && packed.size() == 2 * halves && hows.size() == halves &&
+                      epsilons.size() == halves,
+                  "cvfast encoder: the operands of the halves do not fit");
+  Tensor x = input;
+  for (size_t i = 0; i < halves; ++i) {
+    const MaybeTensor* o = &operands[each * i];
+    for (int weight : {0, 1, 2, 4}) STD_TORCH_CHECK(o[weight].has_value(), "cvfast encoder: a weight is missing");
+    const Activation activation = Conv2dHow::unpacked(hows[i]).activation;
+    STD_TORCH_CHECK(activation <= Activation::hardsigmoid, "cvfast encoder: unknown activation");
+    x = Half{*o[0], *o[1], epsilons[i], {*o[2], o[3], packed[2 * i]}, {*o[4], o[5], packed[2 * i + 1]}, heads[i],
+             activation}(x);
+  }
+  return x;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
+  m.impl("self_attention", TORCH_BOX(&self_attention));
+  m.impl("encoder", TORCH_BOX(&encoder));
+}

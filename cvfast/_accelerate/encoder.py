@@ -1,0 +1,242 @@
+"""Layers of a transformer's encoder as one call of the kernels: halves x + attention(norm(x)) and x + mlp(norm(x)).
+
+They are found on a module's graph behind its chains, two of which an mlp is. Each call makes sure that the layers are
+what they were when the call was prepared and that nobody watches them; if not, they are called one by one. All at once,
+since the kernels leave nothing in the caches of what Python reads: half by half, that took a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from operator import is_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.nn import LayerNorm, Module
+from torch.nn.modules.module import _has_any_global_hook
+
+from cvfast import functional, nn
+from cvfast._accelerate import chains, layers
+from cvfast._accelerate.chains import Chain
+from cvfast._accelerate.plain import unwatched
+
+_ATTENTION = (layers.MultiheadAttention, nn.MultiheadAttention)
+
+
+class _Unchanged:
+    """Parameters of modules that nobody watches: what they were when this was made, and whether they still are that."""
+
+    def __init__(self, modules: list[Module], parameters: list[tuple[Module, str]]) -> None:
+        self._modules = [(module, type(module)) for module in modules]
+        self._parameters = [(module._parameters, name) for module, name in parameters]
+        self.parameters = self._now()
+        self._given = chains._given(self.parameters)
+        self._state = chains._state(self._given)
+
+    def _now(self) -> tuple[Tensor | None, ...]:
+        return tuple([parameters.get(name) for parameters, name in self._parameters])
+
+    def holds(self) -> bool:
+        for module, cls in self._modules:
+            if type(module) is not cls or not unwatched(module):
+                return False
+        return all(map(is_, self._now(), self.parameters)) and chains._state(self._given) == self._state
+
+
+class _Prepared(NamedTuple):
+    """Half of a layer as the kernels take it, and what has to hold for that."""
+
+    half: functional.Half
+    holds: Callable[[], bool]
+
+
+class AttentionHalf:
+    """input + attention(norm(input))"""
+
+    def __init__(self, norm: LayerNorm, attention: Module) -> None:
+        self.norm, self.attention = norm, attention
+
+    def __call__(self, input: Tensor) -> Tensor:
+        normal = self.norm(input)
+        return input + self.attention(normal, normal, normal, need_weights=False)[0]
+
+    def prepare(self) -> _Prepared | None:
+        """None where this is none of the kernels'."""
+        norm, attention, out = self.norm, self.attention, self.attention.out_proj
+        names = [(norm, "weight"), (norm, "bias"), (attention, "in_proj_weight"), (attention, "in_proj_bias")]
+        same = _Unchanged([norm, attention], [*names, (out, "weight"), (out, "bias")])
+        norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = same.parameters
+        needed = (norm_weight, norm_bias, in_weight, out_weight)
+        if any(t is None for t in needed) or not chains._may_keep(same.parameters):
+            return None
+        heads, options = attention.num_heads, _options(norm)
+
+        def holds() -> bool:
+            known = _options(norm) == options and attention.num_heads == heads and attention.out_proj is out
+            return known and attention._is_one_call() and same.holds()
+
+        operands = (norm_weight, norm_bias), norm.eps, (in_weight, in_bias), (out_weight, out_bias)
+        return _Prepared(functional.Half(*operands, heads=heads), holds)
+
+
+class MlpHalf:
+    """input + linear(activation(linear(norm(input)))): two chains behind a norm"""
+
+    def __init__(self, norm: LayerNorm, first: Chain, second: Chain) -> None:
+        self.norm, self.first, self.second = norm, first, second
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.second(self.first(self.norm(input)), input)
+
+    def prepare(self) -> _Prepared | None:
+        norm, ready = self.norm, (self.first.ready, self.second.ready)
+        same = _Unchanged([norm], [(norm, "weight"), (norm, "bias")])
+        if None in ready or any(t is None for t in same.parameters) or not chains._may_keep(same.parameters):
+            return None
+        (*first, activation, _), (*second, _, _) = (one.operands for one in ready)
+        options = _options(norm)
+
+        def holds() -> bool:
+            return _options(norm) == options and same.holds() and all([one.holds() for one in ready])
+
+        operands = same.parameters, norm.eps, tuple(first), tuple(second)
+        return _Prepared(functional.Half(*operands, activation=activation.name), holds)
+
+
+def _options(norm: LayerNorm) -> tuple:
+    return norm.eps, norm.normalized_shape
+
+
+class Halves:
+    """Halves in a row of which nobody else sees the results between."""
+
+    __name__ = __qualname__ = "halves"  # in the code that torch.fx writes
+
+    def __init__(self, halves: list[AttentionHalf | MlpHalf]) -> None:
+        self.halves = halves
+        self._prepared: list[_Prepared] = []  # for which `calls` were prepared, by sizes of inputs
+        self._calls: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if chains.observer is not None or torch.compiler.is_compiling():
+            return self._one_by_one(input)
+        watched = _has_any_global_hook()
+        if self._prepared and not watched and all([prepared.holds() for prepared in self._prepared]):
+            output = self._at_once(input)
+            return self._one_by_one(input) if output is None else output
+        output = self._one_by_one(input)
+        prepared = [] if watched or torch.is_grad_enabled() else [half.prepare() for half in self.halves]
+        self._prepared, self._calls = [] if None in prepared else prepared, {}
+        return output
+
+    def _one_by_one(self, input: Tensor) -> Tensor:
+        for half in self.halves:
+            input = half(input)
+        return input
+
+    def _at_once(self, input: Tensor) -> Tensor | None:
+        size = input.shape
+        if size not in self._calls:
+            if len(self._calls) >= _MOST_CALLS:
+                self._calls.clear()
+            self._calls[size] = functional.prepared_encoder([half for half, _ in self._prepared], input)
+        call = self._calls[size]
+        try:
+            return None if call is None else call(input)
+        except LookupError:
+            del self._calls[size]
+            return None
+
+
+_MOST_CALLS = 64  # that halves know: inputs of that many sizes
+
+
+def join_halves(graph: fx.Graph, root: Module) -> None:
+    """Replaces the halves in a graph with chains, those in a row by one node."""
+    end: fx.Node | None = None  # of the last row
+    for norm in list(graph.nodes):
+        module = _module(norm, root)
+        if type(module) is not LayerNorm or len(module.normalized_shape) > 1 or not unwatched(module):
+            continue
+        if len(norm.args) != 1 or norm.kwargs:
+            continue
+        for found in (_attention_behind, _mlp_behind):
+            links = found(norm, root)
+            if links is not None and _are_neighbours(links):
+                end = _replace(graph, root, links, end)
+                break
+
+
+def _module(node: fx.Node, root: Module) -> Module | None:
+    return root.get_submodule(node.target) if node.op == "call_module" else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _attention_behind(norm: fx.Node, root: Module) -> list[fx.Node] | None:
+    """[norm, attention, results that are taken from its tuple, sum]"""
+    attention = _only_user(norm)
+    if attention is None or type(_module(attention, root)) not in _ATTENTION:
+        return None
+    if attention.args != (norm,) * 3 or attention.kwargs != {"need_weights": False}:
+        return None
+    taken = list(attention.users)
+    if any(node.target is not operator.getitem for node in taken):
+        return None
+    used = [node for node in taken if node.users]
+    if len(used) != 1 or used[0].args[1] != 0:
+        return None
+    total = _only_user(used[0])
+    if total is None or chains._residual(total, used[0]) is not norm.args[0]:
+        return None
+    return [norm, attention, *taken, total]
+
+
+def _mlp_behind(norm: fx.Node, root: Module) -> list[fx.Node] | None:
+    """[norm, first chain, second chain]"""
+    first = _only_user(norm)
+    second = None if first is None else _only_user(first)
+    if second is None or not (_is_linear(first, norm, None) and _is_linear(second, first, norm.args[0])):
+        return None
+    return [norm, first, second] if second.target.layers[2] is None and first.target.layers[2] is not None else None
+
+
+def _is_linear(node: fx.Node, input: fx.Node, residual: fx.Node | None) -> bool:
+    return (
+        isinstance(node.target, Chain)
+        and isinstance(node.target.layers[0], torch.nn.Linear)
+        and node.args == (input, residual)
+    )
+
+
+def _are_neighbours(links: list[fx.Node]) -> bool:
+    """Whether nothing lies between the links, so that nothing can change the input before it is added."""
+    node = links[0]
+    while node is not links[-1]:
+        node = node.next
+        if node not in links:
+            return False
+    return True
+
+
+def _replace(graph: fx.Graph, root: Module, links: list[fx.Node], before: fx.Node | None) -> fx.Node:
+    """The node that takes the place of the links: `before`, a node of halves, where they go on behind it."""
+    norm, middle, *_, end = links
+    if middle.op == "call_module":
+        half = AttentionHalf(_module(norm, root), _module(middle, root))
+    else:
+        half = MlpHalf(_module(norm, root), middle.target, end.target)
+    if before is not None and norm.args[0] is before and before.next is norm and set(before.users) == {norm, end}:
+        before.target.halves.append(half)
+        new = before
+    else:
+        with graph.inserting_before(norm):
+            new = graph.call_function(Halves([half]), (norm.args[0],))
+    end.replace_all_uses_with(new)
+    for node in reversed(links):
+        graph.erase_node(node)
+    return new
