@@ -29,10 +29,15 @@ inline Tensor prepared(const Tensor& result) {
   return result;
 }
 
-inline Tensor empty_contiguous(const Ints& sizes, int32_t dtype) {
+inline Ints contiguous_strides(const Ints& sizes) {
   Ints strides(sizes.size());
   int64_t next = 1;
   for (size_t i = sizes.size(); i-- > 0; next *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = next;
+  return strides;
+}
+
+inline Tensor empty_contiguous(const Ints& sizes, int32_t dtype) {
+  const Ints strides = contiguous_strides(sizes);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   dtype, aoti_torch_device_type_cpu(), 0, &handle));

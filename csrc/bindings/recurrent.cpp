@@ -7,6 +7,7 @@
 
 #include "../cpu/isa.h"
 #include "../cpu/sequence_order.h"
+#include "brief_result.h"
 #include "cpu_tensors.h"
 #include "thread_pool.h"
 
@@ -25,6 +26,13 @@ void check_size(const char* what, const Tensor& tensor, const Ints& expected) {
   for (size_t i = 0; i < expected.size(); ++i)
     STD_TORCH_CHECK(tensor.size(i) == expected[i], "cvfast recurrent: ", what, " has size ", tensor.size(i),
                     " at dimension ", i, ", expected ", expected[i]);
+}
+
+// What a training step makes and drops: malloc would give its end back to the system, to be faulted in by the next step.
+Tensor empty_brief(const Ints& sizes, int32_t dtype, int64_t element_size) {
+  int64_t bytes = element_size;
+  for (const int64_t size : sizes) bytes *= size;
+  return prepared(brief_tensor(static_cast<int64_t>(sizes.size()), sizes.data(), contiguous_strides(sizes).data(), dtype, bytes));
 }
 
 // A tensor [T, B, width], (packed) [N, width] or (one step) [B, width], its rows contiguous; `keep` owns it.
@@ -161,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const RowTensor output(empty_contiguous(o.row_sizes(o.outputs), dtype));
   const Tensor h_n = empty_contiguous({o.batch, o.outputs}, dtype);
   const Tensor c_n = empty_contiguous(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0}, dtype);
-  const Tensor saved = empty_contiguous(save ? o.saved_sizes() : Ints{0}, compute_code(input));
+  const int32_t compute = compute_code(input);
+  const Tensor saved = empty_brief(save ? o.saved_sizes() : Ints{0}, compute, compute == aoti_torch_dtype_float64() ? 8 : 4);
   if (save && lengths.has_value()) {  // what is saved ends before the tensor does
     const int64_t used = o.order.rows() * saved.size(1) * saved.element_size();
     std::memset(static_cast<char*>(saved.mutable_data_ptr()) + used, 0, saved.numel() * saved.element_size() - used);
@@ -301,16 +310,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     STD_TORCH_CHECK(dtype_code(*grad_output) == dtype, "cvfast recurrent: grad_output must have the input's dtype");
     grad_rows.emplace(*grad_output);
   }
-  const int64_t gates = w_ih.size(0);
-  const RowTensor grad_input(empty_contiguous(input_grad ? o.row_sizes(o.shape.input) : Ints{0, 0, 0}, dtype));
-  const Tensor grad_h_0 = empty_contiguous({o.batch, o.outputs}, dtype);
-  const Tensor grad_c_0 = empty_contiguous(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0}, dtype);
+  const int64_t gates = w_ih.size(0), element_size = input.element_size();
+  auto empty = [&](const Ints& sizes) { return empty_brief(sizes, dtype, element_size); };
+  const RowTensor grad_input(empty(input_grad ? o.row_sizes(o.shape.input) : Ints{0, 0, 0}));
+  const Tensor grad_h_0 = empty({o.batch, o.outputs});
+  const Tensor grad_c_0 = empty(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0});
   const bool biases = weight_grads && b_ih.has_value(), projection = weight_grads && w_hr.has_value();
-  const Tensor grad_w_ih = empty_contiguous(weight_grads ? Ints{gates, o.shape.input} : Ints{0}, dtype);
-  const Tensor grad_w_hh = empty_contiguous(weight_grads ? Ints{gates, o.outputs} : Ints{0}, dtype);
-  const Tensor grad_b_ih = empty_contiguous(biases ? Ints{gates} : Ints{0}, dtype);
-  const Tensor grad_b_hh = empty_contiguous(biases ? Ints{gates} : Ints{0}, dtype);
-  const Tensor grad_w_hr = empty_contiguous(projection ? Ints{o.outputs, o.shape.hidden} : Ints{0}, dtype);
+  const Tensor grad_w_ih = empty(weight_grads ? Ints{gates, o.shape.input} : Ints{0});
+  const Tensor grad_w_hh = empty(weight_grads ? Ints{gates, o.outputs} : Ints{0});
+  const Tensor grad_b_ih = empty(biases ? Ints{gates} : Ints{0});
+  const Tensor grad_b_hh = empty(biases ? Ints{gates} : Ints{0});
+  const Tensor grad_w_hr = empty(projection ? Ints{o.outputs, o.shape.hidden} : Ints{0});
   auto pointer = [](bool wanted, const Tensor& tensor) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
   RecurrentBackward args = {};
   args.cell = cell, args.dtype = dtype_of(input), args.sequence = o.order.sequence(reverse), args.shape = o.shape;
