@@ -4,7 +4,8 @@ import os
 
 # Triton reads this when it is imported: its kernels then run in its interpreter, on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# oneDNN's too: with AMX its bfloat16 gradient to the input of few channels is wrong (torch 2.13), and torch is the measure here.
+# And oneDNN this: with AMX its gradient to the input of few channels in bfloat16 is wrong (torch 2.13), and results are
+# measured by torch's.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 import pytest

@@ -328,13 +328,11 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile ti
 constexpr int64_t winograd_least_tiles = 32;
 // Up to this many tiles it pays to make U anew for every four of them, in registers, if there are enough registers.
 constexpr int64_t winograd_few_tiles = 8;
-// With more tiles the reading of the weights hardly counts, packed or not.
+// The transform of the weights takes as long as the products of 36 tiles: with more than these it hardly counts.
 constexpr int64_t winograd_most_tiles_to_pack = 1024;
-// U has four times the elements of the taps (six of 2x2). Up to so many it is kept; larger ones take as long to read from memory
-// as to make.
-constexpr int64_t winograd_most_u_to_keep = int64_t{1} << 24;
-// Transformed weights beyond this many elements are not made for all chunks but again by each.
-constexpr int64_t winograd_most_u = int64_t{1} << 23;
+// U has four times the elements of the taps (six of 2x2). Up to so many it is kept, or made for all chunks at once: asked for
+// ahead of the products, it comes from memory twice as fast as the transform makes it.
+constexpr int64_t winograd_most_u = int64_t{1} << 24;
 
 struct WinogradPlan {
   int64_t chunk_tiles, chunks;
@@ -709,7 +707,7 @@ Winograd<S, Taps> winograd_to_pack(const Conv2dForward& p) {
 
 template <class S, int Taps>
 bool winograd_keeps_u(const Winograd<S, Taps>& w) {
-  return w.source.tiles() > winograd_few_tiles && winograd_u_elements(w) <= winograd_most_u_to_keep;
+  return w.source.tiles() > winograd_few_tiles && winograd_u_elements(w) <= winograd_most_u;
 }
 
 template <int Taps, class S>
