@@ -718,6 +718,35 @@ def test_other_pooling_is_not_fused():
     torch.testing.assert_close(model(PICTURE), expected)
 
 
+class PoolsAll(nn.Module):
+    """Average pooling of whole images behind a chain."""
+
+    def __init__(self, size=1):
+        super().__init__()
+        self.conv, self.bn, self.pool = nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20), nn.AdaptiveAvgPool2d(size)
+
+    def forward(self, x):
+        return torch.flatten(self.pool(self.bn(self.conv(x))), 1)
+
+
+@pytest.mark.parametrize("size", [1, (1, 1), 2, (1, 2)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pooling_of_whole_images(size, memory_format):
+    model = lively(PoolsAll(size))
+    x = torch.randn(2, 3, 9, 8).to(memory_format=memory_format)
+    expected = exact(model, x)
+    cvfast.accelerate(model, fuse=True)
+    assert error(model(x), expected) < NEAR
+    with torch.no_grad():
+        assert error(model(x), expected) < NEAR and error(model(x[:1]), expected[:1]) < NEAR
+        seen = []
+        hook = model.pool.register_forward_hook(lambda *_: seen.append(1))
+        assert error(model(x), expected) < NEAR and seen == [1]
+        hook.remove()
+        model.pool.output_size = 3
+        assert error(model(x), exact(model, x)) < NEAR
+
+
 class Asked(Shape):
     def forward(self, x):
         x = self.run(x)
