@@ -94,11 +94,11 @@ struct DepthwiseLine {
   const Compute<S>* bias;  // or nullptr
   Bounds<Compute<S>> bounds;
   bool ahead;  // what comes next is asked for
-  S* to;
-  int64_t to_stride, to_line_stride;
+  S* to = nullptr;
+  int64_t to_stride = 0, to_line_stride = 0;
   // Of phases together: lines of results, and whether the last position's second column exists.
-  int64_t phase_lines;
-  bool last_column;
+  int64_t phase_lines = 1;
+  bool last_column = true;
 };
 
 // From this size of source and result on what comes next is asked for. What lies in the caches Zen 5 fetches in time by itself,
