@@ -1,7 +1,8 @@
 // Depthwise convolution (one channel in and one out per group): vectors of neighbouring channels, read in place or, where
-// channels are no neighbours in memory, from a transposed copy of some lines. A tile of pixels of one line is computed at
-// a time, so that a pixel loaded serves every tap of a kernel line. The chain of operations per element is that of the
-// implicit GEMM, zeros for padding included, so the bits are too.
+// channels are no neighbours in memory, from a transposed copy of some lines. A tile of pixels is computed at a time: of two
+// lines where the kernel is square, so that a pixel loaded serves all taps of up to two results' sums (the second-level cache
+// gives 25 bytes a cycle, which bound a tile of one line), else of one line, whose pixels serve every tap of a kernel line.
+// The chain of operations per element is that of the implicit GEMM, zeros for padding included, so the bits are too.
 #pragma once
 #include "../isa.h"
 #include "conv2d_implicit_gemm.h"
@@ -80,8 +81,8 @@ inline Range source_lines(const Axis& y, int64_t position, int64_t count) {
   return {begin, max(begin, min(max(a, b) + more + 1, y.inputs))};
 }
 
-// Channels [begin, end), at least `lanes`, of one line of results, or of several: rows of taps are then those of all of them. The
-// taps of row i and pixel p begin at rows[i][p * step].
+// Channels [begin, end), at least `lanes`, of one line of results, or of several: rows of taps are then those of all of
+// them. The taps of row i and pixel p begin at rows[i][p * step].
 template <class S>
 struct DepthwiseLine {
   int64_t begin, end;
@@ -93,8 +94,11 @@ struct DepthwiseLine {
   const Compute<S>* bias;  // or nullptr
   Bounds<Compute<S>> bounds;
   bool ahead;  // what comes next is asked for
-  S* to;
-  int64_t to_stride, to_line_stride;
+  S* to = nullptr;
+  int64_t to_stride = 0, to_line_stride = 0;
+  // Of phases together: lines of results, and whether the last position's second column exists.
+  int64_t phase_lines = 1;
+  bool last_column = true;
 };
 
 // From this size of source and result on what comes next is asked for. What lies in the caches Zen 5 fetches in time by itself,
@@ -204,16 +208,76 @@ void depthwise_square_tile(const DepthwiseLine<S>& line, int64_t pixel) {
   }
 }
 
-constexpr int depthwise_square_lines = 2;
+constexpr int square_lines = 2;
 template <class S, int Taps, int Step>
 void depthwise_square(const DepthwiseLine<S>& line) {
   const int64_t pixels = line.pixels;
   if constexpr (tile_rows == 12)
     if (pixels >= 7 && round_up(pixels, 7) <= round_up(pixels, 4)) {
-      for (int64_t p = 0; p < pixels; p += 7) depthwise_square_tile<S, Taps, Step, 2, 7>(line, min(p, pixels - 7));
+      for (int64_t p = 0; p < pixels; p += 7) depthwise_square_tile<S, Taps, Step, square_lines, 7>(line, min(p, pixels - 7));
       return;
     }
-  for (int64_t p = 0; p < pixels; p += 4) depthwise_square_tile<S, Taps, Step, 2, 4>(line, min(p, pixels - 4));
+  for (int64_t p = 0; p < pixels; p += 4) depthwise_square_tile<S, Taps, Step, square_lines, 4>(line, min(p, pixels - 4));
+}
+
+// ---- The gradient to the input with stride 2: four phases together ----
+//
+// With K = (Taps + 1) / 2, position (i, j) stands for the results (2 i + h, 2 j + g), h and g 0 or 1. They read K x K pixels of
+// the source, one of them with the kernel's taps (2 a + h - odd, 2 b + g - odd) where these exist; odd: the padding's parity.
+// Each pixel that is loaded serves all phases, and the result is written line by line.
+
+// Positions [pixel, pixel + Positions) of a line, counted from its end, as the source's columns are. Weights: [kernel's tap].
+template <class S, int Taps, int Odd, int Positions>
+void depthwise_phases_tile(const DepthwiseLine<S>& line, int64_t pixel) {
+  using V = Vector<Compute<S>>;
+  constexpr int64_t L = lanes<Compute<S>>;
+  constexpr int K = (Taps + 1) / 2, columns = Positions - 1 + K;
+  const S* const* source[K];
+#pragma GCC unroll 8
+  for (int a = 0; a < K; ++a) source[a] = line.rows[a] + pixel;
+  const int64_t to_stride = line.to_stride, to_line_stride = line.to_line_stride, weight_stride = line.weight_stride;
+  const int64_t begin = line.begin, end = line.end, lines = line.phase_lines;
+  S* const to = line.to + 2 * pixel * to_stride;
+  const bool last_column = pixel > 0 || line.last_column;
+  const Compute<S>*const line_weights = line.weights, *const bias = line.bias;
+  const auto bounds = line.bounds;
+  for (int64_t c = begin; c < end; c += L) {
+    const int64_t channel = min(c, end - L);  // the last vector may overlap the one before
+    const Compute<S>* weights = line_weights + channel;
+    V sum[2][2][Positions] = {};
+#pragma GCC unroll 8
+    for (int a = 0; a < K; ++a)
+#pragma GCC unroll 16
+      for (int j = 0; j < columns; ++j) {
+        const V x = load_vector(source[a][j] + channel);
+#pragma GCC unroll 8
+        for (int b = 0; b < K; ++b)
+#pragma GCC unroll 4
+          for (int phase = 0; phase < 4; ++phase) {
+            const int h = phase / 2, g = phase % 2, r = 2 * a + h - Odd, s = 2 * b + g - Odd, p = j - b;
+            if (r >= 0 && r < Taps && s >= 0 && s < Taps && p >= 0 && p < Positions)
+              sum[h][g][p] += x * load_as<V>(weights + (r * Taps + s) * weight_stride);
+          }
+      }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h)
+      if (h < lines)
+#pragma GCC unroll 16
+        for (int p = 0; p < Positions; ++p)
+#pragma GCC unroll 2
+          for (int g = 0; g < 2; ++g) {
+            if (bias) sum[h][g][p] += load_as<V>(bias + channel);
+            if (p > 0 || g == 0 || last_column)
+              store_vector(bounds.clamp(sum[h][g][p]), to + h * to_line_stride + (2 * p - g) * to_stride + channel);
+          }
+  }
+}
+
+constexpr int64_t phases_positions = tile_rows / 3;  // of a tile: 4 or 2, so that its sums fit the registers
+template <class S, int Taps, int Odd>
+void depthwise_phases(const DepthwiseLine<S>& line) {
+  for (int64_t p = 0; p < line.pixels; p += phases_positions)
+    depthwise_phases_tile<S, Taps, Odd, phases_positions>(line, min(p, line.pixels - phases_positions));
 }
 
 // In tiles of 7 or 4 pixels, whichever computes fewer twice; the last one overlaps its neighbour. Of 14 for many taps, where there are
@@ -240,11 +304,12 @@ struct DepthwiseLineKernel {
   void (*run)(const DepthwiseLine<S>&);
 };
 
-// The kernel for several lines, or nullptr.
+// The kernel for square_lines lines of at least 4 pixels, or nullptr.
 template <class S>
 auto depthwise_square_kernel(const Axis& y, const Axis& x) -> void (*)(const DepthwiseLine<S>&) {
   const Columns columns(x);
-  if (y.taps != x.taps || y.step != x.step || y.tap_offset * y.tap_offset != 1 || columns.tap_step != 1 || x.positions < 4) return nullptr;
+  const bool dense = y.tap_offset * y.tap_offset == 1 && columns.tap_step == 1;
+  if (!dense || y.taps != x.taps || y.step != x.step || x.positions < 4) return nullptr;
   if (x.step == 1) switch (x.taps) {
       case 3: return depthwise_square<S, 3, 1>;
       case 5: return depthwise_square<S, 5, 1>;
@@ -274,6 +339,44 @@ DepthwiseLineKernel<S> depthwise_line_kernel(const Axis& x) {
   return {1, depthwise_line<S, 1, 0>};
 }
 
+// Whether all four phases of a gradient to the input are computed together.
+template <class S>
+bool joins_phases(const Correlation<S>& c) {
+  const Conv2dShape& s = c.shape;
+  return c.input_grad && s.stride_h == 2 && s.stride_w == 2 && s.dilation_h == 1 && s.dilation_w == 1 &&
+         s.kernel_height == s.kernel_width && (s.kernel_height == 3 || s.kernel_height == 5) &&
+         (s.padding_h - s.padding_w) % 2 == 0 && s.in_height >= 2 && ceil_div(s.in_width, 2) >= phases_positions;
+}
+
+// The kernel for that, in lines of storage type S.
+template <class S>
+auto depthwise_phases_kernel(const Conv2dShape& s) -> void (*)(const DepthwiseLine<S>&) {
+  const bool odd = s.padding_h % 2 != 0;
+  if (s.kernel_height == 3) return odd ? depthwise_phases<S, 3, 1> : depthwise_phases<S, 3, 0>;
+  return odd ? depthwise_phases<S, 5, 1> : depthwise_phases<S, 5, 0>;
+}
+
+// What the four phases read on an axis: position i's tap t is source i + (padding + 1) / 2 - t.
+inline Axis phases_axis(int64_t in, int64_t out, int64_t taps, int64_t padding) {
+  return {ceil_div(in, 2), out, 1, (padding + 1) / 2, (taps + 1) / 2, -1, 0, 1};
+}
+
+// Phase `index`, or all of them as one.
+template <class S>
+Phase<S> depthwise_phase(const Correlation<S>& c, int64_t index) {
+  Phase<S> phase = make_phase(c, index / c.phases_x(), index % c.phases_x(), false);
+  const Conv2dShape& s = c.shape;
+  if (joins_phases(c)) {
+    phase.patches.y = phases_axis(s.in_height, s.out_height, s.kernel_height, s.padding_h);
+    phase.patches.x = phases_axis(s.in_width, s.out_width, s.kernel_width, s.padding_w);
+  }
+  return phase;
+}
+template <class S>
+int64_t depthwise_phase_count(const Correlation<S>& c) {
+  return joins_phases(c) ? 1 : c.phases_y() * c.phases_x();
+}
+
 // A piece of work: `band` lines of positions of one sample for `chunk` channels (the last chunk takes what is left), `block`
 // of them at a time.
 struct DepthwisePlan {
@@ -296,7 +399,7 @@ DepthwisePlan depthwise_plan(const Correlation<S>& c, int64_t threads) {
   p.columns = patches.x.positions * patches.x.step + s.dilation_w * (s.kernel_width - 1);
   const int64_t span = s.dilation_h * (s.kernel_height - 1) + 1;  // the gradient to the input divides it by the stride
   // A band is transposed, or read in place by several phases in turn.
-  const bool phases = c.phases_y() * c.phases_x() > 1;
+  const bool phases = depthwise_phase_count(c) > 1;
   const int64_t pixel_bytes = (p.in_place && phases ? c.groups : L) * static_cast<int64_t>(sizeof(T));
   const int64_t most = max<int64_t>(1, (depthwise_band_bytes / (p.columns * pixel_bytes) - span) / patches.y.step);
   const int64_t pieces = threads > 1 ? ceil_div(4 * threads, s.batch) : 1;  // wanted of a sample
@@ -310,57 +413,77 @@ DepthwisePlan depthwise_plan(const Correlation<S>& c, int64_t threads) {
   return p;
 }
 
-// The weights as [tap of all phases, channel].
+// The weights as [tap, channel], all of the kernel in its order for phases together, else those of each phase.
 template <class S>
 void pack_depthwise_weights(const Correlation<S>& c, int64_t padded, Compute<S>* to) {
+  if (joins_phases(c)) {
+    const int64_t height = c.shape.kernel_height, width = c.shape.kernel_width;
+    return copy_planes(Block<const S>{c.weight, c.weight_group_stride, c.weight_y_stride, c.weight_x_stride},
+                       Block<Compute<S>>{to, 1, width * padded, padded}, c.groups, height, width);
+  }
   for (int64_t index = 0; index < c.phases_y() * c.phases_x(); ++index) {
     const Patches<S> patches = make_phase(c, index / c.phases_x(), index % c.phases_x()).patches;
     const Axis &y = patches.y, &x = patches.x;
-    for (int64_t tap = 0; tap < y.taps * x.taps; ++tap, to += padded)
-      copy_strided(c.weight + (y.first_tap + tap / x.taps * y.tap_step) * c.weight_y_stride +
-                       (x.first_tap + tap % x.taps * x.tap_step) * c.weight_x_stride,
-                   c.weight_group_stride, to, 1, c.groups);
+    copy_planes(Block<const S>{c.weight + y.first_tap * c.weight_y_stride + x.first_tap * c.weight_x_stride,
+                               c.weight_group_stride, y.tap_step * c.weight_y_stride, x.tap_step * c.weight_x_stride},
+                Block<Compute<S>>{to, 1, x.taps * padded, padded}, c.groups, y.taps, x.taps);
+    to += y.taps * x.taps * padded;
   }
 }
 
-// Lines [position, position + lines) of one phase for channels [begin, end), into `result`. after_line(i) is called after
-// each.
+// Lines [position, position + lines) of one phase for the channels, weights and bias that `line` names, into `result`.
+// after_line(i) is called after each.
 template <class S, class AfterLine>
-void depthwise_lines(const PixelTable<S>& table, const Axis& y, const Axis& x, int64_t position, int64_t lines, int64_t begin,
-                     int64_t end, const Compute<S>* weights, int64_t weight_stride, const Compute<S>* bias,
-                     Bounds<Compute<S>> bounds, bool ahead, const PixelLines<S>& result, AfterLine&& after_line) {
+void depthwise_lines(const PixelTable<S>& table, const Axis& y, const Axis& x, int64_t position, int64_t lines,
+                     DepthwiseLine<S> line, const PixelLines<S>& result, AfterLine&& after_line) {
   const DepthwiseLineKernel<S> kernel = depthwise_line_kernel<S>(x);
   const Columns columns(x);
-  const int64_t rows_per_line = x.taps / kernel.row_taps;
+  const int64_t rows_per_line = x.taps / kernel.row_taps, end = position + lines;
+  const int64_t first_pixel = columns.direction < 0 ? x.positions - 1 : 0;
   const S* const* rows[2][block_depth];
-  DepthwiseLine<S> line = {begin, end, nullptr, y.taps * rows_per_line, x.positions, x.step, nullptr, weights, weight_stride,
-                           bias, bounds, ahead, nullptr, columns.direction * result.pixel_stride, 0};
+  line.to_stride = columns.direction * result.pixel_stride;
+  if (const auto square = depthwise_square_kernel<S>(y, x)) {
+    const bool down = y.tap_offset < 0;
+    line.rows = rows[0];
+    line.to_line_stride = down ? -result.line_stride : result.line_stride;
+    for (; position + square_lines <= end; position += square_lines) {
+      const int64_t from = down ? position + square_lines - 1 : position;
+      for (int64_t row = 0; row < (square_lines - 1) * y.step + y.taps; ++row)
+        rows[0][row] = table.line(y.source(from, 0) + row * y.tap_offset);
+      line.to = result.at(from, first_pixel);
+      square(line);
+      for (int64_t i = position; i < position + square_lines; ++i) after_line(i);
+    }
+  }
   const auto find_rows = [&](int64_t i) {
     for (int64_t row = 0; row < line.row_count; ++row)
       rows[i % 2][row] = table.line(y.source(i, row / rows_per_line)) + row % rows_per_line * columns.tap_step;
   };
-  const int64_t end_line = position + lines;
-  if (const auto square = depthwise_square_kernel<S>(y, x)) {
-    constexpr int64_t count = depthwise_square_lines;
-    const bool down = y.tap_offset < 0;
-    line.row_count = (count - 1) * y.step + y.taps;
-    line.rows = rows[0];
-    line.to_line_stride = down ? -result.line_stride : result.line_stride;
-    for (; position + count <= end_line; position += count) {
-      const int64_t from = down ? position + count - 1 : position;
-      for (int64_t row = 0; row < line.row_count; ++row) rows[0][row] = table.line(y.source(from, 0) + row * y.tap_offset);
-      line.to = result.at(from, columns.direction < 0 ? x.positions - 1 : 0);
-      square(line);
-      for (int64_t i = position; i < position + count; ++i) after_line(i);
-    }
-    line.row_count = y.taps * rows_per_line;
-  }
+  line.row_count = y.taps * rows_per_line;
   find_rows(position);
-  for (int64_t i = position; i < end_line; ++i) {
+  for (int64_t i = position; i < end; ++i) {
     find_rows(i + 1);  // beyond the table: a line of zeros
     line.rows = rows[i % 2], line.next_rows = rows[(i + 1) % 2];
-    line.to = result.at(i, columns.direction < 0 ? x.positions - 1 : 0);
+    line.to = result.at(i, first_pixel);
     kernel.run(line);
+    after_line(i);
+  }
+}
+
+// The same for all phases together; result: the first phase's.
+template <class S, class AfterLine>
+void depthwise_phases_lines(const Conv2dShape& s, const PixelTable<S>& table, const Axis& y, int64_t position, int64_t lines,
+                            DepthwiseLine<S> line, const PixelLines<S>& result, AfterLine&& after_line) {
+  const auto run = depthwise_phases_kernel<S>(s);
+  const S* const* rows[block_depth];
+  line.rows = rows;
+  line.to_stride = -result.pixel_stride / 2, line.to_line_stride = result.line_stride / 2;
+  line.last_column = s.in_width % 2 == 0;
+  for (int64_t i = position; i < position + lines; ++i) {
+    for (int64_t row = 0; row < y.taps; ++row) rows[row] = table.line(y.source(i, row));
+    line.phase_lines = min<int64_t>(2, s.in_height - 2 * i);
+    line.to = result.at(i, line.pixels - 1);
+    run(line);
     after_line(i);
   }
 }
@@ -373,7 +496,7 @@ struct DepthwisePhase {
   Range source;   // lines
 
   DepthwisePhase(const Correlation<S>& c, int64_t index, int64_t position, int64_t band)
-      : phase(make_phase(c, index / c.phases_x(), index % c.phases_x(), false)),
+      : phase(depthwise_phase(c, index)),
         lines(max<int64_t>(0, min(band, phase.patches.y.positions - position))),
         source(source_lines(phase.patches.y, position, lines)) {}
 };
@@ -388,7 +511,8 @@ void depthwise_in_place(const Correlation<S>& c, const DepthwisePlan& p, int64_t
   const int64_t* stride = c.source_stride;
   const PixelLines<const S> source = {c.source + sample * stride[0], 0, stride[2], stride[3]};
   const S** pixels = scratch<const S*>(ScratchUse::worker, (p.source_lines + 1) * p.columns);
-  for (int64_t index = 0; index < c.phases_y() * c.phases_x(); ++index) {
+  const bool joined = joins_phases(c);
+  for (int64_t index = 0; index < depthwise_phase_count(c); ++index) {
     const DepthwisePhase<S> d(c, index, position, p.band);
     const Phase<S>& phase = d.phase;
     const Columns columns(phase.patches.x);
@@ -398,13 +522,20 @@ void depthwise_in_place(const Correlation<S>& c, const DepthwisePlan& p, int64_t
                                   phase.result_x_stride};
     for (int64_t begin = first, end; begin < last; begin = end) {
       end = last - begin < p.block + L ? last : begin + p.block;
-      depthwise_lines(table, phase.patches.y, phase.patches.x, position, d.lines, begin, end,
-                      weights + phase.taps_before * padded, padded, bias, clamps ? bounds_of(c) : Bounds<T>{}, asks_ahead(c),
-                      result, [&](int64_t line) {
-        if (!clamps)
-          finish_with_epilogue(c, Block<S>{result.at(line, 0) + begin, 1, result.line_stride, result.pixel_stride},
-                               end - begin, 1, phase.patches.x.positions);
-      });
+      const DepthwiseLine<S> line = {begin, end, nullptr, 0, phase.patches.x.positions, phase.patches.x.step, nullptr,
+                                     weights + phase.taps_before * padded, padded, bias,
+                                     clamps ? bounds_of(c) : Bounds<T>{}, asks_ahead(c)};
+      const auto finish = [&](int64_t i) {
+        if (clamps) return;
+        const int64_t lines = joined ? min<int64_t>(2, c.shape.in_height - 2 * i) : 1, step = joined ? 2 : 1;
+        const int64_t width = joined ? c.shape.in_width : phase.patches.x.positions;
+        finish_with_epilogue(c, Block<S>{result.at(i, 0) + begin, 1, result.line_stride / step, result.pixel_stride / step},
+                             end - begin, lines, width);
+      };
+      if (joined)
+        depthwise_phases_lines(c.shape, table, phase.patches.y, position, d.lines, line, result, finish);
+      else
+        depthwise_lines(table, phase.patches.y, phase.patches.x, position, d.lines, line, result, finish);
     }
   }
 }
@@ -422,7 +553,7 @@ void depthwise_transposed(const Correlation<S>& c, const DepthwisePlan& p, int64
   const int64_t result_height = c.input_grad ? s.in_height : s.out_height;
   const int64_t step_y = c.input_grad ? s.stride_h : 1, step_x = c.input_grad ? s.stride_w : 1;  // from result to result
   const int64_t first_line = position * step_y, result_lines = min(p.band * step_y, result_height - first_line);
-  const int64_t phases = c.phases_y() * c.phases_x(), table_size = (p.source_lines + 1) * p.columns;
+  const int64_t phases = depthwise_phase_count(c), table_size = (p.source_lines + 1) * p.columns;
   const int64_t *stride = c.source_stride, *result_stride = c.result_stride;
   T* source = scratch<T>(ScratchUse::worker, (p.source_lines * width + p.band * step_y * result_width) * L +
                                                  phases * table_size * ceil_div(sizeof(T*), sizeof(T)));
@@ -454,10 +585,15 @@ void depthwise_transposed(const Correlation<S>& c, const DepthwisePlan& p, int64
       const DepthwisePhase<S> d(c, index, position, p.band);
       const Axis &y = d.phase.patches.y, &x = d.phase.patches.x;
       T* first_result = result + (index / c.phases_x() * result_width + index % c.phases_x()) * L;
-      depthwise_lines(table(d, Columns(x), index), y, x, position, d.lines, 0, L,
-                      weights + d.phase.taps_before * padded + channel, padded, bias ? bias + channel : nullptr,
-                      clamps ? bounds_of(c) : Bounds<T>{}, false,
-                      PixelLines<T>{first_result, position, step_y * result_width * L, step_x * L}, [](int64_t) {});
+      const DepthwiseLine<T> line = {0, L, nullptr, 0, x.positions, x.step, nullptr,
+                                     weights + d.phase.taps_before * padded + channel, padded,
+                                     bias ? bias + channel : nullptr, clamps ? bounds_of(c) : Bounds<T>{}, false};
+      const PixelLines<T> lines_of_phase = {first_result, position, step_y * result_width * L, step_x * L};
+      const auto nothing = [](int64_t) {};
+      if (joins_phases(c))
+        depthwise_phases_lines(s, table(d, Columns(x), index), y, position, d.lines, line, lines_of_phase, nothing);
+      else
+        depthwise_lines(table(d, Columns(x), index), y, x, position, d.lines, line, lines_of_phase, nothing);
     }
     const Block<S> to = {c.result + sample * result_stride[0] + channel * result_stride[1] + first_line * result_stride[2],
                          result_stride[1], result_stride[2], result_stride[3]};

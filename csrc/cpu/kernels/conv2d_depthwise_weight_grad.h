@@ -7,6 +7,8 @@
 namespace cvfast {
 namespace {
 
+constexpr int64_t weight_grad_sums_bytes = 16 << 10;  // of the sums that pass through the L1 cache for each run of pixels
+
 inline bool depthwise_applies(const Conv2dWeightGrad& p) { return is_depthwise(p.shape); }
 
 // Pixels [first, first + pixels) of a line: of row i of the kernel's taps, pixel p's begin at rows[i][p * step].
@@ -64,10 +66,13 @@ void weight_grad_rows(const WeightGradLine<S>& line, int64_t row, int64_t channe
 // sums is [row, tap][lanes]. As many rows at a time as hide the latency of a multiply-add and fit the registers.
 template <class S, int Taps, int Step>
 void weight_grad_line(const WeightGradLine<S>& line, int64_t channel, Compute<S>* sums) {
-  constexpr int rows = Taps == 1 ? 4 : Taps == 3 ? 3 : 1;
+  constexpr int rows = Taps == 1 ? 4 : Taps == 3 || tile_rows == 12 ? 3 : Taps == 5 ? 2 : 1;
   int64_t row = 0;
   for (; row + rows <= line.row_count; row += rows, sums += rows * Taps * lanes<Compute<S>>)
     weight_grad_rows<S, Taps, Step, rows>(line, row, channel, sums);
+  if constexpr (rows > 2)
+    for (; row + 2 <= line.row_count; row += 2, sums += 2 * Taps * lanes<Compute<S>>)
+      weight_grad_rows<S, Taps, Step, 2>(line, row, channel, sums);
   for (; row < line.row_count; ++row, sums += Taps * lanes<Compute<S>>)
     weight_grad_rows<S, Taps, Step, 1>(line, row, channel, sums);
 }
@@ -117,25 +122,50 @@ struct DepthwiseSums {
   }
 };
 
+// With three taps in a line: pixels whose products are added to the sums of one vector of channels before the next one's turn.
+// Memory is then read nearly in its order. More sums take longer to load and store than that gains.
+constexpr int64_t weight_grad_run = 8;
+
 // Adds pixels [begin, end) of the band of lines that starts with `position` in one sample, counted from the band's start.
 template <class S>
 void add_band(const Axis& y, const Axis& x, const PixelTable<S>& table, const PixelLines<const S>& grads, int64_t position,
               int64_t begin, int64_t end, const ChannelVectors& channels, DepthwiseSums<Compute<S>>& sums) {
   constexpr int64_t L = lanes<Compute<S>>;
   const WeightGradLineKernel<S> kernel = weight_grad_line_kernel<S>(x);
+  const int64_t run = kernel.row_taps == 3 ? weight_grad_run : x.positions;
   const int64_t rows_per_line = x.taps / kernel.row_taps, taps = y.taps * x.taps;
   const S* const* rows[block_depth];
   WeightGradLine<S> line = {rows, y.taps * rows_per_line, 0, 0, x.step, nullptr, grads.pixel_stride};
   for (int64_t pixel = begin; pixel < end; pixel += line.pixels) {
     const int64_t i = position + pixel / x.positions;
     line.first = pixel % x.positions;
-    line.pixels = min(min(x.positions - line.first, end - pixel), block_depth - sums.length);
+    line.pixels = min(min(x.positions - line.first, end - pixel), min(block_depth - sums.length, run));
     line.grads = grads.at(i, line.first);
     for (int64_t row = 0; row < line.row_count; ++row)
       rows[row] = table.line(y.source(i, row / rows_per_line)) + row % rows_per_line * x.tap_offset;
     for (int64_t v = 0; v < channels.count; ++v) kernel.run(line, channels.at(v, L), sums.chain + v * taps * L);
     sums.add(line.pixels);
   }
+}
+
+// The sums over one slice, [tap][group], for those that are added up; `to` is the place of `channel`.
+template <class T>
+Block<T> slice_block(T* to, int64_t groups, int64_t taps_x) { return {to, 1, taps_x * groups, groups}; }
+
+template <class S>
+Block<S> weight_grad_block_at(const WeightGrad<S>& w, int64_t channel) {
+  return {w.result + channel * w.result_stride[0], w.result_stride[0], w.result_stride[2], w.result_stride[3]};
+}
+
+// Adds the slices up and stores the sums.
+template <class S>
+void sum_depthwise_slices(const WeightGrad<S>& w, const Slices<S>& slices) {
+  using T = Compute<S>;
+  if (!slices.partial) return;
+  for (int64_t slice = 1; slice < slices.count; ++slice)
+    for (int64_t j = 0; j < slices.elements; ++j) slices.partial[j] += slices.partial[slice * slices.elements + j];
+  copy_planes(slice_block<const T>(slices.partial, w.groups, w.input.x.taps), weight_grad_block_at(w, 0), w.groups,
+              w.input.y.taps, w.input.x.taps);
 }
 
 template <class S>
@@ -147,7 +177,10 @@ void weight_grad_depthwise(const Conv2dWeightGrad& problem, const ThreadPool& po
   const Slices<S> slices(w);
   const Axis &y = w.input.y, &x = w.input.x;
   const bool in_place = w.input.channel_stride == 1 && w.grad_output.channel_stride == 1 && w.groups >= L;
-  const int64_t vectors = in_place ? min<int64_t>(8, w.groups / L) : 1, blocks = ceil_div(w.groups, vectors * L);
+  const int64_t whole = in_place ? ceil_div(w.groups, L) : 1;
+  const int64_t most = max<int64_t>(1, weight_grad_sums_bytes / (w.rows * CVFAST_VECTOR_BYTES));
+  const int64_t wanted = pool.threads > 1 ? ceil_div(4 * pool.threads, slices.count) : 1;  // pieces of a slice
+  const int64_t vectors = even_block(whole, min(most, ceil_div(whole, wanted)), 1), blocks = ceil_div(w.groups, vectors * L);
   const Columns columns(x);
   const int64_t line_bytes = (x.inputs + x.positions) * L * static_cast<int64_t>(sizeof(T));
   const int64_t span = (y.taps - 1) * y.tap_offset + 1;
@@ -198,14 +231,17 @@ void weight_grad_depthwise(const Conv2dWeightGrad& problem, const ThreadPool& po
         }
       }
       sums.close();
-      for (int64_t c = 0; c < valid; ++c) {
-        const int64_t vector = c / L, lane = in_place ? channel + c - in.at(vector, L) : c;
-        store_slice(w, slices, slice, channel + c, 0, w.rows, 0, 1,
-                    Matrix<const T>{sums.sum + vector * w.rows * L + lane, L, 1});
+      for (int64_t v = 0; v < in.count; ++v) {
+        const int64_t c = channel + v * L, lane = in_place ? c - in.at(v, L) : 0, count = min(L, w.groups - c);
+        const Block<const T> from = {sums.sum + v * w.rows * L + lane, 1, x.taps * L, L};
+        if (slices.partial)
+          copy_planes(from, slice_block(slices.partial + slice * slices.elements + c, w.groups, x.taps), count, y.taps, x.taps);
+        else
+          copy_planes(from, weight_grad_block_at(w, c), count, y.taps, x.taps);
       }
     }
   });
-  sum_slices(w, slices, pool);
+  sum_depthwise_slices(w, slices);
 }
 
 }  // namespace
