@@ -419,7 +419,7 @@ def _run_unasked(
     return (output, h_n) if c_n is None else (output, h_n, c_n)
 
 
-_EXT = _backend.BACKENDS["lstm"]["ext"]
+_EXT, _EXT_CELL = _backend.BACKENDS["lstm"]["ext"], _backend.BACKENDS["lstm_cell"]["ext"]
 
 
 def _unasked_states(
@@ -501,6 +501,10 @@ def _run_cell(
     if not batched:
         input, h, c = (None if t is None else t.unsqueeze(0) for t in (input, h, c))
     args = (cell, input, h, c, w_ih, w_hh, b_ih, b_hh)
+    if batched and not torch.is_grad_enabled() and _backend.is_certain("ext", backend):
+        results = _EXT_CELL.run_unasked(*args)
+        if results is not None:
+            return results
     try:
         results = _backend.select(name, backend, *args).run(*args)
     except RuntimeError:  # kernels refuse what does not fit; asking here before each call would take longer than a step

@@ -28,14 +28,15 @@ template <class T>
 constexpr int dot_units = min(4, lanes<T>);  // weight rows of a tile
 
 // sum += vectors of `count` products, of weight rows with rows of x. The next tile's, `ahead` elements later, come into the
-// second-level cache: the processor's own fetching ends with each row's page, and knows nothing of the next rows.
+// second-level cache: the processor's own fetching ends with each row's page, and knows nothing of the next rows. One row of x
+// waits for nothing but loads, which these would delay (a quarter of the time on Sapphire Rapids, a tenth on Zen 4).
 template <class S, int Rows, int Units, class T>
 [[gnu::always_inline]] inline void add_dots(const S* const (&weight)[Units], const T* x, int64_t x_stride, int64_t k,
                                             int64_t count, int64_t ahead, Vector<T> (&sum)[Rows][Units]) {
   Vector<T> w[Units];
 #pragma GCC unroll 8
   for (int u = 0; u < Units; ++u) {
-    __builtin_prefetch(weight[u] + k + ahead, 0, 2);
+    if constexpr (Rows > 1) __builtin_prefetch(weight[u] + k + ahead, 0, 2);
     w[u] = load_units(weight[u] + k, count);
   }
 #pragma GCC unroll 4
