@@ -24,7 +24,9 @@ constexpr int product_cols = product_vectors * lanes<T>;
 
 // Cache blocks of panel_block: A and B of this depth from the second-level cache, twice gemm.h's, so that C is read and
 // written half as often.
-constexpr int64_t product_block_rows = 32 * product_rows, product_depth = 512;
+constexpr int64_t product_block_rows = 32 * product_rows;
+template <class T>
+constexpr int64_t product_depth = sizeof(T) == 8 ? 128 : 512;  // of a chain of multiply-adds; float64's shorter ones err less
 template <class T>
 constexpr int64_t product_block_cols = 7 * product_cols<T>;
 
@@ -192,7 +194,7 @@ struct LaterPanels {
   int64_t stride = 0;
 };
 
-// rows <= product_block_rows, depth <= product_depth for the caches' sake. `c` has room for the columns
+// rows <= product_block_rows, depth <= product_depth<T> for the caches' sake. `c` has room for the columns
 // rounded up to whole panels; B's are panel_stride elements apart. While it multiplies with a panel, the next one and then
 // that of `later` come near, as far as there are tiles: memory is slower than a product with few rows, and otherwise idle.
 template <class T>

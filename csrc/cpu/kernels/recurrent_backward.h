@@ -350,8 +350,8 @@ struct Backward {
 
   // Rows [row, row + count) of A^T B and of A's column sums; A [depth, count] in `block`.
   void add_rows(const WeightGrad& grad, const T* block, int64_t row, int64_t count, int64_t depth, bool first) const {
-    for (int64_t k = 0; k == 0 || k < depth; k += product_depth) {
-      const int64_t deep = min(depth - k, product_depth);
+    for (int64_t k = 0; k == 0 || k < depth; k += product_depth<T>) {
+      const int64_t deep = min(depth - k, product_depth<T>);
       const T* a = block + k * product_block_rows;
       const bool add = !first || k > 0;
       panel_block(count, grad.cols, deep, Matrix<const T>{a, 1, product_block_rows}, grad.panels + k * product_cols<T>,
@@ -373,16 +373,16 @@ struct Backward {
     const int64_t count = min(depth - row, product_block_rows), cols = min(inputs - col, product_block_cols<T>);
     T *a, *c;
     Carver::carve(ScratchUse::worker, [&](Carver& scratch) {
-      a = scratch.take<T>(product_block_rows * product_depth);
+      a = scratch.take<T>(product_block_rows * product_depth<T>);
       c = scratch.take<T>(product_block_rows * product_block_cols<T>);
     });
     for (int64_t gate = 0; gate < cell.gates; ++gate)
-      for (int64_t k = 0; k < hidden; k += product_depth) {
-        const int64_t deep = min(hidden - k, product_depth);
+      for (int64_t k = 0; k < hidden; k += product_depth<T>) {
+        const int64_t deep = min(hidden - k, product_depth<T>);
         const T* from = gates + row * slots + cell.x_slots[gate] * hidden + k;
-        for (int64_t i = 0; i < count; ++i) copy_row(from + i * slots, a + i * product_depth, deep);
+        for (int64_t i = 0; i < count; ++i) copy_row(from + i * slots, a + i * product_depth<T>, deep);
         const T* b = w_ih + col * rows + (gate * hidden + k) * product_cols<T>;
-        panel_block(count, cols, deep, Matrix<const T>{a, product_depth, 1},
+        panel_block(count, cols, deep, Matrix<const T>{a, product_depth<T>, 1},
                       b, rows * product_cols<T>, c, product_block_cols<T>, gate > 0 || k > 0);
       }
     if (rows == 0) zero_row(c, product_block_rows * product_block_cols<T>);

@@ -262,8 +262,8 @@ struct Forward {
     void project(int64_t rows, int64_t panel, int64_t next) const {
       const int64_t col = panel * f.order.columns(), end_col = next == f.order.panels() ? f.columns : next * f.order.columns();
       for (int64_t row = 0; row < rows; row += product_block_rows)
-        for (int64_t k = 0; k == 0 || k < f.inputs; k += product_depth)
-          panel_block(min(rows - row, product_block_rows), end_col - col, min(f.inputs - k, product_depth),
+        for (int64_t k = 0; k == 0 || k < f.inputs; k += product_depth<T>)
+          panel_block(min(rows - row, product_block_rows), end_col - col, min(f.inputs - k, product_depth<T>),
                       Matrix<const T>{x.data + row * x.stride + k, x.stride, 1},
                       f.w_ih + col * f.inputs + k * product_cols<T>, f.inputs * product_cols<T>,
                       gates + row * f.gate_stride + col, f.gate_stride, k > 0,
