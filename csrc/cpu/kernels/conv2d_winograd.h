@@ -11,8 +11,9 @@
 //   2. for each panel of output channels and each of the P x P points: M [point, tile, out] = V[point] * U[point], where U
 //      are the transformed weights;
 //   3. M -> result [4x4 pixels, out], plus bias.
-// An element of M is one chain of multiply-adds per block of channels, added in order; a tile's bits depend on its patch
-// alone. Numbers that are not finite would spread over a tile: such results are computed again by the definition.
+// An element of M is one chain of multiply-adds per block of channels (winograd_chain: with two taps, chains of 16), added in
+// order; a tile's bits depend on its patch alone. Numbers that are not finite would spread over a tile: such results are
+// computed again by the definition.
 #pragma once
 #include "../precision.h"
 #include "conv2d_winograd_prefetch.h"
