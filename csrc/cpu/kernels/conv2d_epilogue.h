@@ -10,8 +10,6 @@ namespace {
 template <Activation activation, class V>
 V activate(V x, V slope) {
   using T = __typeof__(x[0] + 0);
-  if constexpr (activation == Activation::relu) return x < V{} ? V{} : x;  // NaN stays NaN
-  if constexpr (activation == Activation::relu6) return x < V{} ? V{} : x > V{} + 6 ? V{} + 6 : x;
   if constexpr (activation == Activation::leaky_relu) return x > V{} ? x : x * slope;
   if constexpr (activation == Activation::silu) return x * (x < -100 ? V{} : sigmoid<T>(x));  // -inf gives NaN, as torch's
   if constexpr (activation == Activation::sigmoid) return sigmoid<T>(x);
@@ -20,8 +18,43 @@ V activate(V x, V slope) {
   if constexpr (activation == Activation::gelu_tanh) return gelu_tanh(x);
   if constexpr (activation == Activation::hardswish) return x * clamp<T>(x + 3, 0, 6) / 6;
   if constexpr (activation == Activation::hardsigmoid) return clamp<T>(x + 3, 0, 6) / 6;
-  return x;
 }
+template <Activation activation, class T>
+void activate_run(T* x, int64_t count, T slope) {
+  for (int64_t i = 0; i < count; i += lanes<T>, x += lanes<T>)
+    store_first(activate<activation>(load_first(x, count - i), Vector<T>{} + slope), x, count - i);
+}
+
+// The activation of neighbours in memory; nullptr where it is no more than bounds.
+template <class T>
+using ActivateRun = void (*)(T* x, int64_t count, T slope);
+template <class T>
+ActivateRun<T> activation_of_runs(Activation activation) {
+  switch (activation) {
+    case Activation::none:
+    case Activation::relu:
+    case Activation::relu6: return nullptr;
+    case Activation::leaky_relu: return activate_run<Activation::leaky_relu, T>;
+    case Activation::silu: return activate_run<Activation::silu, T>;
+    case Activation::sigmoid: return activate_run<Activation::sigmoid, T>;
+    case Activation::tanh: return activate_run<Activation::tanh, T>;
+    case Activation::gelu: return activate_run<Activation::gelu, T>;
+    case Activation::gelu_tanh: return activate_run<Activation::gelu_tanh, T>;
+    case Activation::hardswish: return activate_run<Activation::hardswish, T>;
+    case Activation::hardsigmoid: return activate_run<Activation::hardsigmoid, T>;
+  }
+  return nullptr;
+}
+
+template <class T>
+struct ActivationOf {
+  Bounds<T> bounds;
+  ActivateRun<T> run;  // or nullptr
+  T slope;
+
+  explicit ActivationOf(const Epilogue& e)
+      : bounds(bounds_of<T>(e.activation)), run(activation_of_runs<T>(e.activation)), slope(static_cast<T>(e.negative_slope)) {}
+};
 
 // Elements [0, count) <= lanes that are `step` apart.
 template <class S>
@@ -33,43 +66,49 @@ Vector<Compute<S>> load_spaced(const S* from, int64_t step, int64_t count) {
 }
 
 // Neighbours in memory; residual, whose neighbours are `step` apart, may be nullptr.
-template <Activation activation, class S, class R>
-void finish_run(S* to, const R* residual, int64_t step, int64_t count, Compute<S> slope) {
-  using V = Vector<Compute<S>>;
-  constexpr int64_t L = lanes<Compute<S>>;
-  const V slopes = V{} + slope;
-  for (int64_t i = 0; i < count; i += L) {
-    const int64_t some = min(count - i, L);
-    V x = some == L ? load_vector(to + i) : load_first(to + i, some);
-    if (residual) x += load_spaced(residual + i * step, step, some);
-    x = activate<activation>(x, slopes);
-    if (some == L)
-      store_vector(x, to + i);
-    else
-      store_first(x, to + i, some);
-  }
+template <class T, class R>
+void finish_run(T* to, const R* residual, int64_t step, int64_t count, const ActivationOf<T>& activation) {
+  constexpr int64_t L = lanes<T>;
+  const Bounds<T> bounds = activation.bounds;
+  if (residual || !activation.run)
+    for (int64_t i = 0; i < count; i += L) {
+      const int64_t some = min(count - i, L);
+      Vector<T> x = load_first(to + i, some);
+      if (residual) x += load_spaced(residual + i * step, step, some);
+      store_first(bounds.clamp(x), to + i, some);
+    }
+  if (activation.run) activation.run(to, count, activation.slope);
 }
 
 // Four neighbouring pixels, as a tile of Winograd's has them, of as many channels as fill a vector at a time.
-template <Activation activation, class S, class R>
-void finish_quads(Block<S> block, Block<R> residual, int64_t channels, int64_t lines, float slope) {
-  const FloatVector slopes = FloatVector{} + slope;
+template <class R>
+void finish_quads(Block<float> block, Block<R> residual, int64_t channels, int64_t lines, const ActivationOf<float>& activation) {
   for (int64_t channel = 0; channel < channels; channel += quads)
     for (int64_t line = 0; line < lines; ++line) {
-      S* to = block.data + channel * block.channel_stride + line * block.line_stride;
+      float* to = block.data + channel * block.channel_stride + line * block.line_stride;
       FloatVector x = load_quads(to, block.channel_stride);
       if (residual.data)
         x += load_quads(residual.data + channel * residual.channel_stride + line * residual.line_stride,
                         residual.channel_stride);
-      store_quads(activate<activation>(x, slopes), to, block.channel_stride);
+      x = activation.bounds.clamp(x);
+      if (activation.run) {
+        float elements[lanes<float>];
+        store_vector(x, elements);
+        activation.run(elements, lanes<float>, activation.slope);
+        x = load_vector(elements);
+      }
+      store_quads(x, to, block.channel_stride);
     }
 }
 
-template <Activation activation, class S, class R>
-void finish_block(Block<S> block, Block<R> residual, int64_t channels, int64_t lines, int64_t pixels, Compute<S> slope) {
-  if constexpr (sizeof(Compute<S>) == sizeof(float))
+// activation(block + residual) in place; residual.data may be nullptr.
+template <class T, class R>
+void apply_epilogue(const Epilogue& e, Block<T> block, Block<R> residual, int64_t channels, int64_t lines, int64_t pixels) {
+  if (e.activation == Activation::none && !residual.data) return;
+  const ActivationOf<T> activation(e);
+  if constexpr (sizeof(T) == sizeof(float))
     if (block.pixel_stride == 1 && (!residual.data || residual.pixel_stride == 1) && pixels == 4 && channels % quads == 0)
-      return finish_quads<activation>(block, residual, channels, lines, slope);
+      return finish_quads(block, residual, channels, lines, activation);
   // Along what is contiguous in memory, as far as that goes; else one by one.
   if (!residual.data || (block.channel_stride == residual.channel_stride && block.line_stride == residual.line_stride &&
                          block.pixel_stride == residual.pixel_stride)) {
@@ -83,33 +122,12 @@ void finish_block(Block<S> block, Block<R> residual, int64_t channels, int64_t l
   for (int64_t channel = 0; channel < channel_runs; ++channel)
     for (int64_t line = 0; line < lines; ++line)
       for (int64_t pixel = 0; pixel < pixel_runs; ++pixel) {
-        S* to = block.data + channel * block.channel_stride + line * block.line_stride + pixel * block.pixel_stride;
+        T* to = block.data + channel * block.channel_stride + line * block.line_stride + pixel * block.pixel_stride;
         R* added = residual.data ? residual.data + channel * residual.channel_stride + line * residual.line_stride +
                                        pixel * residual.pixel_stride
                                  : nullptr;
-        finish_run<activation>(to, added, by_channels ? residual.channel_stride : residual.pixel_stride, count, slope);
+        finish_run(to, added, by_channels ? residual.channel_stride : residual.pixel_stride, count, activation);
       }
-}
-
-// activation(block + residual) in place; residual.data may be nullptr.
-template <class S, class R>
-void apply_epilogue(const Epilogue& e, Block<S> block, Block<R> residual, int64_t channels, int64_t lines, int64_t pixels) {
-  const auto finish = [&]<Activation activation> {
-    finish_block<activation>(block, residual, channels, lines, pixels, static_cast<Compute<S>>(e.negative_slope));
-  };
-  switch (e.activation) {
-    case Activation::none: return residual.data ? finish.template operator()<Activation::none>() : void();
-    case Activation::relu: return finish.template operator()<Activation::relu>();
-    case Activation::relu6: return finish.template operator()<Activation::relu6>();
-    case Activation::leaky_relu: return finish.template operator()<Activation::leaky_relu>();
-    case Activation::silu: return finish.template operator()<Activation::silu>();
-    case Activation::sigmoid: return finish.template operator()<Activation::sigmoid>();
-    case Activation::tanh: return finish.template operator()<Activation::tanh>();
-    case Activation::gelu: return finish.template operator()<Activation::gelu>();
-    case Activation::gelu_tanh: return finish.template operator()<Activation::gelu_tanh>();
-    case Activation::hardswish: return finish.template operator()<Activation::hardswish>();
-    case Activation::hardsigmoid: return finish.template operator()<Activation::hardsigmoid>();
-  }
 }
 
 // What is added to `block`, a part of c.result.
@@ -119,10 +137,11 @@ Block<const S> residual_of(const Correlation<S>& c, Block<S> block) {
   return {data, block.channel_stride, block.line_stride, block.pixel_stride};
 }
 
-// `block`: final results, a part of c.result.
+// `block`: final results, a part of c.result; narrow ones were rounded after the epilogue and are left.
 template <class S>
 void finish_with_epilogue(const Correlation<S>& c, Block<S> block, int64_t channels, int64_t lines, int64_t pixels) {
-  apply_epilogue(c.epilogue, block, residual_of(c, block), channels, lines, pixels);
+  if constexpr (sizeof(S) == sizeof(Compute<S>))
+    apply_epilogue(c.epilogue, block, residual_of(c, block), channels, lines, pixels);
 }
 
 // ---- Pooling of 2x2 results in a worker's scratch ----

@@ -324,14 +324,17 @@ bool all_finite(const PackedWeights<T>& w, int64_t channel, int64_t channels) {
 // to[i, j] += bias[j] for i < pixels, j < channels, which are the rows or columns of a block.
 template <class S, class T>
 void add_bias(const S* bias, Matrix<T> to, int64_t pixels, int64_t channels) {
+  constexpr int64_t L = lanes<T>;
   T value[max(block_rows, conv_cols<T>)];
   copy_contiguous(bias, value, channels);
+  const auto add = [](T* at, int64_t count, Vector<T> x) { store_first(load_first(at, count) + x, at, count); };
   if (to.col_stride == 1) {
     for (int64_t i = 0; i < pixels; ++i)
-      for (int64_t j = 0; j < channels; ++j) to.data[i * to.row_stride + j] += value[j];
+      for (int64_t j = 0; j < channels; j += L)
+        add(to.data + i * to.row_stride + j, channels - j, load_first(value + j, channels - j));
   } else {
     for (int64_t j = 0; j < channels; ++j)
-      for (int64_t i = 0; i < pixels; ++i) to.data[i + j * to.col_stride] += value[j];
+      for (int64_t i = 0; i < pixels; i += L) add(to.data + i + j * to.col_stride, pixels - i, Vector<T>{} + value[j]);
   }
 }
 
@@ -367,26 +370,16 @@ Matrix<Compute<S>> results_in_place(const Correlation<S>& c, const CorrelationPl
 }
 
 // What a product with channels as columns does to its results before it stores them: the bias, and bounds where the epilogue
-// is no more than these.
-template <class T>
-struct BiasAndBounds {
-  const T* bias;  // of whole vectors; or nullptr
-  Bounds<T> bounds;
-
-  template <class V>
-  V operator()(V x, int64_t column) const { return bounds.clamp(bias ? x + load_as<V>(bias + column) : x); }
-  BiasAndBounds from(int64_t column) const { return {bias ? bias + column : nullptr, bounds}; }
-};
-
-// The bias of `channels` output channels from `channel` of all on is copied into `bias`, up to a whole vector.
+// is no more than these. The bias of `channels` output channels from `channel` of all on is copied into `bias`, up to a whole
+// vector.
 template <class S>
-BiasAndBounds<Compute<S>> bias_and_bounds(const Correlation<S>& c, int64_t channel, int64_t channels, Compute<S>* bias) {
+Finish<Compute<S>> bias_and_bounds(const Correlation<S>& c, int64_t channel, int64_t channels, Compute<S>* bias) {
   using T = Compute<S>;
   if (c.bias) {
     zero_matrix(Matrix<T>{bias + channels, 0, 1}, 1, round_up(channels, lanes<T>) - channels);
     copy_contiguous(c.bias + channel, bias, channels);
   }
-  return {c.bias ? bias : nullptr, epilogue_clamps(c) ? bounds_of(c) : Bounds<T>{}};
+  return {c.bias ? bias : nullptr, epilogue_clamps(c) ? bounds_of(c) : Bounds<T>{}, false};
 }
 
 // Stores the results of output channels [channel, channel + channels), if they are not in place. Before that adds the bias and
@@ -466,11 +459,11 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
       Panels<T> panels = weights.panels(start, piece.channel + first, skipped);
       panels.far = far;
       T* to = result.data + first * result.col_stride;
+      Finish<T> finish;
       if (bounded && start + whole == weights.depth)
-        block_product(piece.pixels, channels, depth, patches, panels, to, result.row_stride, add,
-                      bias_and_bounds(c, piece.group * c.out_channels + piece.channel + first, channels, bias));
-      else if (p.channels_are_cols)
-        block_product(piece.pixels, channels, depth, patches, panels, to, result.row_stride, add);
+        finish = bias_and_bounds(c, piece.group * c.out_channels + piece.channel + first, channels, bias);
+      if (p.channels_are_cols)
+        block_product(piece.pixels, channels, depth, patches, panels, to, result.row_stride, add, finish);
       else
         block_product(channels, piece.pixels, depth, Matrix<const T>{operand + skipped, whole, 1},
                       gathered_panels(patches.data, piece.pixels), to, result.col_stride, add);

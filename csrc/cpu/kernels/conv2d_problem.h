@@ -140,13 +140,15 @@ bool epilogue_clamps(const Correlation<S>& c) {
   const Activation a = c.epilogue.activation;
   return !c.residual && !c.pools() && (a == Activation::none || a == Activation::relu || a == Activation::relu6);
 }
-template <class S>
-Bounds<Compute<S>> bounds_of(const Correlation<S>& c) {
-  Bounds<Compute<S>> bounds;
-  if (c.epilogue.activation != Activation::none) bounds.low = 0;
-  if (c.epilogue.activation == Activation::relu6) bounds.high = 6;
+template <class T>
+Bounds<T> bounds_of(Activation activation) {
+  Bounds<T> bounds;
+  if (activation == Activation::relu || activation == Activation::relu6) bounds.low = 0;
+  if (activation == Activation::relu6) bounds.high = 6;
   return bounds;
 }
+template <class S>
+Bounds<Compute<S>> bounds_of(const Correlation<S>& c) { return bounds_of<Compute<S>>(c.epilogue.activation); }
 
 // Results on an axis of a forward pass, before pooling leaves out a last one without a neighbour.
 inline int64_t unpooled_size(int64_t in, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {

@@ -60,20 +60,26 @@ struct Bounds {
   }
 };
 
-// What becomes of an element of C before it is stored: nothing. Others change a vector of columns, from `column` on.
-struct AsItIs {
-  template <class V>
-  V operator()(V x, int64_t) const { return x; }
-  AsItIs from(int64_t) const { return {}; }  // the same for a matrix that begins with this column
+// What becomes of the elements of C before they are stored, if anything.
+template <class T>
+struct Finish {
+  const T* bias = nullptr;  // of the columns, whole vectors; or nullptr
+  Bounds<T> bounds = {};
+  bool leaves_as_is = true;
+
+  Vector<T> operator()(Vector<T> x, int64_t column) const {
+    return bounds.clamp(bias ? x + load_as<Vector<T>>(bias + column) : x);
+  }
+  Finish from(int64_t column) const { return {bias ? bias + column : nullptr, bounds, leaves_as_is}; }
 };
 
 // One tile of `Vectors` vectors of columns; C has as many writable columns with stride 1. The strides are scalars: a
 // Matrix would go through memory, where it costs more than a shallow tile's share of anything else. `A_ahead`: as many rows of A as
 // come behind these, which the next tile will read, are brought near meanwhile, and so are `later_lines` cache lines from `later`
 // on for each line of a row of A.
-template <class T, int Rows, int Vectors, bool A_ahead, class Finish>
+template <class T, int Rows, int Vectors, bool A_ahead>
 void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const T* b, int64_t b_stride, int64_t depth, T* c,
-                  int64_t c_stride, bool add, Finish finish, const T* later, int64_t later_lines) {
+                  int64_t c_stride, bool add, Finish<T> finish, const T* later, int64_t later_lines) {
   constexpr int L = lanes<T>;
   Vector<T> sum[Rows][Vectors] = {};
 #pragma GCC unroll 16
@@ -101,19 +107,22 @@ void tile_product(const T* a, int64_t a_row_stride, int64_t a_col_stride, const 
       b += b_stride;
     }
   }
+  const auto store = [&](auto&& finished) {
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
+    for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) {
-      T* to = c + i * c_stride + j * L;
-      store_as(to, finish(add ? load_as<Vector<T>>(to) + sum[i][j] : sum[i][j], j * L));
-    }
+      for (int j = 0; j < Vectors; ++j) {
+        T* to = c + i * c_stride + j * L;
+        store_as(to, finished(add ? load_as<Vector<T>>(to) + sum[i][j] : sum[i][j], j * L));
+      }
+  };
+  finish.leaves_as_is ? store([](Vector<T> x, int64_t) { return x; }) : store(finish);
 }
 
 // A tile of `rows` <= Rows rows.
-template <class T, int Vectors = 2, int Rows = tile_rows, bool A_ahead = false, class Finish = AsItIs>
+template <class T, int Vectors = 2, int Rows = tile_rows, bool A_ahead = false>
 [[gnu::always_inline]] inline void tile_product_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t b_stride,
-                                                     int64_t depth, T* c, int64_t c_stride, bool add, Finish finish = {},
+                                                     int64_t depth, T* c, int64_t c_stride, bool add, Finish<T> finish = {},
                                                      const T* later = nullptr, int64_t later_lines = 0) {
   if constexpr (Rows > 1)
     if (rows < Rows)
@@ -130,9 +139,9 @@ struct Nothing {
 
 // A column of tiles. The rows are cut evenly. next: as many rows of as many elements as there are from `b` on, which are needed
 // next and brought near meanwhile, an equal share beside each tile; or nullptr.
-template <class T, int Vectors, class Finish = AsItIs>
+template <class T, int Vectors>
 void column_product(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-                    bool add, Finish finish = {}, const T* next = nullptr) {
+                    bool add, Finish<T> finish = {}, const T* next = nullptr) {
   constexpr int most = rows_beside(Vectors);
   const int64_t lines = next ? ceil_div(b_stride, ceil_div(rows, most)) : 0;  // line_elements rows of b are b_stride lines
   const int64_t share = lines * line_elements<T> * ceil_div(depth, line_elements<T>);
@@ -146,9 +155,9 @@ void column_product(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, 
 }
 
 // The same for a panel's first `vectors` <= Vectors vectors.
-template <class T, int Vectors = most_vectors, class Finish>
+template <class T, int Vectors = most_vectors>
 void panel_column(int64_t vectors, int64_t rows, int64_t depth, Matrix<const T> a, Panels<T> b, T* c, int64_t c_stride,
-                  bool add, Finish finish) {
+                  bool add, Finish<T> finish) {
   if constexpr (Vectors > 1)
     if (vectors < Vectors) return panel_column<T, Vectors - 1>(vectors, rows, depth, a, b, c, c_stride, add, finish);
   column_product<T, Vectors>(rows, depth, a, b.data, b.row_stride, c, c_stride, add, finish,
@@ -157,9 +166,9 @@ void panel_column(int64_t vectors, int64_t rows, int64_t depth, Matrix<const T> 
 
 // A block: rows <= block_rows, cols <= block_cols, depth <= block_depth for the caches' sake. `c` has row stride
 // c_stride and room for the columns rounded up to whole vectors.
-template <class T, class Finish = AsItIs>
+template <class T>
 void block_product(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, Panels<T> b, T* c, int64_t c_stride,
-                   bool add, Finish finish = {}) {
+                   bool add, Finish<T> finish = {}) {
   for (int64_t col = 0; col < cols; col += b.cols, b.data += b.panel_stride)
     panel_column(ceil_div(min(cols - col, b.cols), lanes<T>), rows, depth, a, b, c + col, c_stride, add, finish.from(col));
 }
