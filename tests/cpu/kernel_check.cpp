@@ -248,8 +248,10 @@ const Case cases[] = {
     {1, 36, 16, 18, 96, 1, 1, 1, 1, 0, 0, 1, 1, 1},    // 1x1, results added up in place in either format
     {1, 260, 16, 9, 20, 1, 1, 1, 1, 0, 0, 1, 1, 1},    // the same over two blocks of depth, a tail of channels
     {2, 30, 9, 9, 300, 3, 3, 2, 2, 1, 1, 1, 1, 1},     // few pixels; more channels than a block of columns holds
-    {1, 19, 16, 16, 35, 3, 3, 1, 1, 4, 4, 4, 4, 1},    // dilated
-    {1, 16, 26, 25, 18, 3, 3, 1, 1, 3, 1, 2, 2, 1},    // dilated, by Winograd
+    {1, 19, 9, 10, 35, 3, 3, 1, 1, 4, 4, 4, 4, 1},     // dilated
+    {2, 20, 9, 8, 34, 1, 1, 2, 2, 0, 0, 1, 1, 1},      // 1x1 with a stride: one phase of the input's gradient has taps
+    {2, 16, 7, 11, 33, 1, 1, 3, 2, 0, 0, 1, 1, 1},     // the same with another stride on each axis
+    {1, 17, 8, 8, 16, 1, 1, 1, 2, 0, 0, 1, 1, 1},      // and with lines that follow each other
     {10, 70, 9, 10, 40, 3, 3, 2, 2, 1, 1, 1, 1, 1},    // edges apart, where taps meet padding
     {5, 20, 4, 4, 140, 4, 4, 1, 1, 0, 0, 1, 1, 1},     // kernel covers the image: a tap per pixel of the input's gradient
     {2, 20, 40, 1, 140, 30, 1, 1, 1, 3, 0, 1, 1, 1},   // kernel longer than the result
@@ -259,6 +261,9 @@ const Case cases[] = {
     {2, 131, 5, 9, 19, 3, 3, 1, 1, 1, 1, 1, 1, 1},     // two blocks of channels, tails everywhere
     {1, 38, 13, 6, 44, 3, 3, 1, 1, 0, 2, 1, 1, 2},     // groups; no padding above, more than usual aside
     {1, 32, 6, 5, 32, 3, 3, 1, 1, 4, 3, 1, 1, 1},      // padding wider than the kernel
+    {2, 19, 16, 16, 35, 3, 3, 1, 1, 4, 4, 4, 4, 1},    // dilated: a tile for each part of the image
+    {1, 16, 26, 25, 18, 3, 3, 1, 1, 3, 1, 2, 2, 1},    // parts of different size
+    {1, 17, 49, 50, 16, 3, 3, 1, 1, 3, 3, 3, 2, 1},    // parts that some tiles miss
     {1, 33, 4, 31, 34, 3, 3, 1, 1, 1, 1, 1, 1, 1},     // one line of tiles
     {2, 64, 24, 23, 64, 3, 3, 1, 1, 1, 1, 1, 1, 4},    // several chunks of tiles
     {3, 32, 30, 29, 34, 3, 3, 1, 1, 1, 1, 1, 1, 2},    // weight gradient in two slices, one of them of two chunks
@@ -412,9 +417,7 @@ bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
   if (dilated && (phases || (input_grad && std::min(s.out_height, s.out_width) == 1))) return false;
   const int64_t part_tiles =
       (height + 4 * s.dilation_h - 1) / (4 * s.dilation_h) * ((width + 4 * s.dilation_w - 1) / (4 * s.dilation_w));
-  const bool pays = product == Product::weight_grad ? 6 * part_tiles * s.dilation_h * s.dilation_w <= height * width
-                                                    : part_tiles >= 16;
-  if (dilated && !pays) return false;
+  if (dilated && 6 * part_tiles * s.dilation_h * s.dilation_w > height * width) return false;
   if (!phases) return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 && height * width >= 16;
   if (input_grad) height = (height + 1) / 2, width = (width + 1) / 2;
   const int64_t taps = s.kernel_height * s.kernel_width, tiles = (height + 3) / 4 * ((width + 3) / 4);

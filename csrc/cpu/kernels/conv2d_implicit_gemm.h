@@ -575,6 +575,34 @@ void gemm_pack(const Conv2dForward& problem, PackedHeader& to, const ThreadPool&
   to.finite = pack_all_weights(c, plan(c, 1), true, static_cast<Compute<S>*>(to.data()), pool);
 }
 
+// Whether one phase of the result has all taps, in the gradient to the input of a 1x1 kernel with a stride: what lies around
+// its pixels is 0.
+template <class S>
+bool one_phase_has_taps(const Correlation<S>& c) {
+  const Conv2dShape& s = c.shape;
+  const Patches<S> patches = make_phase(c, 0, 0).patches;
+  const bool joined = patches.y.positions != ceil_div(s.in_height, s.stride_h);
+  return c.input_grad && !c.bias && !c.finishes() && s.kernel_height * s.kernel_width == 1 && s.stride_h * s.stride_w > 1 &&
+         s.padding_h == 0 && s.padding_w == 0 && !joined;
+}
+
+// Stores these zeros around the pixels of a piece of that phase.
+template <class S>
+void zero_around(const Correlation<S>& c, const CorrelationPiece<S>& piece) {
+  const Conv2dShape& s = c.shape;
+  const int64_t* stride = c.result_stride;
+  S* channel = c.result + (piece.group * c.out_channels + piece.channel) * stride[1];
+  for_each_line(piece.phase.patches.y, piece.phase.patches.x, piece.pixel, piece.pixels,
+                [&](int64_t n, int64_t y, int64_t x, int64_t count, int64_t) {
+    const int64_t first = y * s.stride_h, pixels = min(count * s.stride_w, s.in_width - x * s.stride_w);
+    S* to = channel + n * stride[0] + first * stride[2] + x * s.stride_w * stride[3];
+    for (int64_t pixel = 0; pixel < pixels; ++pixel)
+      if (pixel % s.stride_w) zero_matrix(Matrix<S>{to + pixel * stride[3], 0, stride[1]}, 1, piece.channels);
+    for (int64_t line = 1; line < min(s.stride_h, s.in_height - first); ++line)
+      zero_matrix(Matrix<S>{to + line * stride[2], stride[3], stride[1]}, pixels, piece.channels);
+  });
+}
+
 template <class S, class Problem>
 void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
   using T = Compute<S>;
@@ -583,7 +611,8 @@ void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
   const PackedHeader* kept = kept_weights(problem, PackedForm::panels);
   const CorrelationPlan p = plan(c, pool.threads, kept != nullptr);
   if (p.weights_used_once) return correlate_few_pixels(c, p, kept, pool);
-  const int64_t phases_x = c.phases_x(), phases = c.phases_y() * phases_x;
+  const bool around = one_phase_has_taps(c) && p.y.count * p.x.count == 1;
+  const int64_t phases_x = c.phases_x(), phases = around ? 1 : c.phases_y() * phases_x;
   T* packed = kept ? kept_panels<T>(kept) : scratch<T>(ScratchUse::caller, packed_elements(c, p));
   const bool finite = kept ? kept->finite : pack_all_weights(c, p, p.skip_padding, packed, pool);
   const bool skip_padding = p.skip_padding && finite;  // else a weight may give NaN where it meets padding
@@ -606,7 +635,9 @@ void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
       const int64_t channel = range * p.channel_range, channels = min(c.out_channels - channel, p.channel_range);
       const CorrelationPiece<S> piece = {phase, group, pixel, pixels, channel, channels};
       const bool far = kept && i - begin < p.channel_ranges * c.groups;  // kept since the last call, and met first
-      if (pixels > 0) correlate_piece(c, p, piece, weights, far, skip_padding, blocks);
+      if (pixels <= 0) continue;
+      correlate_piece(c, p, piece, weights, far, skip_padding, blocks);
+      if (around) zero_around(c, piece);
     }
   });
 }

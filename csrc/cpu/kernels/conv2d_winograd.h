@@ -255,7 +255,8 @@ void store_exactly(const Correlation<S>& c, const Phase<S>& phase, int64_t group
                    int64_t lines, int64_t pixels, Block<To> to) {
   for (int64_t y = 0; y < lines; ++y)
     for (int64_t x = 0; x < pixels; ++x)
-      from_compute(exact_pixel(c, phase, group, tile.n, tile.y + y, tile.x + x, out),
+      from_compute(exact_pixel(c, phase, group, tile.n, tile.part_y + (tile.y + y) * c.shape.dilation_h,
+                               tile.part_x + (tile.x + x) * c.shape.dilation_w, out),
                    to.data + y * to.line_stride + x * to.pixel_stride);
 }
 
@@ -370,19 +371,27 @@ void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int6
                   int64_t point_stride, float* in_scratch) {
   const int64_t outs = min(w.c.out_channels - out, winograd_width);
   const Phase<S>& phase = w.phase;
-  const int64_t unit = w.c.pools() ? 2 : 1;
+  const int64_t unit = w.c.pools() ? 2 : 1;  // pixels per result on each axis
+  const int64_t dilation_y = w.source.dilation_y, dilation_x = w.source.dilation_x;
+  const auto from_here = [](int64_t size, int64_t first, int64_t step) {  // pixels of a part of the image
+    return step == 1 ? size - first : ceil_div(size - first, step);
+  };
   for (int64_t t = 0; t < tiles; ++t) {
     const WinogradTile tile = w.source.tile_at(first + t);
-    const int64_t lines = min(w.height() - tile.y, tile.lines), pixels = min(w.width() - tile.x, tile.pixels);
+    const int64_t y = tile.part_y + dilation_y * tile.y, x = tile.part_x + dilation_x * tile.x;
+    const int64_t lines = min(from_here(w.height(), y, dilation_y), tile.lines);
+    const int64_t pixels = min(from_here(w.width(), x, dilation_x), tile.pixels);
+    if (min(lines, pixels) <= 0) continue;  // parts of an image may be a line or a pixel shorter than others
     const auto transform = [&]<Access to_access, class To>(Block<To> to) {
       for (int64_t i = 0; i < outs; i += lanes<float>, to.data += lanes<float> * to.channel_stride)
         transform_result<S, Taps, to_access>(w, group, tile, out + i, outs - i, lines, pixels, m + t * winograd_width + i,
                                              point_stride, to);
     };
     S* result = phase.result + tile.n * phase.result_batch_stride +
-                (group * w.c.out_channels + out) * phase.result_channel_stride + tile.y / unit * phase.result_y_stride +
-                tile.x / unit * phase.result_x_stride;
-    const Block<S> to = {result, phase.result_channel_stride, phase.result_y_stride, phase.result_x_stride};
+                (group * w.c.out_channels + out) * phase.result_channel_stride + y / unit * phase.result_y_stride +
+                x / unit * phase.result_x_stride;
+    const Block<S> to = {result, phase.result_channel_stride, dilation_y * phase.result_y_stride,
+                         dilation_x * phase.result_x_stride};
     if (in_scratch) {
       const Block<float> from = {in_scratch, 1, winograd_outputs * winograd_width, winograd_width};
       transform.template operator()<Access::channels>(from);
@@ -517,9 +526,9 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
   const auto& source = w.source;
   const int64_t ranges = ceil_div(tiles, p.range_tiles), m_stride = p.range_tiles * winograd_width + line_floats;
   const int64_t m_elements = w.points * w.points * m_stride;
-  const Access access = access_of(w.phase.result_channel_stride, w.phase.result_x_stride);
+  const Access access = access_of(w.phase.result_channel_stride, source.dilation_x * w.phase.result_x_stride);
   const bool in_scratch = w.c.pools() || w.c.rounds_last() || access == Access::any;
-  const bool prefetch = images_are_large<S>(w.c.shape);
+  const bool prefetch = images_are_large<S>(w.c.shape) && !source.dilated();
   const int64_t next_tiles = prefetch && p.chunk_per_thread ? min(source.tiles() - first - tiles, p.chunk_tiles) : 0;
   parallel_for(pool, w.c.groups * w.panels * ranges, [&](int64_t begin, int64_t end) {
     const int64_t calls = w.points * w.points * source.blocks * ceil_div(p.range_tiles, tile_rows);  // per piece of work
@@ -598,11 +607,13 @@ inline bool winograd_fits(const Conv2dShape& s, DType dtype, int64_t height, int
   return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_h == 1 && s.stride_w == 1 &&
          winograd_pays(s, dtype, height, width);
 }
-// A dilated convolution is one without dilation for each remainder of the result's coordinates modulo the dilation. Each
-// needs so many tiles that reading the transformed weights once more doesn't matter.
+// A dilated convolution is one without dilation on each part of the image, the pixels with the same remainders modulo the
+// dilation. At least a third of the products must be saved, with the pixels that partial tiles compute in vain taken into
+// account.
 inline bool winograd_applies(const Conv2dShape& s, DType dtype, int64_t height, int64_t width) {
-  const int64_t tiles = winograd_tiles(ceil_div(height, s.dilation_h), ceil_div(width, s.dilation_w));
-  return winograd_fits(s, dtype, height, width) && (tiles >= 16 || s.dilation_h * s.dilation_w == 1);
+  const int64_t parts = s.dilation_h * s.dilation_w;
+  const int64_t tiles = parts * winograd_tiles(ceil_div(height, s.dilation_h), ceil_div(width, s.dilation_w));
+  return winograd_fits(s, dtype, height, width) && (parts == 1 || 6 * tiles <= height * width);
 }
 inline bool winograd_applies(const Conv2dForward& p) {
   return winograd_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
@@ -611,33 +622,6 @@ inline bool winograd_applies(const Conv2dInputGrad& p) {
   const Conv2dShape& s = p.shape;
   const bool one_stride = s.dilation_h * s.dilation_w == 1 || min(s.out_height, s.out_width) > 1;  // else correlation() has its own
   return one_stride && winograd_applies(s, p.dtype, s.in_height, s.in_width);
-}
-
-// The part of `c`, which has stride 1, on the result's pixels (y, x) + (dilation_h, dilation_w) * (i, j): without dilation.
-template <class S>
-Correlation<S> dilation_part(Correlation<S> c, int64_t y, int64_t x) {
-  Conv2dShape& s = c.shape;
-  const auto cut_axis = [&](int64_t first, int64_t dimension, int64_t& dilation, int64_t& padding, int64_t& source_size,
-                            int64_t& result_size, int64_t& left_out) {
-    const int64_t place = first + (c.input_grad ? padding : -padding);  // of tap 0 in the source, from the first result
-    const int64_t remainder = (place % dilation + dilation) % dilation, offset = (place - remainder) / dilation;
-    padding = c.input_grad ? offset : -offset;
-    source_size = ceil_div(max<int64_t>(0, source_size - remainder), dilation);
-    const int64_t whole_size = ceil_div(max<int64_t>(0, result_size + left_out - first), dilation);
-    result_size = ceil_div(max<int64_t>(0, result_size - first), dilation), left_out = whole_size - result_size;
-    c.source += remainder * c.source_stride[dimension], c.result += first * c.result_stride[dimension];
-    if (c.residual) c.residual += first * c.result_stride[dimension];
-    c.source_stride[dimension] *= dilation, c.result_stride[dimension] *= dilation;
-    dilation = 1;
-  };
-  if (c.input_grad) {
-    cut_axis(y, 2, s.dilation_h, s.padding_h, s.out_height, s.in_height, c.lines_left_out);
-    cut_axis(x, 3, s.dilation_w, s.padding_w, s.out_width, s.in_width, c.pixels_left_out);
-  } else {
-    cut_axis(y, 2, s.dilation_h, s.padding_h, s.in_height, s.out_height, c.lines_left_out);
-    cut_axis(x, 3, s.dilation_w, s.padding_w, s.in_width, s.out_width, c.pixels_left_out);
-  }
-  return c;
 }
 
 // Kernels of 3 or 4 taps with stride 2: at most two taps on each axis in a phase. The image of height x width pixels is the
@@ -679,17 +663,12 @@ void correlate_by_winograd(const Problem& problem, const ThreadPool& pool) {
       return weights ? static_cast<const float*>(weights->data()) : nullptr;
     };
     const float *kept_taps = kept(taps_form<Taps>), *kept_u = kept(u_form<Taps>);
-    const auto each_phase = [&](const Correlation<S>& part) {
-      for (int64_t y = 0; y < part.phases_y(); ++y)
-        for (int64_t x = 0; x < part.phases_x(); ++x) {
-          Winograd<S, Taps> w = winograd<S, Taps>(part, y, x);
-          w.kept_taps = kept_taps, w.kept_u = kept_u;
-          correlate_by_winograd(w, pool);
-        }
-    };
-    if (c.shape.dilation_h * c.shape.dilation_w == 1) return each_phase(c);
-    for (int64_t y = 0; y < c.shape.dilation_h; ++y)
-      for (int64_t x = 0; x < c.shape.dilation_w; ++x) each_phase(dilation_part(c, y, x));
+    for (int64_t y = 0; y < c.phases_y(); ++y)
+      for (int64_t x = 0; x < c.phases_x(); ++x) {
+        Winograd<S, Taps> w = winograd<S, Taps>(c, y, x);
+        w.kept_taps = kept_taps, w.kept_u = kept_u;
+        correlate_by_winograd(w, pool);
+      }
   }
 }
 
@@ -699,12 +678,9 @@ inline bool winograd_pools(const Conv2dForward& p) {
          tile_grid(p.shape.batch, unpooled_height(p.shape), unpooled_width(p.shape)).even();
 }
 
-// Taps of one phase of the result, the only one, and of one part of a dilated convolution, all of which have the same.
+// The result's phase, the only one of a forward pass.
 template <int Taps, class S>
-Winograd<S, Taps> winograd_to_pack(const Conv2dForward& p) {
-  const Correlation<S> c = correlation<S>(p);
-  return winograd<S, Taps>(c.shape.dilation_h * c.shape.dilation_w == 1 ? c : dilation_part(c, 0, 0), 0, 0);
-}
+Winograd<S, Taps> winograd_to_pack(const Conv2dForward& p) { return winograd<S, Taps>(correlation<S>(p), 0, 0); }
 
 template <class S, int Taps>
 bool winograd_keeps_u(const Winograd<S, Taps>& w) {

@@ -166,7 +166,8 @@ struct TapRun {
   int64_t count, first, step;
 };
 
-// One phase of an axis's source, and the taps that read it: tap j of result pixel i reads the phase's pixel i + offset + j.
+// One phase of an axis's source, and the taps that read it: tap j of result pixel i reads the phase's pixel i + offset + j
+// (j times the dilation; then there is one phase).
 struct AxisPhase {
   int64_t first_pixel, pixels, offset;
   TapRun taps;
@@ -174,7 +175,7 @@ struct AxisPhase {
 
 inline AxisPhase axis_phase(const Axis& a, int64_t phase) {
   const bool backwards = a.tap_offset < 0;  // then a.step is 1
-  const int64_t last = a.taps - 1, place = backwards ? a.offset - last : a.offset + phase;
+  const int64_t last = a.taps - 1, place = backwards ? a.offset + last * a.tap_offset : a.offset + phase;
   AxisPhase p;
   p.first_pixel = (place % a.step + a.step) % a.step;
   p.pixels = ceil_div(a.inputs - p.first_pixel, a.step);
@@ -235,8 +236,11 @@ Winograd<S, Taps> winograd(const Correlation<S>& c, int64_t phase_y, int64_t pha
     w.taps_y[i] = py.taps, w.taps_x[i] = px.taps;
   }
   source.batch = c.batch, source.groups = c.groups, source.channels = c.in_channels;
+  source.dilation_y = c.shape.dilation_h, source.dilation_x = c.shape.dilation_w;
   // Pooled or not, the results are cut in the same way.
-  source.grid = tile_grid(c.batch, w.height() + c.lines_left_out, w.width() + c.pixels_left_out);
+  source.grid = tile_grid(source.dilation_y * source.dilation_x * c.batch,
+                          ceil_div(w.height() + c.lines_left_out, source.dilation_y),
+                          ceil_div(w.width() + c.pixels_left_out, source.dilation_x));
   source.cut_channels(winograd_depth);
   w.panels = ceil_div(c.out_channels, winograd_width), w.kept_taps = w.kept_u = nullptr;
   return w;

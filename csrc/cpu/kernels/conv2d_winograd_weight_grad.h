@@ -40,23 +40,15 @@ template <class S, int Taps>
 WinogradWeightGrad<S, Taps> winograd_weight_grad(const Conv2dWeightGrad& p) {
   const Conv2dShape& s = p.shape;
   const int64_t *g = p.grad_output.stride, *r = p.grad_weight.stride;
-  Conv2dShape close = s;  // without dilation, which the tiles know
-  close.dilation_h = close.dilation_w = 1;
-  close.out_height = ceil_div(s.out_height, s.dilation_h), close.out_width = ceil_div(s.out_width, s.dilation_w);
-  const Correlation<S> forward = correlation<S>(Conv2dForward{close, p.dtype, p.input, {}, nullptr, {}});
-  const Winograd<S, Taps> f = winograd<S, Taps>(forward, 0, 0);
+  const Winograd<S, Taps> f = winograd<S, Taps>(correlation<S>(Conv2dForward{s, p.dtype, p.input, {}, nullptr, {}}), 0, 0);
   WinogradWeightGrad<S, Taps> w;
   w.input = f.source;
   w.input.block_width = winograd_width, w.input.channel_blocks = ceil_div(w.input.channels, winograd_width);
   w.input.blocks = w.input.phases * w.input.channel_blocks;
   for (int i = 0; i < winograd_most_phases; ++i) w.taps_y[i] = f.taps_y[i], w.taps_x[i] = f.taps_x[i];
   w.grad_output = {{{static_cast<const S*>(p.grad_output.data), {g[0], g[1], g[2], g[3]}, s.out_height, s.out_width, 0, 0}},
-                   1, s.batch, {}, s.groups, s.out_channels / s.groups, 0, 0, 0};
+                   1, s.batch, w.input.grid, s.groups, s.out_channels / s.groups, 0, 0, 0, s.dilation_h, s.dilation_w};
   w.grad_output.cut_channels(grad_rows);
-  w.input.dilation_y = w.grad_output.dilation_y = s.dilation_h;
-  w.input.dilation_x = w.grad_output.dilation_x = s.dilation_w;
-  w.input.grid = w.grad_output.grid =
-      tile_grid(s.dilation_h * s.dilation_w * s.batch, close.out_height, close.out_width);
   w.result = static_cast<S*>(p.grad_weight.data);
   w.out_stride = r[0], w.in_stride = r[1], w.y_stride = r[2], w.x_stride = r[3];
 
@@ -277,11 +269,7 @@ bool weight_grad_by_winograd(const WinogradWeightGrad<S, Taps>& w, const ThreadP
 }
 
 inline bool winograd_applies(const Conv2dWeightGrad& p) {
-  const Conv2dShape& s = p.shape;
-  const int64_t parts = s.dilation_h * s.dilation_w;
-  const int64_t tiles = parts * winograd_tiles(ceil_div(s.out_height, s.dilation_h), ceil_div(s.out_width, s.dilation_w));
-  // A third of the products must be saved, with the pixels that partial tiles compute in vain taken into account.
-  return winograd_fits(s, p.dtype, s.out_height, s.out_width) && (parts == 1 || 6 * tiles <= s.out_height * s.out_width);
+  return winograd_applies(p.shape, p.dtype, p.shape.out_height, p.shape.out_width);
 }
 inline bool winograd_on_phases_applies(const Conv2dWeightGrad& p) {
   constexpr int64_t least_tiles = 16;  // measured

@@ -238,8 +238,14 @@ void zero_matrix(Matrix<T> to, int64_t rows, int64_t cols) {
     const int64_t swapped = rows;
     rows = cols, cols = swapped;
   }
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) to.data[i * to.row_stride + j * to.col_stride] = T{};
+  if (to.col_stride == 1 && to.row_stride == cols) cols *= rows, rows = 1;
+  for (int64_t i = 0; i < rows; ++i) {
+    T* row = to.data + i * to.row_stride;
+    if (to.col_stride == 1)
+      __builtin_memset(static_cast<void*>(row), 0, cols * sizeof(T));
+    else
+      for (int64_t j = 0; j < cols; ++j) row[j * to.col_stride] = T{};
+  }
 }
 
 }  // namespace
