@@ -10,13 +10,13 @@
 namespace cvfast {
 namespace {
 
-// One product of several: the weights' rows [*, depth] with x [rows, depth], x with zeros up to full vectors.
+// One product of several: the weights' rows [*, depth] with x [rows, depth], x with zeros up to full vectors. Strides in elements.
 template <class T>
 struct DotOperand {
   const T* x;
   int64_t x_stride;
   const void* weight;
-  int64_t depth;
+  int64_t weight_stride, depth;
 };
 
 #if CVFAST_VECTOR_BYTES == 64
@@ -27,18 +27,16 @@ constexpr int most_dot_rows = 3;
 template <class T>
 constexpr int dot_units = min(4, lanes<T>);  // weight rows of a tile
 
-// sum += vectors of `count` products, of weight rows with rows of x. The next tile's, `ahead` elements later, come into the
-// second-level cache: the processor's own fetching ends with each row's page, and knows nothing of the next rows. One row of x
-// waits for nothing but loads, which these would delay (a quarter of the time on Sapphire Rapids, a tenth on Zen 4).
-template <class S, int Rows, int Units, class T>
+// sum += vectors of `count` products, of weight rows with rows of x. `Fetched` of the next tile's weight rows, from `ahead` on,
+// come near: the processor's own fetching ends with each row's page, and knows nothing of the next rows.
+template <int Fetched, class S, int Rows, int Units, class T>
 [[gnu::always_inline]] inline void add_dots(const S* const (&weight)[Units], const T* x, int64_t x_stride, int64_t k,
-                                            int64_t count, int64_t ahead, Vector<T> (&sum)[Rows][Units]) {
+                                            int64_t count, const S* ahead, int64_t depth, Vector<T> (&sum)[Rows][Units]) {
   Vector<T> w[Units];
 #pragma GCC unroll 8
-  for (int u = 0; u < Units; ++u) {
-    if constexpr (Rows > 1) __builtin_prefetch(weight[u] + k + ahead, 0, 2);
-    w[u] = load_units(weight[u] + k, count);
-  }
+  for (int u = 0; u < Fetched; ++u) __builtin_prefetch(ahead + u * depth + k);
+#pragma GCC unroll 8
+  for (int u = 0; u < Units; ++u) w[u] = load_units(weight[u] + k, count);
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) {
     const Vector<T> v = load_as<Vector<T>>(x + i * x_stride + k);
@@ -76,33 +74,61 @@ template <class T, int count>
   return v[0];
 }
 
+// Some of the operands, or a piece of one. `first`: the sums begin with them. `last`: the sums end with them.
+template <class T>
+struct DotPiece {
+  const DotOperand<T>* operands;
+  int count;
+  bool first, last;
+};
+
 // partial[i] = sums of row i and the weight rows from `unit` on, over all operands, lanes / dot_units of each; weight rows from
-// `end` on count as the one before. S: the weights' storage type.
-template <class S, int Rows, class T = Compute<S>>
-[[gnu::noinline]] void dot_tile(const DotOperand<T>* operands, int count, int64_t row, int64_t unit, int64_t end,
-                                Vector<T>* partial, int64_t stride) {
-  constexpr int L = lanes<T>, Units = dot_units<T>;
+// `end` on count as the one before. S: the weights' storage type. `pass` of Passes tiles of the same weights: each brings its
+// share of the next tile's weights near, since memory works slowly, but beside all of the products. One row of x waits for
+// nothing but loads, which that would delay (a quarter of the time on Sapphire Rapids, a tenth on Zen 4). Between two pieces
+// the sums are kept in `kept`.
+template <class S, int Rows, int Passes, class T = Compute<S>>
+[[gnu::noinline]] void dot_tile(const DotPiece<T>& piece, int64_t row, int64_t unit, int64_t end, int pass,
+                                Vector<T> (*kept)[dot_units<T>], Vector<T>* partial, int64_t stride) {
+  constexpr int L = lanes<T>, Units = dot_units<T>, Fetched = Rows * Passes > 1 ? Units / Passes : 0;
   Vector<T> sum[Rows][Units] = {};
-  for (int operand = 0; operand < count; ++operand) {
-    const DotOperand<T>& o = operands[operand];
+  if (!piece.first)
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int u = 0; u < Units; ++u) sum[i][u] = kept[i][u];
+  for (int operand = 0; operand < piece.count; ++operand) {
+    const DotOperand<T>& o = piece.operands[operand];
     const T* x = o.x + row * o.x_stride;
     const S* weight[Units];
 #pragma GCC unroll 8
-    for (int u = 0; u < Units; ++u) weight[u] = static_cast<const S*>(o.weight) + min(unit + u, end - 1) * o.depth;
+    for (int u = 0; u < Units; ++u) weight[u] = static_cast<const S*>(o.weight) + min(unit + u, end - 1) * o.weight_stride;
+    const S* ahead = weight[0] + (Units + pass * Fetched) * o.weight_stride;
     int64_t k = 0;
-    for (; k + L <= o.depth; k += L) add_dots(weight, x, o.x_stride, k, L, Units * o.depth, sum);
-    if (k < o.depth) add_dots(weight, x, o.x_stride, k, o.depth - k, Units * o.depth, sum);
+    for (; k + L <= o.depth; k += L) add_dots<Fetched>(weight, x, o.x_stride, k, L, ahead, o.weight_stride, sum);
+    if (k < o.depth) add_dots<Fetched>(weight, x, o.x_stride, k, o.depth - k, ahead, o.weight_stride, sum);
+  }
+  if (!piece.last) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int u = 0; u < Units; ++u) kept[i][u] = sum[i][u];
+    return;
   }
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i) partial[i * stride] = sum_parts<T, Units>(sum[i]);
 }
 
 template <class T>
-using DotTile = void (*)(const DotOperand<T>*, int, int64_t, int64_t, int64_t, Vector<T>*, int64_t);
-template <class S>
-constexpr DotTile<Compute<S>> dot_tiles[] = {dot_tile<S, 1>, dot_tile<S, 2>, dot_tile<S, 3>, dot_tile<S, most_dot_rows>};
+using DotTile = void (*)(const DotPiece<T>&, int64_t, int64_t, int64_t, int, Vector<T> (*)[dot_units<T>], Vector<T>*, int64_t);
 template <class T>
-const DotTile<T>* dot_tiles_of(DType dtype) {
+using DotTiles = const DotTile<T> (*)[4];
+template <class S>
+constexpr DotTile<Compute<S>> dot_tiles[2][4] = {  // by passes and rows; of two passes each has two rows at least
+    {dot_tile<S, 1, 1>, dot_tile<S, 2, 1>, dot_tile<S, 3, 1>, dot_tile<S, most_dot_rows, 1>},
+    {nullptr, dot_tile<S, 2, 2>, dot_tile<S, 3, 2>, dot_tile<S, most_dot_rows, 2>}};
+template <class T>
+DotTiles<T> dot_tiles_of(DType dtype) {
   if constexpr (sizeof(T) == sizeof(double)) return dot_tiles<double>;
   else return dtype == DType::bf16 ? dot_tiles<Bf16> : dtype == DType::f16 ? dot_tiles<F16> : dot_tiles<float>;
 }
@@ -115,11 +141,13 @@ template <class T>
 struct SingleStep {
   static constexpr int L = lanes<T>;
   static constexpr int64_t most_rows = 2 * most_dot_rows;  // that share what the first-level cache holds of the weights
+  // Of most_rows rows of x beside two tiles' weights and sums in the first-level cache: 16 + 16 + 8 KiB.
+  static constexpr int64_t piece_depth = 2048 / sizeof(T);
 
   const RecurrentForward& p;
   const CellKind<T>& cell = cell_kind<T>(p.cell);
   const Storage<T> storage{p.dtype};
-  const DotTile<T>* tiles = dot_tiles_of<T>(p.dtype);
+  const DotTiles<T> tiles = dot_tiles_of<T>(p.dtype);
   const int64_t batch = p.sequence.batch, inputs = p.shape.input, hidden = p.shape.hidden;
   const int64_t x_stride = round_up(inputs, L), units = round_up(hidden, L), columns = cell.gates * units;
   T *x, *h, *c;          // [batch, x_stride], [batch, units]: operands with zeros up to full vectors
@@ -141,7 +169,7 @@ struct SingleStep {
       h_gates = scratch.take<T>(batch * columns);
     });
     load_operands();
-    const DotOperand<T> operands[] = {{x, x_stride, p.weights.w_ih, inputs}, {h, units, p.weights.w_hh, hidden}};
+    const DotOperand<T> operands[] = {{x, x_stride, p.weights.w_ih, inputs, inputs}, {h, units, p.weights.w_hh, hidden, hidden}};
     auto take_blocks = [&](int64_t begin, int64_t end) {
       for (int gate = 0; gate < cell.gates; ++gate)
         for (int64_t i = begin; i < end; ++i) gate_sums(operands, gate, i * L);
@@ -192,14 +220,35 @@ struct SingleStep {
   void dots(const DotOperand<T>* operands, int operand_count, int64_t row, int64_t count, int gate, int64_t unit,
             T* to) const {
     constexpr int parts = L / dot_units<T>;
-    Vector<T> partial[most_rows * parts];
-    for (int part = 0; part < parts; ++part)
-      for (int64_t i = 0, some; i < count; i += some) {
-        some = ceil_div(count - i, ceil_div(count - i, most_dot_rows));  // equal tiles, as far as that goes
-        tiles[some - 1](operands, operand_count, row + i, gate * hidden + unit + part * dot_units<T>, (gate + 1) * hidden,
-                        partial + i * parts + part, parts);
+    Vector<T> kept[parts][most_rows][dot_units<T>], partial[most_rows * parts];
+    const int passes = static_cast<int>(ceil_div(count, most_dot_rows));
+    auto add = [&](const DotPiece<T>& piece) {
+      for (int part = 0; part < parts; ++part) {
+        int64_t i = 0, some;
+        for (int pass = 0; pass < passes; ++pass, i += some) {
+          some = ceil_div(count - i, passes - pass);  // equal tiles, as far as that goes
+          tiles[passes - 1][some - 1](piece, row + i, gate * hidden + unit + part * dot_units<T>, (gate + 1) * hidden, pass,
+                                      kept[part] + i, partial + i * parts + part, parts);
+        }
       }
+    };
+    add_pieces(operands, operand_count, add);
     for (int64_t i = 0; i < count; ++i) store_as(to + i * columns, sum_parts<T, parts>(partial + i * parts));
+  }
+
+  // Calls add(DotPiece) for all operands: together, or where their rows would not stay in the first-level cache, in pieces.
+  template <class Add>
+  void add_pieces(const DotOperand<T>* operands, int count, Add&& add) const {
+    if (batch == 1 || inputs + hidden <= piece_depth) return add({operands, count, true, true});
+    bool first = true;
+    for (int operand = 0; operand < count; ++operand) {
+      const DotOperand<T>& o = operands[operand];
+      for (int64_t k = 0; k < o.depth; k += piece_depth, first = false) {
+        const DotOperand<T> piece = {o.x + k, o.x_stride, static_cast<const char*>(o.weight) + storage.bytes(k), o.weight_stride,
+                                     min(o.depth - k, piece_depth)};
+        add({&piece, 1, first, operand + 1 == count && k + piece_depth >= o.depth});
+      }
+    }
   }
 
   // Units [unit, unit + vectors * L) of all samples.
