@@ -73,11 +73,15 @@ template <class T, int Rows, int Cols, class Fetch>
   }
 }
 
-// A tile of panel_product: out [Rows][Cols vectors].
-template <class T, int Rows, int Cols>
-[[gnu::noinline]] void panel_tile(const T* a, int64_t a_stride, const T* b, int64_t depth, T* out) {
+constexpr int64_t line_bytes = 64;
+
+// A tile of panel_product: out [Rows][Cols vectors]. With `Ahead` a line of memory from `ahead` on comes near for each row of b.
+template <class T, int Rows, int Cols, bool Ahead>
+[[gnu::noinline]] void panel_tile(const T* a, int64_t a_stride, const T* b, int64_t depth, T* out, const char* ahead) {
   Vector<T> sum[Rows][Cols] = {};
-  multiply_panel<T>(Matrix<const T>{a, a_stride, 1}, b, depth, sum, [](int64_t) {});
+  multiply_panel<T>(Matrix<const T>{a, a_stride, 1}, b, depth, sum, [&](int64_t k) {
+    if constexpr (Ahead) __builtin_prefetch(ahead + k * line_bytes, 0, 2);
+  });
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
@@ -104,12 +108,15 @@ template <class T, int Cols>
     for (int j = 0; j < Cols; ++j) store_as(out + (p * Cols + j) * L, sum[p][j]);
 }
 
-// A tile of `rows` <= Rows rows.
+// A tile of `rows` <= Rows rows. `ahead`: what will be needed soon, or nullptr. One or two rows wait for the second-level cache,
+// which that would delay.
 template <class T, int Cols, int Rows = panel_accumulators / Cols>
-void panel_tile_rows(int64_t rows, const T* a, int64_t a_stride, const T* b, int64_t depth, T* out) {
+void panel_tile_rows(int64_t rows, const T* a, int64_t a_stride, const T* b, int64_t depth, T* out, const char* ahead) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return panel_tile_rows<T, Cols, Rows - 1>(rows, a, a_stride, b, depth, out);
-  panel_tile<T, Rows, Cols>(a, a_stride, b, depth, out);
+    if (rows < Rows) return panel_tile_rows<T, Cols, Rows - 1>(rows, a, a_stride, b, depth, out, ahead);
+  if constexpr (Rows > 2)
+    if (ahead) return panel_tile<T, Rows, Cols, true>(a, a_stride, b, depth, out, ahead);
+  panel_tile<T, Rows, Cols, false>(a, a_stride, b, depth, out, nullptr);
 }
 
 // Some sums of panel_product: of `rows` rows from `row` on and `panels` panels from `panel` on, [panels][rows][columns], in
@@ -120,16 +127,21 @@ struct PanelSums {
   const T* sum;
 };
 
+constexpr int64_t near_bytes = int64_t{1} << 20;
+
 // Calls finish(PanelSums) for all rows and panels, a tile at a time, or, of so few rows that `finish` would have little to do
 // side by side, several panels. With `last_first` the panels come in descending order: who multiplies with the same panels
 // again and again changes the direction each time, so that those used last, which the cache still holds, are used first.
-// `fetch` is called ahead of the product, likewise, to have brought near what `finish` will read.
+// `fetch` is called ahead of the product, likewise, to have brought near what `finish` will read. Where B is too large to stay in
+// the second-level cache, the next panel comes near while a panel's tiles are multiplied with, a line of each row per tile.
 template <class T, int Cols, class Fetch, class Finish>
 void panel_product(int64_t rows, const T* a, int64_t a_stride, PackedPanels<T> b, bool last_first, Fetch&& fetch,
                    Finish&& finish) {
   constexpr int most = panel_accumulators / Cols, width = Cols * lanes<T>, few = 2, together = 8;
   alignas(64) T out[max(most, few * together) * width];
   const int64_t tiles = ceil_div(rows, most), step = rows <= few ? together : 1;
+  constexpr int64_t row_bytes = width * sizeof(T);  // of a panel
+  const int64_t lines = b.count * b.depth * row_bytes > near_bytes ? ceil_div(row_bytes, line_bytes) : 0;  // to be brought near
   for (int64_t i = 0; i < b.count; i += step) {
     const int64_t panels = min(step, b.count - i), panel = last_first ? b.count - i - panels : i;
     const T* from = b.data + panel * b.depth * width;
@@ -145,8 +157,9 @@ void panel_product(int64_t rows, const T* a, int64_t a_stride, PackedPanels<T> b
         }
       for (; k < panels; ++k) {
         const int64_t p = last_first ? panels - 1 - k : k;
+        const char* next = reinterpret_cast<const char*>(from + (last_first ? -1 : 1) * b.depth * width);
         panel_tile_rows<T, Cols>(count, a + row * a_stride, a_stride, from + p * b.depth * width, b.depth,
-                                 out + p * count * width);
+                                 out + p * count * width, tile < lines ? next + tile * b.depth * line_bytes : nullptr);
       }
       finish(sums);
       row += count;
@@ -154,11 +167,9 @@ void panel_product(int64_t rows, const T* a, int64_t a_stride, PackedPanels<T> b
   }
 }
 
-// Lines of memory that a tile of panel_block brings near for each row of B that it multiplies with.
-constexpr int64_t line_bytes = 64, lines_ahead = 2;
-
-// A tile of panel_block. C has product_cols<T> writable columns with stride 1. `ahead`: what will be needed soon.
-template <class T, int Rows>
+// A tile of panel_block. C has product_cols<T> writable columns with stride 1. `Lines` of memory from `ahead` on, which will be
+// needed soon, come near for each row of B.
+template <class T, int Rows, int Lines>
 [[gnu::noinline]] void product_tile(Matrix<const T> a, const T* b, int64_t depth, T* c, int64_t c_stride, bool add,
                                     const char* ahead) {
   constexpr int L = lanes<T>;
@@ -168,7 +179,7 @@ template <class T, int Rows>
 #pragma GCC unroll 4
     for (int j = 0; j < product_vectors; ++j) __builtin_prefetch(c + i * c_stride + j * L, 1);
   multiply_panel<T>(a, b, depth, sum, [&](int64_t k) {
-    for (int i = 0; i < lines_ahead; ++i) __builtin_prefetch(ahead + (k * lines_ahead + i) * line_bytes, 0, 2);
+    for (int i = 0; i < Lines; ++i) __builtin_prefetch(ahead + (k * Lines + i) * line_bytes, 0, 2);
   });
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
@@ -181,11 +192,14 @@ template <class T, int Rows>
 
 template <class T, int Rows = product_rows>
 void product_tile_rows(int64_t rows, Matrix<const T> a, const T* b, int64_t depth, T* c, int64_t c_stride, bool add,
-                       const char* ahead) {
+                       const char* ahead, int64_t lines) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return product_tile_rows<T, Rows - 1>(rows, a, b, depth, c, c_stride, add, ahead);
-  product_tile<T, Rows>(a, b, depth, c, c_stride, add, ahead);
+    if (rows < Rows) return product_tile_rows<T, Rows - 1>(rows, a, b, depth, c, c_stride, add, ahead, lines);
+  lines > 1 ? product_tile<T, Rows, 2>(a, b, depth, c, c_stride, add, ahead)
+            : product_tile<T, Rows, 1>(a, b, depth, c, c_stride, add, ahead);
 }
+
+constexpr int64_t few_tiles = 4;
 
 // Panels that are needed after those of a panel_block, as many.
 template <class T>
@@ -201,6 +215,7 @@ template <class T>
 [[gnu::noinline]] void panel_block(int64_t rows, int64_t cols, int64_t depth, Matrix<const T> a, const T* b,
                                    int64_t panel_stride, T* c, int64_t c_stride, bool add, LaterPanels<T> later = {}) {
   const int64_t next_bytes = depth * product_cols<T> * sizeof(T), later_bytes = later.stride * sizeof(T);
+  const int64_t lines = rows > few_tiles * product_rows ? 1 : 2;  // more than necessary delay the products
   for (int64_t col = 0; col < cols; col += product_cols<T>, b += panel_stride, later.data += later.stride) {
     int64_t fetched = 0;
     for (int64_t row = 0, count; row < rows; row += count) {
@@ -208,9 +223,9 @@ template <class T>
       const char* ahead = reinterpret_cast<const char*>(b);  // which is there
       if (fetched < next_bytes) ahead = reinterpret_cast<const char*>(b + panel_stride) + fetched;
       else if (fetched - next_bytes < later_bytes) ahead = reinterpret_cast<const char*>(later.data) + fetched - next_bytes;
-      fetched += depth * lines_ahead * line_bytes;
+      fetched += depth * lines * line_bytes;
       product_tile_rows<T>(count, {a.data + row * a.row_stride, a.row_stride, a.col_stride}, b, depth,
-                           c + row * c_stride + col, c_stride, add, ahead);
+                           c + row * c_stride + col, c_stride, add, ahead, lines);
     }
   }
 }

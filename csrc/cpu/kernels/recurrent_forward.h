@@ -15,7 +15,7 @@
 namespace cvfast {
 namespace {
 
-constexpr int64_t projected_rows = 64;
+constexpr int64_t projected_rows = 192;  // in large layers each chunk reads W_ih from beyond the caches
 
 // Columns of the gates, in vectors.
 struct PanelOrder {
