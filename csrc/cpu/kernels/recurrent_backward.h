@@ -217,7 +217,8 @@ struct Backward {
           for (int64_t row = 0; row < rows; ++row) back_through_cell(step, row, unit, next, gates + row * b.slots);
         });
         together(b.h_stride, [&](int64_t col, int64_t next) {
-          multiply(rows, gates, b.slots, b.w_hh, b.rows, col, next, dh, b.h_stride, true, step % 2);
+          auto fetch = [&](const PanelSums<T>& s) { fetch_saved(step - 1, s.row, s.rows, col + s.panel * panel_columns, s.panels); };
+          multiply(rows, gates, b.slots, b.w_hh, b.rows, col, next, dh, b.h_stride, true, step % 2, fetch);
         });
       }
     }
@@ -233,12 +234,23 @@ struct Backward {
       }
     }
 
+    // Brings near what the cells of a step will read, of some panels' units.
+    void fetch_saved(int64_t step, int64_t row, int64_t rows, int64_t unit, int64_t panels) const {
+      const int64_t count = min(panels * panel_columns, b.hidden - unit);
+      for (int64_t r = row; step >= 0 && r < row + rows; ++r) {
+        const T* saved = b.saved(step, begin + r) + unit;
+        for (int64_t i = 0; i < b.cell.saved; ++i, saved += b.hidden)
+          for (int64_t k = 0; k < count; k += 64 / sizeof(T)) __builtin_prefetch(saved + k, 0, 2);
+      }
+    }
+
     // Columns [col, next) of: to (+)= a B, B packed in panels.
+    template <class Fetch>
     static void multiply(int64_t rows, const T* a, int64_t a_stride, const T* panels, int64_t depth, int64_t col,
-                         int64_t next, T* to, int64_t stride, bool add, bool last_first) {
+                         int64_t next, T* to, int64_t stride, bool add, bool last_first, Fetch&& fetch) {
       panel_product<T, vectors>(
           rows, a, a_stride, {panels + col * depth, (next - col) / panel_columns, depth}, last_first,
-          [](const PanelSums<T>&) {},
+          fetch,
           [&](const PanelSums<T>& s) {
             const T* sum = s.sum;
             for (int64_t panel = 0; panel < s.panels; ++panel)
@@ -260,7 +272,8 @@ struct Backward {
         }
       });
       together(b.units, [&](int64_t col, int64_t next) {
-        multiply(rows, kept, b.h_stride, b.w_hr, b.projected, col, next, b.dh_hidden + begin * b.units, b.units, false, step % 2);
+        multiply(rows, kept, b.h_stride, b.w_hr, b.projected, col, next, b.dh_hidden + begin * b.units, b.units, false, step % 2,
+                 [](const PanelSums<T>&) {});
       });
     }
 

@@ -293,6 +293,7 @@ struct Forward {
           const T* from = projection + s.row * f.gate_stride + (panel + s.panel) * f.order.columns();
           for (int64_t row = 0; row < s.rows; ++row, from += f.gate_stride)
             for (int64_t i = 0; i < s.panels * f.order.columns(); i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+          if (saved) fetch_saved(saved + s.row * f.cell.saved * f.hidden + (panel + s.panel) * f.order.units(), s.rows, s.panels);
         };
         if (f.order.vectors() == 3) panel_product<T, 3>(rows, h.data, h.stride, w_hh, step % 2, fetch, finish);
         else panel_product<T, 4>(rows, h.data, h.stride, w_hh, step % 2, fetch, finish);
@@ -303,6 +304,12 @@ struct Forward {
           project_state(rows, result.data, next_h.data, panel, next);
           store_outputs(step, rows, next_h, panel * plain_columns, next * plain_columns);
         });
+    }
+
+    // What the cells of some rows and panels will store: memory takes in what it is asked to beside the products.
+    void fetch_saved(const T* saved, int64_t rows, int64_t panels) const {
+      for (int64_t i = 0; i < rows * f.cell.saved; ++i, saved += f.hidden)
+        for (int64_t unit = 0; unit < panels * f.order.units(); unit += 64 / sizeof(T)) __builtin_prefetch(saved + unit, 1);
     }
 
     // The cells of s; the pointers are those of row 0.
