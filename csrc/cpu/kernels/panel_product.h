@@ -127,7 +127,7 @@ struct PanelSums {
   const T* sum;
 };
 
-constexpr int64_t near_bytes = int64_t{1} << 20;
+constexpr int64_t near_bytes = int64_t{1} << 20;  // of a B that stays in the second-level cache
 
 // Calls finish(PanelSums) for all rows and panels, a tile at a time, or, of so few rows that `finish` would have little to do
 // side by side, several panels. With `last_first` the panels come in descending order: who multiplies with the same panels
