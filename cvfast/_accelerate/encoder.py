@@ -9,47 +9,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from operator import is_
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.nn import LayerNorm, Module
-from torch.nn.modules.module import _has_any_global_hook
 
 from cvfast import functional, nn
 from cvfast._accelerate import chains, layers
 from cvfast._accelerate.chains import Chain
 from cvfast._accelerate.plain import unwatched
+from cvfast._accelerate.unchanged import Snapshot
 
 _ATTENTION = (layers.MultiheadAttention, nn.MultiheadAttention)
-
-
-class _Unchanged:
-    """Parameters of modules that nobody watches: what they were when this was made, and whether they still are that."""
-
-    def __init__(self, modules: list[Module], parameters: list[tuple[Module, str]]) -> None:
-        self._modules = [(module, type(module)) for module in modules]
-        self._parameters = [(module._parameters, name) for module, name in parameters]
-        self.parameters = self._now()
-        self._given = chains._given(self.parameters)
-        self._state = chains._state(self._given)
-
-    def _now(self) -> tuple[Tensor | None, ...]:
-        return tuple([parameters.get(name) for parameters, name in self._parameters])
-
-    def holds(self) -> bool:
-        for module, cls in self._modules:
-            if type(module) is not cls or not unwatched(module):
-                return False
-        return all(map(is_, self._now(), self.parameters)) and chains._state(self._given) == self._state
-
-
-class _Prepared(NamedTuple):
-    """Half of a layer as the kernels take it, and what has to hold for that."""
-
-    half: functional.Half
-    holds: Callable[[], bool]
 
 
 class AttentionHalf:
@@ -62,23 +33,26 @@ class AttentionHalf:
         normal = self.norm(input)
         return input + self.attention(normal, normal, normal, need_weights=False)[0]
 
-    def prepare(self) -> _Prepared | None:
-        """None where this is none of the kernels'."""
+    def look(self, snapshot: Snapshot) -> None:
+        """Notes all that `prepare` depends on."""
         norm, attention, out = self.norm, self.attention, self.attention.out_proj
-        names = [(norm, "weight"), (norm, "bias"), (attention, "in_proj_weight"), (attention, "in_proj_bias")]
-        same = _Unchanged([norm, attention], [*names, (out, "weight"), (out, "bias")])
-        norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = same.parameters
-        needed = (norm_weight, norm_bias, in_weight, out_weight)
-        if any(t is None for t in needed) or not chains._may_keep(same.parameters):
+        _look_at_norm(norm, snapshot)
+        snapshot.unwatched(attention)
+        snapshot.children(attention)
+        snapshot.entries(attention, _OPTIONS)
+        snapshot.tensors(attention, "_parameters", ("in_proj_weight", "in_proj_bias", "bias_k"))
+        snapshot.tensors(out, "_parameters", ("weight", "bias"))
+
+    def prepare(self) -> functional.Half | None:
+        """As the kernels take it; None where this is none of theirs."""
+        norm, attention, out = self.norm._parameters, self.attention._parameters, self.attention.out_proj._parameters
+        operands = [
+            (own.get(prefix + "weight"), own.get(prefix + "bias"))
+            for own, prefix in ((norm, ""), (attention, "in_proj_"), (out, ""))
+        ]
+        if not self.attention._is_one_call() or not _may_keep(*operands):
             return None
-        heads, options = attention.num_heads, _options(norm)
-
-        def holds() -> bool:
-            known = _options(norm) == options and attention.num_heads == heads and attention.out_proj is out
-            return known and attention._is_one_call() and same.holds()
-
-        operands = (norm_weight, norm_bias), norm.eps, (in_weight, in_bias), (out_weight, out_bias)
-        return _Prepared(functional.Half(*operands, heads=heads), holds)
+        return functional.Half(operands[0], self.norm.eps, *operands[1:], heads=self.attention.num_heads)
 
 
 class MlpHalf:
@@ -90,23 +64,39 @@ class MlpHalf:
     def __call__(self, input: Tensor) -> Tensor:
         return self.second(self.first(self.norm(input)), input)
 
-    def prepare(self) -> _Prepared | None:
-        norm, ready = self.norm, (self.first.ready, self.second.ready)
-        same = _Unchanged([norm], [(norm, "weight"), (norm, "bias")])
-        if None in ready or any(t is None for t in same.parameters) or not chains._may_keep(same.parameters):
+    def look(self, snapshot: Snapshot) -> None:
+        """Notes all that `prepare` depends on."""
+        _look_at_norm(self.norm, snapshot)
+        for chain in (self.first, self.second):
+            if chain.ready is not None:
+                chain.ready.look(snapshot)
+
+    def prepare(self) -> functional.Half | None:
+        """As the kernels take it; None where this is none of theirs."""
+        norm, ready = self.norm._parameters, (self.first.ready, self.second.ready)
+        operands = norm.get("weight"), norm.get("bias")
+        if None in ready or not all([one.is_still_so() for one in ready]) or not _may_keep(operands):
             return None
         (*first, activation, _), (*second, _, _) = (one.operands for one in ready)
-        options = _options(norm)
-
-        def holds() -> bool:
-            return _options(norm) == options and same.holds() and all([one.holds() for one in ready])
-
-        operands = same.parameters, norm.eps, tuple(first), tuple(second)
-        return _Prepared(functional.Half(*operands, activation=activation.name), holds)
+        return functional.Half(operands, self.norm.eps, tuple(first), tuple(second), activation=activation.name)
 
 
-def _options(norm: LayerNorm) -> tuple:
-    return norm.eps, norm.normalized_shape
+_OPTIONS = (  # what an attention's call depends on besides parameters
+    "num_heads", "_qkv_same_embed_dim", "batch_first", "bias_k", "add_zero_attn", "training", "dropout",
+)  # fmt: skip
+
+
+def _look_at_norm(norm: LayerNorm, snapshot: Snapshot) -> None:
+    snapshot.unwatched(norm)
+    snapshot.entries(norm, ("eps", "normalized_shape"))
+    snapshot.tensors(norm, "_parameters", ("weight", "bias"))
+
+
+def _may_keep(norm: tuple[Tensor | None, ...], *layers: tuple[Tensor | None, ...]) -> bool:
+    """Whether all weights are there, and the norm's bias, and may be kept from one call to the next."""
+    parameters = [*norm, *(parameter for layer in layers for parameter in layer)]
+    needed = [*norm, *(weight for weight, _ in layers)]
+    return not any([t is None for t in needed]) and chains._may_keep(tuple(parameters))
 
 
 class Halves:
@@ -116,20 +106,25 @@ class Halves:
 
     def __init__(self, halves: list[AttentionHalf | MlpHalf]) -> None:
         self.halves = halves
-        self._prepared: list[_Prepared] = []  # for which `calls` were prepared, by sizes of inputs
+        self._prepared: list[functional.Half] = []  # for which `calls` were prepared, by sizes of inputs
+        self._state = None  # in which they were prepared
         self._calls: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
 
     def __call__(self, input: Tensor) -> Tensor:
-        if chains.observer is not None or torch.compiler.is_compiling():
+        if chains.observer is not None or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self._one_by_one(input)
-        watched = _has_any_global_hook()
-        if self._prepared and not watched and all([prepared.holds() for prepared in self._prepared]):
+        if self._state is not None and self._state.holds():
             output = self._at_once(input)
             return self._one_by_one(input) if output is None else output
         output = self._one_by_one(input)
-        prepared = [] if watched or torch.is_grad_enabled() else [half.prepare() for half in self.halves]
-        self._prepared, self._calls = [] if None in prepared else prepared, {}
+        self._prepare()
         return output
+
+    def _prepare(self) -> None:
+        state = Snapshot.of(*[half.look for half in self.halves])  # before asking: nothing may change unseen in between
+        prepared = [None] if state is None else [half.prepare() for half in self.halves]
+        self._calls = {}
+        self._state, self._prepared = (None, []) if None in prepared else (state, prepared)
 
     def _one_by_one(self, input: Tensor) -> Tensor:
         for half in self.halves:
@@ -141,7 +136,7 @@ class Halves:
         if size not in self._calls:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
-            self._calls[size] = functional.prepared_encoder([half for half, _ in self._prepared], input)
+            self._calls[size] = functional.prepared_encoder(self._prepared, input)
         call = self._calls[size]
         try:
             return None if call is None else call(input)

@@ -28,7 +28,7 @@ class Answer:
     def __call__(self) -> bool:
         if self._state is not None and self._state.holds():
             return True
-        state = self._snapshot()  # before asking: nothing may change unseen in between
+        state = Snapshot.of(self._look)  # before asking: nothing may change unseen in between
         answer = self._ask()
         self._state = state if answer else None
         return answer
@@ -36,19 +36,22 @@ class Answer:
     def forget(self) -> None:
         self._state = None
 
-    def _snapshot(self):
+
+class Snapshot:
+    """Notes modules and tensors as they are, and that no hooks see all modules; raises ValueError if some do."""
+
+    @staticmethod
+    def of(*looks: Callable[[Snapshot], None]):
+        """What `looks` note, whose `holds()` says whether it is still so; None where that won't do."""
         if _library.C is None:
             return None
         try:
             snapshot = Snapshot()
-            self._look(snapshot)
+            for look in looks:
+                look(snapshot)
         except (ValueError, RuntimeError):  # there are hooks; a tensor has no version
             return None
         return snapshot.state
-
-
-class Snapshot:
-    """Notes modules and tensors as they are, and that no hooks see all modules; raises ValueError if some do."""
 
     def __init__(self) -> None:
         self.state = _library.C.Unchanged()
