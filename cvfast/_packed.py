@@ -57,6 +57,12 @@ def packed(
         return result
 
 
+def when_dropped(weights: Iterable[Tensor], call: Callable[[], None]) -> list[weakref.ref]:
+    """`call()` once what is kept for one of the weights is dropped, as long as the result is held."""
+    entries = [_kept[id(w)] for w in weights if id(w) in _kept and _kept[id(w)].anchor() is w]
+    return [weakref.ref(entry, lambda _: call()) for entry in entries]
+
+
 def _in_form(entry: _Kept, form: int, pack: Callable[[], Tensor]) -> Tensor | None:
     if form and form not in entry.forms:
         entry.forms[form] = pack()

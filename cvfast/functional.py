@@ -246,7 +246,9 @@ def prepared_conv2d(
 class Step(NamedTuple):
     """A convolution in a row of them: the arguments of `prepared_conv2d`, and the numbers of the values that it reads.
 
-    Values are the row's inputs and then the results. residual: -1 where there is none.
+    Values are the row's inputs and then the results. residual: -1 where there is none. kind: "conv2d"; "max_pooling",
+    without weight, whose options are stride, padding, the square window's length and 1; or "averaged_linear", a linear
+    layer of the average of an image's pixels. The latter two are for float32.
     """
 
     input: int
@@ -254,9 +256,10 @@ class Step(NamedTuple):
     activation: str
     negative_slope: float
     pooling: str
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     options: tuple
+    kind: str = "conv2d"
 
 
 def prepared_conv2d_sequence(
@@ -268,7 +271,7 @@ def prepared_conv2d_sequence(
     be prepared anew. None where there is none for these inputs.
     """
     ext = _backend.BACKENDS["conv2d"]["ext"]
-    if not all(ext.takes_prepared(input, steps[0].weight.dtype) and input.dim() == 4 for input in inputs):
+    if not all(ext.takes_prepared(input, inputs[0].dtype) and input.dim() == 4 for input in inputs):
         return None
     try:
         call = ext.PreparedSequence(steps, inputs)

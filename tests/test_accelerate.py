@@ -544,13 +544,20 @@ class TwoEnds(nn.Module):
 @torch.no_grad()
 def test_chains_in_a_row_are_one_call(memory_format, monkeypatch):
     """With the same bits, whoever else sees results between; and separately where there are gradients or errors."""
-    model, kernel, calls = lively(TwoEnds()), conv2d.sequence_kernel, []
+    model, calls, lengths = lively(TwoEnds()), [], {}
+    prepare, run = conv2d.PREPARE_SEQUENCE, conv2d.SEQUENCE
 
-    def counted(inputs, weights, *others):
-        calls.append(len(weights))
-        return kernel(inputs, weights, *others)
+    def prepared(weights, *others):
+        result = prepare(weights, *others)
+        lengths[result.data_ptr()] = len(weights)
+        return result
 
-    monkeypatch.setattr(conv2d, "sequence_kernel", counted)
+    def counted(result, inputs):
+        calls.append(lengths[result.data_ptr()])
+        return run(result, inputs)
+
+    monkeypatch.setattr(conv2d, "PREPARE_SEQUENCE", prepared)
+    monkeypatch.setattr(conv2d, "SEQUENCE", counted)
     cvfast.accelerate(model, fuse=True)
     for picture in (PICTURE, PICTURE[:, :, :7]):
         x = picture.contiguous(memory_format=memory_format)

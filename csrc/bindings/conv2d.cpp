@@ -94,36 +94,6 @@ Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const st
   return output;
 }
 
-// Convolutions in a row: values are the inputs and then the results, of which only the last one is wanted; the others are freed
-// where they were needed last. steps: for each, the number of the value that it reads, that of its residual (or -1), `bits`.
-Tensor forward_sequence(std::vector<Tensor> inputs, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
-                        std::vector<std::optional<Tensor>> packed, Ints steps, std::vector<double> negative_slopes) {
-  constexpr size_t numbers = 3;  // of a step
-  const size_t count = weights.size(), known = inputs.size();
-  STD_TORCH_CHECK(count > 0 && biases.size() == count && packed.size() == count && steps.size() == numbers * count &&
-                      negative_slopes.size() == count,
-                  "cvfast conv2d: the steps of a sequence do not fit");
-  std::vector<std::optional<Tensor>> values(inputs.begin(), inputs.end());
-  values.resize(known + count);
-  std::vector<size_t> last_use(known + count, count);
-  for (size_t i = 0; i < count; ++i)
-    for (size_t operand = 0; operand < 2; ++operand) {
-      const int64_t value = steps[numbers * i + operand];
-      STD_TORCH_CHECK(value >= (operand == 0 ? 0 : -1) && value < static_cast<int64_t>(known + i),
-                      "cvfast conv2d: a step of a sequence reads what is not there yet");
-      if (value >= 0) last_use[value] = i;
-    }
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t* step = &steps[numbers * i];
-    const std::optional<Tensor> residual = step[1] < 0 ? std::nullopt : values[step[1]];
-    values[known + i] =
-        forward_with_epilogue(*values[step[0]], weights[i], biases[i], step[2], packed[i], residual, negative_slopes[i], false);
-    for (size_t operand = 0; operand < 2; ++operand)
-      if (step[operand] >= 0 && last_use[step[operand]] == i) values[step[operand]].reset();
-  }
-  return *values.back();
-}
-
 // From one row of `t` [*, I] to the next, where rows are evenly spaced.
 std::optional<int64_t> row_stride(const Tensor& t) {
   std::optional<int64_t> step;
@@ -233,7 +203,6 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement_conv2d<Operators>(m); }
 STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   implement_conv2d<Operators>(m);
   m.impl("conv2d_epilogue", TORCH_BOX(&forward_with_epilogue));
-  m.impl("conv2d_sequence", TORCH_BOX(&forward_sequence));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("conv2d_gradients", TORCH_BOX(&gradients));
   m.impl("conv2d_packed_form", TORCH_BOX(&packed_form));

@@ -7,6 +7,7 @@
 #include "cvfast/conv2d.h"
 #include "cvfast/gelu.h"
 #include "cvfast/layer_norm.h"
+#include "cvfast/pooling.h"
 #include "cvfast/recurrent.h"
 
 namespace cvfast {
@@ -62,6 +63,12 @@ struct LayerNormKernel {
   void (*forward)(const LayerNormForward&, const ThreadPool&);
 };
 
+// Likewise kernels/pooling.cpp.
+struct PoolingKernels {
+  void (*max)(const MaxPooling&, const ThreadPool&);
+  void (*average)(const PixelAverage&, const ThreadPool&);
+};
+
 // What kernels/peak.cpp exports: work at a core's limits, for a clock outside. Results only keep the work alive.
 struct PeakKernels {
   int64_t bytes_per_step;  // of the sums s = s * x + x that one step forms; they stay normal for 0.1 < x < 0.9
@@ -85,6 +92,7 @@ struct KernelTable {
   BatchNormKernels batch_norm;
   GeluKernels gelu;
   LayerNormKernel layer_norm;
+  PoolingKernels pooling;
   PeakKernels peak;
 };
 

@@ -31,8 +31,8 @@ from cvfast._accelerate.plain import unwatched
 from cvfast._accelerate.unchanged import Answer, Snapshot
 
 CONVOLUTIONS = (layers.Conv2d, layers.ConvTranspose2d, nn.Conv2d, nn.ConvTranspose2d)
-_LINEAR = (layers.Linear, nn.Linear)
-STARTS = (*CONVOLUTIONS, *_LINEAR)  # what a chain starts with; behind a linear layer it has one part and no more
+LINEAR = (layers.Linear, nn.Linear)
+STARTS = (*CONVOLUTIONS, *LINEAR)  # what a chain starts with; behind a linear layer it has one part and no more
 _BEHIND_LINEAR = ("gelu", "gelu_tanh", "silu")  # that take torch so long that a chain's own time doesn't matter
 
 
@@ -271,7 +271,7 @@ def _convolve(
 ) -> Tensor:
     """activation(conv's operation with this weight and bias + residual), pooled."""
     name, slope = ("none", 0.0) if activation is None else activation
-    if isinstance(conv, _LINEAR):
+    if isinstance(conv, LINEAR):
         output = functional.linear(input, weight, bias, activation=name, negative_slope=slope)
         return output if residual is None else _with(residual, output)
     if _is_added_in_place(conv, input, weight, residual):
@@ -460,6 +460,13 @@ class _Ready:
         sources = (own["weight"], own["bias"]) if norm is None else _sources(conv, norm)
         return all(map(is_, sources, self.sources)) and _state(self.tensors) == self.state
 
+    def step(self, input: int, residual: int) -> functional.Step:
+        """Of a convolution, in a row of them."""
+        weight, bias, activation, pooling = self.operands
+        name, slope = activation or ("none", 0.0)
+        options = self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
+        return functional.Step(input, residual, name, slope, pooling or "none", weight, bias, options)
+
     def look(self, snapshot: Snapshot) -> None:
         """Notes what `is_still_so` asks for."""
         for module, cls in self.modules:
@@ -487,7 +494,7 @@ def _prepared(
 ) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
     """`_convolve` for many inputs, as functional prepares it."""
     name, slope = ("none", 0.0) if activation is None else activation
-    if isinstance(conv, _LINEAR):
+    if isinstance(conv, LINEAR):
         return functional.prepared_linear(weight, bias, activation=name, negative_slope=slope)
     if not isinstance(conv, torch.nn.Conv2d) or conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
         return None
@@ -569,7 +576,7 @@ def _links(conv: fx.Node, root: Module) -> list[fx.Node]:
         if len(users) == 1 and fits(users[0]):
             links.append(users[0])
 
-    if type(_module(conv, root)) in _LINEAR:
+    if type(_module(conv, root)) in LINEAR:
         extend(
             lambda node: (
                 getattr(_activation(node, root), "name", None) in _BEHIND_LINEAR or _residual(node, conv) is not None

@@ -20,7 +20,7 @@ from cvfast._accelerate import plain
 from cvfast._accelerate.chains import CONVOLUTIONS, STARTS, Found, forget, fuse_graph
 from cvfast._accelerate.encoder import join_halves
 from cvfast._accelerate.plain import original
-from cvfast._accelerate.pooling import replace_global_averages
+from cvfast._accelerate.pooling import replace_poolings
 from cvfast._accelerate.sequences import join_neighbours
 
 _PLAN = "_cvfast_plan"
@@ -82,8 +82,8 @@ def make_plan(module: Module) -> Plan:
     graph, facts = plain.trace(module, lambda m: isinstance(m, STARTS))
     chains = fuse_graph(graph, module)
     join_halves(graph, module)
+    replace_poolings(graph, module)
     join_neighbours(graph)
-    replace_global_averages(graph, module)
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, f"<cvfast: {cls.__name__}.forward with chains>", "exec"), namespace)

@@ -213,14 +213,6 @@ epilogue_kernel = define_kernel(
     "float negative_slope=0.0, bool lasting=False) -> Tensor",
 )
 
-# Several of these in a row, the last one's result. Values are the inputs and then the results; `steps`: three numbers
-# for each: the value that it reads, its residual (-1: none), `how`.
-sequence_kernel = define_kernel(
-    "cvfast",
-    "conv2d_sequence(Tensor[] inputs, Tensor[] weights, Tensor?[] biases, Tensor?[] packed, int[] steps, "
-    "float[] negative_slopes) -> Tensor",
-)
-
 
 def _nohow(*options) -> None:
     """In place of `conv2d_how`, where no kernel is loaded."""

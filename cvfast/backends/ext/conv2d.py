@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from cvfast import _library
-from cvfast._packed import packed
+from cvfast._packed import packed, when_dropped
 from cvfast.ops.card import autocast_dtype, call, derives, watched
 from cvfast.ops.conv2d import (
     TOLD_BY_RESULT,
@@ -23,8 +22,9 @@ from cvfast.ops.conv2d import (
     pack_kernel,
     packed_form_kernel,
     result_format,
-    sequence_kernel,
+    rows_as_pixels,
 )
+from cvfast.ops.sequence import PREPARE_SEQUENCE, SEQUENCE, STEP_KINDS
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 CUDA_DTYPES = (torch.float32, torch.float64)
@@ -154,47 +154,60 @@ def takes_prepared(input: Tensor, dtype: torch.dtype) -> bool:
 
 
 class PreparedSequence:
-    """Convolutions in a row, each of which `prepare` takes, for inputs of the shapes and strides given; one call.
+    """Steps in a row for inputs of the shapes and strides given, as one call; `prepare` takes the convolutions.
 
-    steps: cvfast.functional.Step.
+    steps: cvfast.functional.Step. RuntimeError: they do not fit the inputs, or each other.
     """
 
     def __init__(self, steps: Sequence[tuple], inputs: Sequence[Tensor]) -> None:
-        values, packed, self._steps = list(inputs), [], []
+        values, packed, numbers = list(inputs), [], []
+        self._dtype = inputs[0].dtype
         for step in steps:
             how = conv2d_how(*step.options, step.activation, step.pooling)
-            packed.append(packed_weight(values[step.input], step.weight, how))
+            if how is None or (torch.float32 if step.weight is None else step.weight.dtype) is not self._dtype:
+                raise RuntimeError("what the kernels do not know, or several dtypes")
+            packed.append(_packed_for(step, values[step.input], how))
             values.append(_result_of(step, values[step.input]))
-            self._steps += [step.input, step.residual, how]
+            numbers += [step.input, step.residual, STEP_KINDS.index(step.kind), how]
+        weights, biases = [step.weight for step in steps], [step.bias for step in steps]
+        slopes = [step.negative_slope for step in steps]
         # Whoever frees what is kept beside weights frees it here, too.
-        self._packed = [(lambda: None) if kept is None else weakref.ref(kept) for kept in packed]
-        self._needed = [kept is not None for kept in packed]
-        self._dtype = steps[0].weight.dtype
-        self._weights, self._biases = [step.weight for step in steps], [step.bias for step in steps]
-        self._slopes = [step.negative_slope for step in steps]
+        self._prepared = [PREPARE_SEQUENCE(weights, biases, packed, numbers, slopes, len(inputs))]
+        self._watch = when_dropped([weight for weight in weights if weight is not None], self._prepared.clear)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """As a prepared call. LookupError: packed weights were freed, so that this has to be prepared anew."""
         if not all([takes_prepared(input, self._dtype) for input in inputs]):
             return None
-        packed = [kept() for kept in self._packed]
-        if [kept is not None for kept in packed] != self._needed:
+        prepared = [*self._prepared]  # held, whoever frees it meanwhile
+        if not prepared:
             raise LookupError("the packed weights are gone")
         try:
-            return sequence_kernel(inputs, self._weights, self._biases, packed, self._steps, self._slopes)
+            return SEQUENCE(*prepared, inputs)
         except RuntimeError:
             return None
 
 
+def _packed_for(step: tuple, input: Tensor, how: int) -> Tensor | None:
+    if step.kind == "conv2d":
+        return packed_weight(input, step.weight, how)
+    if step.kind == "averaged_linear":
+        packed_for_rows(input.shape[0], step.weight, how)  # the first call that is known packs nothing; torch had one
+        return packed_for_rows(input.shape[0], step.weight, how)
+    return None
+
+
 def _result_of(step: tuple, input: Tensor) -> Tensor:
     """An empty tensor as the step's result will be."""
+    if step.kind == "averaged_linear":
+        return input.new_empty(input.shape[0], step.weight.shape[0])
     stride, padding, dilation, _ = step.options
-    size = [
-        output_size(input.shape[i + 2], step.weight.shape[i + 2], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    ]
+    kernel, reach = (dilation, (1, 1)) if step.weight is None else (step.weight.shape[2:], dilation)
+    size = [output_size(input.shape[i + 2], kernel[i], stride[i], padding[i], reach[i]) for i in (0, 1)]
     if step.pooling != "none":
         size = [length // 2 for length in size]
-    return empty_result((input.shape[0], step.weight.shape[0], *size), input, step.weight)
+    channels, like = (input.shape[1], input) if step.weight is None else (step.weight.shape[0], step.weight)
+    return empty_result((input.shape[0], channels, *size), input, like)
 
 
 def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:
@@ -222,6 +235,17 @@ def packed_weight(input: Tensor, weight: Tensor, how: int) -> Tensor | None:
         lambda: pack_kernel(input, weight, how),
         weight,
     )
+
+
+def packed_for_rows(rows: int, weight: Tensor, how: int) -> Tensor | None:
+    """The same of a linear layer's weight, for so many contiguous rows."""
+
+    def operands() -> tuple[Tensor, Tensor, int]:
+        return rows_as_pixels(weight.new_empty(rows, weight.shape[1])), weight[:, :, None, None], how
+
+    if weight.numel() < LEAST_TO_PACK:
+        return None
+    return packed((rows, how), lambda: packed_form_kernel(*operands()), lambda: pack_kernel(*operands()), weight)
 
 
 def run_unasked(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups) -> Tensor | None:

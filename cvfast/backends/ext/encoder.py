@@ -33,7 +33,7 @@ class PreparedEncoder:
         self._hows = [conv2d_how(*ONE_BY_ONE, half.activation, "none") for half in halves]
         plain, rows = conv2d_how(*ONE_BY_ONE), input.numel() // max(1, input.shape[-1])
         hows = [how for own in self._hows for how in (own, plain)]
-        packed = [linear.packed_for_rows(rows, *weight) for weight in zip(weights, hows, strict=True)]
+        packed = [conv2d.packed_for_rows(rows, *weight) for weight in zip(weights, hows, strict=True)]
         # Whoever frees what is kept beside weights frees it here, too.
         self._packed = [(lambda: None) if kept is None else weakref.ref(kept) for kept in packed]
         self._needed = [kept is not None for kept in packed]

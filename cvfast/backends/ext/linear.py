@@ -102,17 +102,6 @@ def packed_weight(input: Tensor, weight: Tensor, how: int = conv2d_how(*ONE_BY_O
     return packed(call, lambda: packed_form_kernel(*operands()), lambda: pack_kernel(*operands()), weight)
 
 
-def packed_for_rows(rows: int, weight: Tensor, how: int = conv2d_how(*ONE_BY_ONE)) -> Tensor | None:
-    """`packed_weight` for so many contiguous rows."""
-
-    def operands() -> tuple[Tensor, Tensor, int]:
-        return rows_as_pixels(weight.new_empty(rows, weight.shape[1])), weight[:, :, None, None], how
-
-    if weight.numel() < conv2d.LEAST_TO_PACK:
-        return None
-    return packed((rows, how), lambda: packed_form_kernel(*operands()), lambda: pack_kernel(*operands()), weight)
-
-
 def prepare(
     activation: str, negative_slope: float, weight: Tensor, bias: Tensor | None
 ) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:

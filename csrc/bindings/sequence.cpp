@@ -1,0 +1,221 @@
+// Convolutions and pooling in a row on the CPU, prepared once and run as one call. The schemas are in cvfast/ops/sequence.py.
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+
+#include "../cpu/huge_pages.h"
+#include "../cpu/isa.h"
+#include "../cpu/poison.h"
+#include "brief_result.h"
+#include "conv2d_how.h"
+#include "cpu_tensors.h"
+#include "thread_pool.h"
+
+namespace {
+
+using namespace cvfast;
+using MaybeTensor = std::optional<Tensor>;
+
+enum class StepKind : int64_t { conv2d, max_pooling, averaged_linear };
+
+struct Step {
+  int64_t input, residual;  // the numbers of the values that it reads; residual -1: none
+  StepKind kind;
+  Conv2dHow how;
+  double negative_slope;
+  Sizes4 weight_size;  // of a linear layer [O, I, 1, 1]
+  ConstTensor4 weight;
+  const void *bias, *packed;
+  bool weight_is_channels_last;
+};
+
+// What `prepare` found out. It lies in the memory of the tensor that stands for it.
+struct Sequence {
+  const Sequence* self;  // a copy of that tensor's bytes is no sequence
+  DType dtype;
+  int32_t dtype_code;
+  int64_t inputs, element_size;
+  std::vector<Step> steps;
+  std::vector<size_t> last_use;  // of each value: the step after which it is not needed
+  std::vector<Tensor> kept;      // that the steps point to
+};
+
+// A value: an input or a result, in memory that was borrowed or is a tensor's.
+struct Image {
+  Sizes4 size;
+  int64_t strides[4];
+  void* data = nullptr;
+  bool channels_last = false, borrowed = false;
+  MaybeTensor tensor;
+
+  Image() = default;
+  Image(const Image&) = delete;
+  Image& operator=(Image&&) = delete;
+  ~Image() { free(); }
+
+  void view(const Tensor& t) {
+    for (int d = 0; d < 4; ++d) size[d] = t.size(d), strides[d] = t.stride(d);
+    data = const_cast<void*>(t.const_data_ptr()), channels_last = is_channels_last(t), tensor = t;
+  }
+  // An uninitialised result. lasting: it leaves the sequence.
+  void make(const Sizes4& of_size, int64_t dims, bool in_channels_last, const Sequence& s, bool lasting) {
+    size = of_size, channels_last = in_channels_last;
+    const int64_t c = size[1], h = size[2], w = size[3], bytes = size[0] * c * h * w * s.element_size;
+    const int64_t planes[] = {c * h * w, h * w, w, 1}, pixels[] = {h * w * c, 1, w * c, c};
+    for (int d = 0; d < 4; ++d) strides[d] = channels_last ? pixels[d] : planes[d];
+    if (!lasting) data = borrow_result(bytes), borrowed = data != nullptr;
+    if (!borrowed) tensor = brief_tensor(dims, size.data(), strides, s.dtype_code, bytes), data = tensor->mutable_data_ptr();
+    prefer_huge_pages(data, bytes);
+    if (results_are_poisoned()) std::memset(data, 0xff, bytes);  // NaN in every dtype
+  }
+  void free() {
+    if (borrowed) return_result(data);
+    borrowed = false, data = nullptr;
+    tensor.reset();
+  }
+  ConstTensor4 to_read() const { return {data, {strides[0], strides[1], strides[2], strides[3]}}; }
+  Tensor4 to_write() const { return {data, {strides[0], strides[1], strides[2], strides[3]}}; }
+};
+
+Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases, std::vector<MaybeTensor> packed, Ints steps,
+               std::vector<double> negative_slopes, int64_t inputs) {
+  constexpr size_t numbers = 4;  // of a step
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0 && weights[0].has_value() && inputs > 0 && biases.size() == count && packed.size() == count &&
+                      steps.size() == numbers * count && negative_slopes.size() == count,
+                  "cvfast sequence: the steps do not fit");
+  auto s = std::make_unique<Sequence>();
+  s->self = s.get(), s->dtype = dtype_of(*weights[0]), s->dtype_code = dtype_code(*weights[0]);
+  s->inputs = inputs, s->element_size = weights[0]->element_size(), s->last_use.resize(inputs + count, count);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t* given = &steps[numbers * i];
+    Step step = {given[0], given[1], static_cast<StepKind>(given[2]), Conv2dHow::unpacked(given[3]), negative_slopes[i]};
+    const int64_t known = inputs + static_cast<int64_t>(i);
+    STD_TORCH_CHECK(step.input >= 0 && step.input < known && step.residual >= -1 && step.residual < known,
+                    "cvfast sequence: a step reads what is not there yet");
+    STD_TORCH_CHECK(step.kind >= StepKind::conv2d && step.kind <= StepKind::averaged_linear &&
+                        step.how.activation <= Activation::hardsigmoid && step.how.pooling <= Pooling::average,
+                    "cvfast sequence: a step of no known kind");
+    STD_TORCH_CHECK((step.kind == StepKind::conv2d || (s->dtype == DType::f32 && step.residual < 0)) &&
+                        (step.kind != StepKind::averaged_linear || i + 1 == count) &&
+                        (step.residual < 0 || step.how.pooling == Pooling::none),
+                    "cvfast sequence: a step that is not possible here");
+    s->last_use[step.input] = i;
+    if (step.residual >= 0) s->last_use[step.residual] = i;
+    if (step.kind != StepKind::max_pooling) {
+      const int64_t dims = step.kind == StepKind::conv2d ? 4 : 2;
+      STD_TORCH_CHECK(weights[i].has_value() && weights[i]->dim() == dims && dtype_of(*weights[i]) == s->dtype &&
+                          weights[i]->device() == weights[0]->device() && weights[i]->numel() > 0,
+                      "cvfast sequence: a weight does not fit");
+      const Tensor& weight = *weights[i];
+      step.weight_size = {1, 1, 1, 1}, step.weight = {weight.const_data_ptr(), {1, 1, 1, 1}};
+      for (int64_t d = 0; d < dims; ++d) step.weight_size[d] = weight.size(d), step.weight.stride[d] = weight.stride(d);
+      step.weight_is_channels_last = dims == 4 && is_channels_last(weight);
+      s->kept.push_back(weight);
+      if (biases[i].has_value()) {
+        Tensor bias = *biases[i];
+        step.bias = bias_data(biases[i], weight, step.weight_size[0], bias);
+        s->kept.push_back(bias);
+      }
+      if (packed[i].has_value()) step.packed = packed[i]->const_data_ptr(), s->kept.push_back(*packed[i]);
+    }
+    s->steps.push_back(step);
+  }
+  const int64_t size = sizeof(Sequence), one = 1;
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      s.get(), 1, &size, &one, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), -1, &result,
+      aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { delete static_cast<Sequence*>(data); }, nullptr));
+  s.release();
+  return Tensor(result);
+}
+
+void convolve(const Sequence& s, const Step& step, const Image& input, const Image* residual, Image& output, bool last) {
+  Conv2dShape shape = conv2d_shape(input.size, step.weight_size, step.how.stride, step.how.padding, step.how.dilation,
+                                   step.how.groups);
+  Sizes4 size = output_sizes(shape);
+  if (step.how.pooling != Pooling::none) {
+    size[2] /= 2, size[3] /= 2;
+    STD_TORCH_CHECK(size[2] > 0 && size[3] > 0, "cvfast conv2d: the result is too small to pool 2x2 pixels");
+    shape.out_height = 2 * size[2], shape.out_width = 2 * size[3];
+  }
+  output.make(size, 4, input.channels_last || step.weight_is_channels_last, s, last);
+  if (residual)
+    for (int d = 0; d < 4; ++d)
+      STD_TORCH_CHECK(residual->size[d] == size[d] && (residual->strides[d] == output.strides[d] || size[d] == 1),
+                      "cvfast sequence: a residual must have the result's sizes and strides");
+  kernels().conv2d_forward({shape, s.dtype, input.to_read(), step.weight, step.bias, output.to_write(),
+                            {step.how.activation, step.negative_slope, residual ? residual->data : nullptr, step.how.pooling},
+                            step.packed},
+                           thread_pool());
+}
+
+// In `how` the dilation is the window's length.
+void pool(const Sequence& s, const Step& step, const Image& input, Image& output, bool last) {
+  const int64_t window = step.how.dilation[0], stride = step.how.stride[0], padding = step.how.padding[0];
+  STD_TORCH_CHECK(step.how.dilation[1] == window && step.how.stride[1] == stride && step.how.padding[1] == padding &&
+                      stride > 0 && 2 * padding <= window,
+                  "cvfast sequence: max pooling has square windows");
+  const Sizes4& in = input.size;
+  output.make({in[0], in[1], output_size(in[2], window, stride, padding, 1), output_size(in[3], window, stride, padding, 1)}, 4,
+              input.channels_last, s, last);
+  kernels().pooling.max({in[0], in[1], in[2], in[3], output.size[2], output.size[3], window, stride, padding,
+                         input.to_read(), output.to_write()},
+                        thread_pool());
+}
+
+// A linear layer [N, O] of the average of the pixels: a 1x1 convolution of one image whose pixels are the samples.
+void average(const Sequence& s, const Step& step, const Image& input, Image& output) {
+  const int64_t rows = input.size[0], in = input.size[1], out = step.weight_size[0], pixels = input.size[2] * input.size[3];
+  const int64_t* stride = input.strides;
+  STD_TORCH_CHECK(step.weight_size[1] == in && (input.size[2] == 1 || input.size[3] == 1 || stride[2] == input.size[3] * stride[3]),
+                  "cvfast sequence: the linear layer does not fit");
+  Image averages;
+  averages.make({rows, in, 1, 1}, 2, true, s, false);
+  kernels().pooling.average({rows, in, pixels, static_cast<const float*>(input.data), stride[0], stride[1],
+                             input.size[3] == 1 ? stride[2] : stride[3], static_cast<float*>(averages.data)},
+                            thread_pool());
+  output.make({rows, out, 1, 1}, 2, true, s, true);
+  const Conv2dShape shape = {.batch = 1, .in_channels = in, .in_height = rows, .in_width = 1, .out_channels = out,
+                             .out_height = rows, .out_width = 1, .kernel_height = 1, .kernel_width = 1, .stride_h = 1,
+                             .stride_w = 1, .padding_h = 0, .padding_w = 0, .dilation_h = 1, .dilation_w = 1, .groups = 1};
+  kernels().conv2d_forward({shape, s.dtype, {averages.data, {rows * in, 1, in, in}}, step.weight, step.bias,
+                            {output.data, {rows * out, 1, out, out}}, {step.how.activation, step.negative_slope}, step.packed},
+                           thread_pool());
+}
+
+Tensor run(const Tensor& prepared, std::vector<Tensor> inputs) {
+  const auto* s = static_cast<const Sequence*>(prepared.const_data_ptr());
+  STD_TORCH_CHECK(prepared.numel() == sizeof(Sequence) && s->self == s, "cvfast sequence: this is none that was prepared");
+  STD_TORCH_CHECK(static_cast<int64_t>(inputs.size()) == s->inputs, "cvfast sequence: the inputs do not fit");
+  const size_t count = s->steps.size();
+  const auto values = std::make_unique<Image[]>(inputs.size() + count);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    STD_TORCH_CHECK(inputs[i].dim() == 4 && dtype_code(inputs[i]) == s->dtype_code && inputs[i].is_cpu() && inputs[i].numel() > 0,
+                    "cvfast sequence: an input does not fit");
+    values[i].view(inputs[i]);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const Step& step = s->steps[i];
+    const Image& input = values[step.input];
+    Image& output = values[inputs.size() + i];
+    const bool last = i + 1 == count;
+    switch (step.kind) {
+      case StepKind::conv2d:
+        convolve(*s, step, input, step.residual < 0 ? nullptr : &values[step.residual], output, last);
+        break;
+      case StepKind::max_pooling: pool(*s, step, input, output, last); break;
+      case StepKind::averaged_linear: average(*s, step, input, output); break;
+    }
+    for (int64_t value : {step.input, step.residual})
+      if (value >= 0 && s->last_use[value] == i) values[value].free();
+  }
+  return *values[inputs.size() + count - 1].tensor;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
+  m.impl("sequence_prepare", TORCH_BOX(&prepare));
+  m.impl("sequence", TORCH_BOX(&run));
+}

@@ -1,0 +1,23 @@
+"""Convolutions and pooling in a row by one operator of the compiled libraries, without derivatives.
+
+sequence_prepare makes what `sequence` runs on inputs [N, C, H, W] of any sizes that fit; it is opaque and holds the
+tensors. Values are the inputs and then the results, of which the last one is given. `steps`: four numbers for each: the
+value that it reads, its residual (-1: none), which of STEP_KINDS it is, conv2d_how's number. packed: the weights as
+conv2d_pack gave them.
+
+conv2d: with its epilogue, as conv2d_epilogue. max_pooling, without weight: of square windows, whose length is the
+dilation. averaged_linear: a linear layer of the average of an image's pixels, [N, O]; it is the last step. The latter
+two are for float32.
+"""
+
+from __future__ import annotations
+
+from cvfast.ops.card import kernel
+
+STEP_KINDS = ("conv2d", "max_pooling", "averaged_linear")
+
+PREPARE_SEQUENCE = kernel(
+    "sequence_prepare(Tensor?[] weights, Tensor?[] biases, Tensor?[] packed, int[] steps, float[] negative_slopes, "
+    "int inputs) -> Tensor"
+)
+SEQUENCE = kernel("sequence(Tensor prepared, Tensor[] inputs) -> Tensor")
