@@ -12,7 +12,8 @@ import cvfast
 from cvfast.backends.ext import encoder, linear
 from cvfast.models.vit import Encoder, EncoderBlock
 from cvfast.ops.conv2d import ONE_BY_ONE, conv2d_how
-from cvfast.ops.encoder import ENCODER
+from cvfast.ops.encoder import ENCODER, PREPARE_ENCODER
+from cvfast.ops.sequence import SEQUENCE
 
 WIDTH, HEADS, HIDDEN, LENGTH = 96, 3, 160, 90
 
@@ -27,8 +28,15 @@ def kernels_products(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """How many halves each of the kernels' calls took."""
-    numbers, kernel = [], encoder.ENCODER
-    monkeypatch.setattr(encoder, "ENCODER", lambda *args: (numbers.append(len(args[3])), kernel(*args))[1])
+    numbers, halves, prepare, run = [], {}, encoder.PREPARE_ENCODER, encoder.ENCODER
+
+    def prepared(*args):
+        result = prepare(*args)
+        halves[result.data_ptr()] = len(args[3])
+        return result
+
+    monkeypatch.setattr(encoder, "PREPARE_ENCODER", prepared)
+    monkeypatch.setattr(encoder, "ENCODER", lambda made, x: (numbers.append(halves[made.data_ptr()]), run(made, x))[1])
     return numbers
 
 
@@ -170,7 +178,21 @@ def test_layer_norm(size, shift):
 
 def encoder_mlp(x, weight, bias, matrix):
     how = conv2d_how(*ONE_BY_ONE, "none", "none")
-    return ENCODER(x, [weight, bias, matrix, None, matrix, None], [None, None], [1e-6], [0], [how])
+    return ENCODER(PREPARE_ENCODER([weight, bias, matrix, None, matrix, None], [None, None], [1e-6], [0], [how]), x)
+
+
+def test_only_what_was_prepared_is_run():
+    w, m = torch.ones(8), torch.eye(8)
+    made = PREPARE_ENCODER(
+        [w, w, m, None, m, None], [None, None], [1e-6], [0], [conv2d_how(*ONE_BY_ONE, "none", "none")]
+    )
+    for other in (made.clone(), made[:8], torch.zeros(1)):
+        with pytest.raises(RuntimeError, match="no encoder that was prepared"):
+            ENCODER(other, torch.ones(2, 8))
+        with pytest.raises(RuntimeError, match="no sequence that was prepared"):
+            SEQUENCE(other, [torch.ones(1, 1, 1, 1)])
+    with pytest.raises(RuntimeError, match="no sequence that was prepared"):
+        SEQUENCE(made, [torch.ones(1, 1, 1, 1)])
 
 
 def test_what_does_not_fit_is_refused():

@@ -8,6 +8,7 @@
 #include "brief_result.h"
 #include "conv2d_how.h"
 #include "cpu_tensors.h"
+#include "opaque.h"
 #include "thread_pool.h"
 
 namespace {
@@ -41,8 +42,8 @@ struct Layer {
 Tensor projected(const Tensor& input, const Layer& layer, Activation activation = Activation::none,
                  const Tensor* residual = nullptr) {
   const int64_t in = layer.weight.size(1), out = layer.weight.size(0), rows = input.numel() / in;
-  const Ints ones = {1, 1}, none = {0, 0};
-  const Conv2dShape shape = conv2d_shape(Ints{1, in, rows, 1}, Ints{out, in, 1, 1}, ones, none, ones, 1);
+  const int64_t ones[] = {1, 1}, none[] = {0, 0};
+  const Conv2dShape shape = conv2d_shape(Sizes4{1, in, rows, 1}, Sizes4{out, in, 1, 1}, ones, none, ones, 1);
   const Tensor result = brief_rows(input, out);
   Tensor keep;
   kernels().conv2d_forward({shape, dtype_of(input), {input.const_data_ptr(), {rows * in, 1, in, in}},
@@ -134,28 +135,53 @@ struct Half {
   }
 };
 
-Tensor encoder(const Tensor& input, std::vector<MaybeTensor> operands, std::vector<MaybeTensor> packed,
-               std::vector<double> epsilons, Ints heads, Ints hows) {
-  constexpr size_t each = 6;  // operands of a half
-  const size_t halves = heads.size();
-  STD_TORCH_CHECK(halves > 0 && operands.size() == each * halves && packed.size() == 2 * halves && hows.size() == halves &&
-                      epsilons.size() == halves,
+// What `prepare` was given; behind the halves there may be a layer norm: its weight and bias, and its epsilon.
+struct Encoder {
+  static constexpr char what[] = "encoder";
+  OpaqueMark mark;
+  std::vector<MaybeTensor> operands, packed;
+  std::vector<double> epsilons;
+  Ints heads;
+  std::vector<Activation> activations;
+};
+
+constexpr size_t half_operands = 6;
+
+Tensor prepare(std::vector<MaybeTensor> operands, std::vector<MaybeTensor> packed, std::vector<double> epsilons, Ints heads,
+               Ints hows) {
+  const size_t halves = heads.size(), last = epsilons.size() == halves + 1;
+  STD_TORCH_CHECK(halves > 0 && operands.size() == half_operands * halves + 2 * last && packed.size() == 2 * halves &&
+                      hows.size() == halves && epsilons.size() == halves + last,
                   "cvfast encoder: the operands of the halves do not fit");
+  for (size_t i = 0; i < operands.size(); ++i)
+    STD_TORCH_CHECK(operands[i].has_value() || (i < half_operands * halves && (i % half_operands == 3 || i % half_operands == 5)),
+                    "cvfast encoder: a weight is missing");
+  std::vector<Activation> activations;
+  for (int64_t how : hows) {
+    activations.push_back(Conv2dHow::unpacked(how).activation);
+    STD_TORCH_CHECK(activations.back() <= Activation::hardsigmoid, "cvfast encoder: unknown activation");
+  }
+  return opaque(std::make_unique<Encoder>(Encoder{{}, std::move(operands), std::move(packed), std::move(epsilons),
+                                                  std::move(heads), std::move(activations)}));
+}
+
+Tensor encoder(const Tensor& prepared, const Tensor& input) {
+  const Encoder& e = opened<Encoder>(prepared);
+  const size_t halves = e.heads.size();
   Tensor x = input;
   for (size_t i = 0; i < halves; ++i) {
-    const MaybeTensor* o = &operands[each * i];
-    for (int weight : {0, 1, 2, 4}) STD_TORCH_CHECK(o[weight].has_value(), "cvfast encoder: a weight is missing");
-    const Activation activation = Conv2dHow::unpacked(hows[i]).activation;
-    STD_TORCH_CHECK(activation <= Activation::hardsigmoid, "cvfast encoder: unknown activation");
-    x = Half{*o[0], *o[1], epsilons[i], {*o[2], o[3], packed[2 * i]}, {*o[4], o[5], packed[2 * i + 1]}, heads[i],
-             activation}(x);
+    const MaybeTensor *o = &e.operands[half_operands * i], *packed = &e.packed[2 * i];
+    x = Half{*o[0], *o[1], e.epsilons[i], {*o[2], o[3], packed[0]}, {*o[4], o[5], packed[1]}, e.heads[i], e.activations[i]}(x);
   }
-  return x;
+  if (e.epsilons.size() == halves) return x;
+  const MaybeTensor* norm = &e.operands[half_operands * halves];
+  return normalized(x, *norm[0], *norm[1], e.epsilons[halves]);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   m.impl("self_attention", TORCH_BOX(&self_attention));
+  m.impl("encoder_prepare", TORCH_BOX(&prepare));
   m.impl("encoder", TORCH_BOX(&encoder));
 }

@@ -1,14 +1,13 @@
 // Convolutions and pooling in a row on the CPU, prepared once and run as one call. The schemas are in cvfast/ops/sequence.py.
 #include <torch/csrc/stable/library.h>
 
-#include <memory>
-
 #include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
 #include "brief_result.h"
 #include "conv2d_how.h"
 #include "cpu_tensors.h"
+#include "opaque.h"
 #include "thread_pool.h"
 
 namespace {
@@ -29,9 +28,10 @@ struct Step {
   bool weight_is_channels_last;
 };
 
-// What `prepare` found out. It lies in the memory of the tensor that stands for it.
+// What `prepare` found out.
 struct Sequence {
-  const Sequence* self;  // a copy of that tensor's bytes is no sequence
+  static constexpr char what[] = "sequence";
+  OpaqueMark mark;
   DType dtype;
   int32_t dtype_code;
   int64_t inputs, element_size;
@@ -85,7 +85,7 @@ Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases
                       steps.size() == numbers * count && negative_slopes.size() == count,
                   "cvfast sequence: the steps do not fit");
   auto s = std::make_unique<Sequence>();
-  s->self = s.get(), s->dtype = dtype_of(*weights[0]), s->dtype_code = dtype_code(*weights[0]);
+  s->dtype = dtype_of(*weights[0]), s->dtype_code = dtype_code(*weights[0]);
   s->inputs = inputs, s->element_size = weights[0]->element_size(), s->last_use.resize(inputs + count, count);
   for (size_t i = 0; i < count; ++i) {
     const int64_t* given = &steps[numbers * i];
@@ -121,13 +121,7 @@ Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases
     }
     s->steps.push_back(step);
   }
-  const int64_t size = sizeof(Sequence), one = 1;
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      s.get(), 1, &size, &one, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), -1, &result,
-      aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { delete static_cast<Sequence*>(data); }, nullptr));
-  s.release();
-  return Tensor(result);
+  return opaque(std::move(s));
 }
 
 void convolve(const Sequence& s, const Step& step, const Image& input, const Image* residual, Image& output, bool last) {
@@ -185,30 +179,29 @@ void average(const Sequence& s, const Step& step, const Image& input, Image& out
 }
 
 Tensor run(const Tensor& prepared, std::vector<Tensor> inputs) {
-  const auto* s = static_cast<const Sequence*>(prepared.const_data_ptr());
-  STD_TORCH_CHECK(prepared.numel() == sizeof(Sequence) && s->self == s, "cvfast sequence: this is none that was prepared");
-  STD_TORCH_CHECK(static_cast<int64_t>(inputs.size()) == s->inputs, "cvfast sequence: the inputs do not fit");
-  const size_t count = s->steps.size();
+  const Sequence& s = opened<Sequence>(prepared);
+  STD_TORCH_CHECK(static_cast<int64_t>(inputs.size()) == s.inputs, "cvfast sequence: the inputs do not fit");
+  const size_t count = s.steps.size();
   const auto values = std::make_unique<Image[]>(inputs.size() + count);
   for (size_t i = 0; i < inputs.size(); ++i) {
-    STD_TORCH_CHECK(inputs[i].dim() == 4 && dtype_code(inputs[i]) == s->dtype_code && inputs[i].is_cpu() && inputs[i].numel() > 0,
+    STD_TORCH_CHECK(inputs[i].dim() == 4 && dtype_code(inputs[i]) == s.dtype_code && inputs[i].is_cpu() && inputs[i].numel() > 0,
                     "cvfast sequence: an input does not fit");
     values[i].view(inputs[i]);
   }
   for (size_t i = 0; i < count; ++i) {
-    const Step& step = s->steps[i];
+    const Step& step = s.steps[i];
     const Image& input = values[step.input];
     Image& output = values[inputs.size() + i];
     const bool last = i + 1 == count;
     switch (step.kind) {
       case StepKind::conv2d:
-        convolve(*s, step, input, step.residual < 0 ? nullptr : &values[step.residual], output, last);
+        convolve(s, step, input, step.residual < 0 ? nullptr : &values[step.residual], output, last);
         break;
-      case StepKind::max_pooling: pool(*s, step, input, output, last); break;
-      case StepKind::averaged_linear: average(*s, step, input, output); break;
+      case StepKind::max_pooling: pool(s, step, input, output, last); break;
+      case StepKind::averaged_linear: average(s, step, input, output); break;
     }
     for (int64_t value : {step.input, step.residual})
-      if (value >= 0 && s->last_use[value] == i) values[value].free();
+      if (value >= 0 && s.last_use[value] == i) values[value].free();
   }
   return *values[inputs.size() + count - 1].tensor;
 }

@@ -100,12 +100,13 @@ def _may_keep(norm: tuple[Tensor | None, ...], *layers: tuple[Tensor | None, ...
 
 
 class Halves:
-    """Halves in a row of which nobody else sees the results between."""
+    """Halves in a row of which nobody else sees the results between, and a layer norm behind them if there is one."""
 
     __name__ = __qualname__ = "halves"  # in the code that torch.fx writes
 
     def __init__(self, halves: list[AttentionHalf | MlpHalf]) -> None:
         self.halves = halves
+        self.norm: LayerNorm | None = None
         self._prepared: list[functional.Half] = []  # for which `calls` were prepared, by sizes of inputs
         self._state = None  # in which they were prepared
         self._calls: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
@@ -121,22 +122,32 @@ class Halves:
         return output
 
     def _prepare(self) -> None:
-        state = Snapshot.of(*[half.look for half in self.halves])  # before asking: nothing may change unseen in between
-        prepared = [None] if state is None else [half.prepare() for half in self.halves]
+        state = Snapshot.of(self._look)  # before asking: nothing may change unseen in between
+        prepared = [None] if state is None or not self._may_norm() else [half.prepare() for half in self.halves]
         self._calls = {}
         self._state, self._prepared = (None, []) if None in prepared else (state, prepared)
 
     def _one_by_one(self, input: Tensor) -> Tensor:
         for half in self.halves:
             input = half(input)
-        return input
+        return input if self.norm is None else self.norm(input)
+
+    def _look(self, snapshot: Snapshot) -> None:
+        for half in self.halves:
+            half.look(snapshot)
+        if self.norm is not None:
+            _look_at_norm(self.norm, snapshot)
+
+    def _may_norm(self) -> bool:
+        return self.norm is None or _may_keep((self.norm.weight, self.norm.bias))
 
     def _at_once(self, input: Tensor) -> Tensor | None:
         size = input.shape
         if size not in self._calls:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
-            self._calls[size] = functional.prepared_encoder(self._prepared, input)
+            norm = None if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps)
+            self._calls[size] = functional.prepared_encoder(self._prepared, norm, input)
         call = self._calls[size]
         try:
             return None if call is None else call(input)
@@ -162,6 +173,12 @@ def join_halves(graph: fx.Graph, root: Module) -> None:
             if links is not None and _are_neighbours(links):
                 end = _replace(graph, root, links, end)
                 break
+        else:
+            if end is not None and end.next is norm and norm.args[0] is end and set(end.users) == {norm}:
+                end.target.norm = module
+                norm.replace_all_uses_with(end)
+                graph.erase_node(norm)
+                end = None
 
 
 def _module(node: fx.Node, root: Module) -> Module | None:

@@ -44,13 +44,16 @@ class Half(NamedTuple):
     activation: str = "none"
 
 
-def prepared_encoder(halves: Sequence[Half], input: Tensor) -> Callable[[Tensor], Tensor | None] | None:
+def prepared_encoder(
+    halves: Sequence[Half], norm: tuple[Tensor, Tensor, float] | None, input: Tensor
+) -> Callable[[Tensor], Tensor | None] | None:
     """The halves one after the other for many inputs [N, L, E] of this one's size; None where they have to be called.
 
+    norm: weight, bias and epsilon of a layer norm behind them, or None.
     The call gives None, too, where that is so of it, and raises LookupError once it has to be prepared anew.
     """
     try:
-        call = _ext.PreparedEncoder(halves, input)
+        call = _ext.PreparedEncoder(halves, norm, input)
     except RuntimeError:
         return None
     return lambda input: call(input) if _backend.is_free() and _backend.is_certain("ext") else None
