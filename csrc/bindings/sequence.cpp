@@ -1,6 +1,9 @@
 // Convolutions and pooling in a row on the CPU, prepared once and run as one call. The schemas are in cvfast/ops/sequence.py.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
+#include "../cpu/cache_size.h"
 #include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "../cpu/poison.h"
@@ -26,6 +29,16 @@ struct Step {
   ConstTensor4 weight;
   const void *bias, *packed;
   bool weight_is_channels_last;
+  size_t in_bands;  // so many steps from this one on may be run together: 0, 2 or 3
+
+  bool is_pointwise() const {
+    return kind == StepKind::conv2d && weight_size[2] == 1 && weight_size[3] == 1 && how.stride[0] == 1 && how.stride[1] == 1 &&
+           how.padding[0] == 0 && how.padding[1] == 0 && how.groups == 1 && how.pooling == Pooling::none;
+  }
+  bool is_depthwise() const {
+    return kind == StepKind::conv2d && how.groups == weight_size[0] && weight_size[1] == 1 && weight_size[2] >= how.stride[0] &&
+           how.dilation[0] == 1 && how.pooling == Pooling::none && residual < 0;
+  }
 };
 
 // What `prepare` found out.
@@ -38,6 +51,20 @@ struct Sequence {
   std::vector<Step> steps;
   std::vector<size_t> last_use;  // of each value: the step after which it is not needed
   std::vector<Tensor> kept;      // that the steps point to
+
+  // Whether step i + 1 alone reads the result of step i, as its input.
+  bool is_link(size_t i) const {
+    const int64_t value = inputs + static_cast<int64_t>(i);
+    return steps[i + 1].input == value && steps[i + 1].residual != value && last_use[value] == i + 1;
+  }
+  size_t steps_in_bands(size_t i) const {
+    const size_t depthwise = i + (steps[i].is_pointwise() && steps[i].residual < 0), left = steps.size() - i;
+    const size_t count = depthwise - i + 2;
+    if (left < count || !steps[depthwise].is_depthwise() || !steps[depthwise + 1].is_pointwise()) return 0;
+    for (size_t k = i; k <= depthwise; ++k)
+      if (!is_link(k)) return 0;
+    return count;
+  }
 };
 
 // A value: an input or a result, in memory that was borrowed or is a tensor's.
@@ -121,12 +148,30 @@ Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases
     }
     s->steps.push_back(step);
   }
+  for (size_t i = 0; i < count; ++i) s->steps[i].in_bands = s->steps_in_bands(i);
   return opaque(std::move(s));
 }
 
+void check_residual(const Image* residual, const Image& output) {
+  if (residual)
+    for (int d = 0; d < 4; ++d)
+      STD_TORCH_CHECK(residual->size[d] == output.size[d] && (residual->strides[d] == output.strides[d] || output.size[d] == 1),
+                      "cvfast sequence: a residual must have the result's sizes and strides");
+}
+
+Conv2dShape shape_of(const Step& step, const Sizes4& input) {
+  return conv2d_shape(input, step.weight_size, step.how.stride, step.how.padding, step.how.dilation, step.how.groups);
+}
+
+void convolve(const Sequence& s, const Step& step, const Conv2dShape& shape, ConstTensor4 input, const void* residual,
+              Tensor4 output) {
+  kernels().conv2d_forward({shape, s.dtype, input, step.weight, step.bias, output,
+                            {step.how.activation, step.negative_slope, residual, step.how.pooling}, step.packed},
+                           thread_pool());
+}
+
 void convolve(const Sequence& s, const Step& step, const Image& input, const Image* residual, Image& output, bool last) {
-  Conv2dShape shape = conv2d_shape(input.size, step.weight_size, step.how.stride, step.how.padding, step.how.dilation,
-                                   step.how.groups);
+  Conv2dShape shape = shape_of(step, input.size);
   Sizes4 size = output_sizes(shape);
   if (step.how.pooling != Pooling::none) {
     size[2] /= 2, size[3] /= 2;
@@ -134,15 +179,79 @@ void convolve(const Sequence& s, const Step& step, const Image& input, const Ima
     shape.out_height = 2 * size[2], shape.out_width = 2 * size[3];
   }
   output.make(size, 4, input.channels_last || step.weight_is_channels_last, s, last);
-  if (residual)
-    for (int d = 0; d < 4; ++d)
-      STD_TORCH_CHECK(residual->size[d] == size[d] && (residual->strides[d] == output.strides[d] || size[d] == 1),
-                      "cvfast sequence: a residual must have the result's sizes and strides");
-  kernels().conv2d_forward({shape, s.dtype, input.to_read(), step.weight, step.bias, output.to_write(),
-                            {step.how.activation, step.negative_slope, residual ? residual->data : nullptr, step.how.pooling},
-                            step.packed},
-                           thread_pool());
+  check_residual(residual, output);
+  convolve(s, step, shape, input.to_read(), residual ? residual->data : nullptr, output.to_write());
 }
+
+// A depthwise convolution between two of 1x1 (or before one), whose images are many times as large as input and result: in bands
+// of lines, whose part of those images stays in the L2 cache. An element's bits are those of the whole image.
+struct Bands {
+  const Step *widen, &depthwise, &narrow;  // widen: nullptr where there is none
+  Conv2dShape shape;                       // of the depthwise convolution of a sample
+  int64_t line, out_line;                  // bytes of a line of its input and of its result
+  int64_t lines;                           // of its result, in a band
+
+  // step: the first of step->in_bands.
+  Bands(const Sequence& s, const Step* step, const Sizes4& input)
+      : widen(step->in_bands == 3 ? step : nullptr), depthwise(step[step->in_bands - 2]), narrow(step[step->in_bands - 1]),
+        shape(shape_of(depthwise, {1, widen ? widen->weight_size[0] : input[1], input[2], input[3]})),
+        line(shape.in_channels * shape.in_width * s.element_size),
+        out_line(shape.out_channels * shape.out_width * s.element_size) {
+    const int64_t held = l2_cache_bytes() / 2 - (widen ? shape.kernel_height * line : 0);
+    const int64_t most = held / ((widen ? shape.stride_h * line : 0) + out_line), all = shape.out_height;
+    const int64_t bands = most > 0 ? (all + most - 1) / most : all;
+    lines = (all + bands - 1) / bands;
+  }
+  bool pay() const { return lines < shape.out_height && lines >= 4 && thread_pool().threads == 1; }
+
+  void run(const Sequence& s, const Image& input, const Image* residual, Image& output, bool last) const {
+    const Sizes4 wide = {1, shape.in_channels, (lines - 1) * shape.stride_h + shape.kernel_height, shape.in_width};
+    if (widen) shape_of(*widen, input.size);  // checks
+    const Conv2dShape narrowed = shape_of(narrow, {input.size[0], shape.out_channels, shape.out_height, shape.out_width});
+    output.make(output_sizes(narrowed), 4, true, s, last);
+    check_residual(residual, output);
+    Image widened, filtered;
+    if (widen) widened.make(wide, 4, true, s, false);
+    filtered.make({1, shape.out_channels, lines, shape.out_width}, 4, true, s, false);
+    for (int64_t sample = 0; sample < input.size[0]; ++sample) {
+      const auto at = [&](const Image& image, int64_t y) {
+        return static_cast<char*>(image.data) + (sample * image.strides[0] + y * image.strides[2]) * s.element_size;
+      };
+      Range has = {0, 0};  // lines of the depthwise convolution's input that `widened` has
+      for (int64_t y = 0; y < shape.out_height; y += lines) {
+        const int64_t some = std::min(lines, shape.out_height - y), first = y * shape.stride_h - shape.padding_h;
+        const Range needs = {std::max<int64_t>(0, first),
+                             std::min(shape.in_height, first + (some - 1) * shape.stride_h + shape.kernel_height)};
+        ConstTensor4 from = input.to_read();
+        from.data = at(input, needs.begin);
+        if (widen) {
+          char* const data = static_cast<char*>(widened.data);
+          const int64_t kept = std::max<int64_t>(0, has.end - needs.begin), more = needs.end - needs.begin - kept;
+          if (kept > 0) std::memmove(data, data + (needs.begin - has.begin) * line, kept * line);
+          ConstTensor4 source = input.to_read();
+          source.data = at(input, needs.begin + kept);
+          Tensor4 to = widened.to_write();
+          to.data = data + kept * line;
+          if (more > 0) convolve(s, *widen, shape_of(*widen, {1, input.size[1], more, input.size[3]}), source, nullptr, to);
+          has = needs, from = widened.to_read();
+        }
+        Conv2dShape band = shape;
+        band.in_height = needs.end - needs.begin, band.out_height = some;
+        band.padding_h = needs.begin - first;
+        convolve(s, depthwise, band, from, nullptr, filtered.to_write());
+        Tensor4 to = output.to_write();
+        to.data = at(output, y);
+        convolve(s, narrow, shape_of(narrow, {1, shape.out_channels, some, shape.out_width}), filtered.to_read(),
+                 residual ? at(*residual, y) : nullptr, to);
+      }
+    }
+  }
+
+ private:
+  struct Range {
+    int64_t begin, end;
+  };
+};
 
 // In `how` the dilation is the window's length.
 void pool(const Sequence& s, const Step& step, const Image& input, Image& output, bool last) {
@@ -188,20 +297,32 @@ Tensor run(const Tensor& prepared, std::vector<Tensor> inputs) {
                     "cvfast sequence: an input does not fit");
     values[i].view(inputs[i]);
   }
+  const auto residual_of = [&](const Step& step) { return step.residual < 0 ? nullptr : &values[step.residual]; };
+  const auto free_after = [&](size_t i) {
+    for (int64_t value : {s.steps[i].input, s.steps[i].residual})
+      if (value >= 0 && s.last_use[value] == i) values[value].free();
+  };
   for (size_t i = 0; i < count; ++i) {
     const Step& step = s.steps[i];
     const Image& input = values[step.input];
+    if (step.in_bands > 0 && input.channels_last) {
+      const Bands bands(s, &step, input.size);
+      if (bands.pay()) {
+        const size_t end = i + step.in_bands;
+        bands.run(s, input, residual_of(bands.narrow), values[inputs.size() + end - 1], end == count);
+        for (; i + 1 < end; ++i) free_after(i);
+        free_after(i);
+        continue;
+      }
+    }
     Image& output = values[inputs.size() + i];
     const bool last = i + 1 == count;
     switch (step.kind) {
-      case StepKind::conv2d:
-        convolve(s, step, input, step.residual < 0 ? nullptr : &values[step.residual], output, last);
-        break;
+      case StepKind::conv2d: convolve(s, step, input, residual_of(step), output, last); break;
       case StepKind::max_pooling: pool(s, step, input, output, last); break;
       case StepKind::averaged_linear: average(s, step, input, output); break;
     }
-    for (int64_t value : {step.input, step.residual})
-      if (value >= 0 && s.last_use[value] == i) values[value].free();
+    free_after(i);
   }
   return *values[inputs.size() + count - 1].tensor;
 }

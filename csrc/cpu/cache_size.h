@@ -2,9 +2,13 @@
 #pragma once
 #include <cstdint>
 
+#ifndef CVFAST_EXPORT
+#define CVFAST_EXPORT __attribute__((visibility("default")))
+#endif
+
 namespace cvfast {
 
 // Bytes of one core's second-level cache; 512 KiB where the system doesn't tell.
-int64_t l2_cache_bytes();
+CVFAST_EXPORT int64_t l2_cache_bytes();
 
 }  // namespace cvfast
