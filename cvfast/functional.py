@@ -248,7 +248,7 @@ class Step(NamedTuple):
 
     Values are the row's inputs and then the results. residual: -1 where there is none. kind: "conv2d"; "max_pooling",
     without weight, whose options are stride, padding, the square window's length and 1; or "averaged_linear", a linear
-    layer of the average of an image's pixels. The latter two are for float32.
+    layer of the average of an image's pixels. The latter two are for float32. own_weight: nobody else has the weight.
     """
 
     input: int
@@ -260,6 +260,7 @@ class Step(NamedTuple):
     bias: Tensor | None
     options: tuple
     kind: str = "conv2d"
+    own_weight: bool = False
 
 
 def prepared_conv2d_sequence(

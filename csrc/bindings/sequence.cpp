@@ -28,6 +28,7 @@ struct Step {
   Sizes4 weight_size;  // of a linear layer [O, I, 1, 1]
   ConstTensor4 weight;
   const void *bias, *packed;
+  bool own_weight;  // nobody else can change it
   bool weight_is_channels_last;
   size_t in_bands;  // so many steps from this one on may be run together: 0, 2 or 3
 
@@ -106,7 +107,7 @@ struct Image {
 
 Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases, std::vector<MaybeTensor> packed, Ints steps,
                std::vector<double> negative_slopes, int64_t inputs) {
-  constexpr size_t numbers = 4;  // of a step
+  constexpr size_t numbers = 5;  // of a step
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0 && weights[0].has_value() && inputs > 0 && biases.size() == count && packed.size() == count &&
                       steps.size() == numbers * count && negative_slopes.size() == count,
@@ -117,6 +118,7 @@ Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases
   for (size_t i = 0; i < count; ++i) {
     const int64_t* given = &steps[numbers * i];
     Step step = {given[0], given[1], static_cast<StepKind>(given[2]), Conv2dHow::unpacked(given[3]), negative_slopes[i]};
+    step.own_weight = given[4] != 0;
     const int64_t known = inputs + static_cast<int64_t>(i);
     STD_TORCH_CHECK(step.input >= 0 && step.input < known && step.residual >= -1 && step.residual < known,
                     "cvfast sequence: a step reads what is not there yet");
@@ -166,7 +168,7 @@ Conv2dShape shape_of(const Step& step, const Sizes4& input) {
 void convolve(const Sequence& s, const Step& step, const Conv2dShape& shape, ConstTensor4 input, const void* residual,
               Tensor4 output) {
   kernels().conv2d_forward({shape, s.dtype, input, step.weight, step.bias, output,
-                            {step.how.activation, step.negative_slope, residual, step.how.pooling}, step.packed},
+                            {step.how.activation, step.negative_slope, residual, step.how.pooling}, step.packed, step.own_weight},
                            thread_pool());
 }
 

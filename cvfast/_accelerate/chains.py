@@ -465,7 +465,8 @@ class _Ready:
         weight, bias, activation, pooling = self.operands
         name, slope = activation or ("none", 0.0)
         options = self.conv.stride, self.conv.padding, self.conv.dilation, self.conv.groups
-        return functional.Step(input, residual, name, slope, pooling or "none", weight, bias, options)
+        own = self.norm is not None  # folded
+        return functional.Step(input, residual, name, slope, pooling or "none", weight, bias, options, own_weight=own)
 
     def look(self, snapshot: Snapshot) -> None:
         """Notes what `is_still_so` asks for."""

@@ -521,10 +521,8 @@ void correlate_few_pixels(const Correlation<S>& c, const CorrelationPlan& p, con
       if (weights.depth == 0) zero_matrix(Matrix<T>{result, width, 1}, pixels, width);
       for (int64_t start = 0; start < weights.depth; start += block_depth) {
         const int64_t block = weights.block(start);
-        Panels<T> weight_panels = weights.panels(start, place);
-        weight_panels.far = kept != nullptr;  // a few pixels' products take less time than memory
-        block_product(pixels, channels, block, Matrix<const T>{patches + start * pixels, block, 1}, weight_panels, result,
-                      width, start > 0);
+        block_product(pixels, channels, block, Matrix<const T>{patches + start * pixels, block, 1},
+                      weights.panels(start, place), result, width, start > 0);
       }
       finish_results(c, CorrelationPiece<S>{phase, group, 0, pixels, channel, channels}, channel, channels,
                      Matrix<T>{result, width, 1}, false, false);

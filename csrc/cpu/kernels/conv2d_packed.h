@@ -29,7 +29,8 @@ struct alignas(64) PackedHeader {
 
 inline int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-inline PackedHeader::Origin packed_origin(const Conv2dForward& p, PackedForm form) {
+// Without the elements where nobody compares them: they lie anywhere in memory.
+inline PackedHeader::Origin packed_origin(const Conv2dForward& p, PackedForm form, bool with_elements = true) {
   const Conv2dShape& s = p.shape;
   PackedHeader::Origin origin;
   __builtin_memset(&origin, 0, sizeof origin);  // compared as bytes
@@ -39,7 +40,7 @@ inline PackedHeader::Origin packed_origin(const Conv2dForward& p, PackedForm for
   int64_t count = 1;
   for (int d = 0; d < 4; ++d) origin.size[d] = size[d], origin.stride[d] = p.weight.stride[d], count *= size[d];
   const int64_t bytes = element_bytes(p.dtype);
-  for (int64_t i = 0; i < PackedHeader::samples && count > 0; ++i) {
+  for (int64_t i = 0; with_elements && i < PackedHeader::samples && count > 0; ++i) {
     int64_t index = (count - 1) * i / (PackedHeader::samples - 1), at = 0;
     for (int d = 3; d >= 0; index /= size[d], --d) at += index % size[d] * p.weight.stride[d];
     __builtin_memcpy(origin.elements + i * bytes, static_cast<const char*>(p.weight.data) + at * bytes, bytes);
@@ -55,8 +56,9 @@ inline Conv2dPacking packing(PackedForm form, int64_t bytes) {
 inline const PackedHeader* kept_weights(const Conv2dForward& p, PackedForm form) {
   const auto* kept = static_cast<const PackedHeader*>(p.packed);
   if (!kept || kept->origin.form != form) return nullptr;
-  const PackedHeader::Origin own = packed_origin(p, form);
-  return __builtin_memcmp(&own, &kept->origin, sizeof own) == 0 ? kept : nullptr;
+  const PackedHeader::Origin own = packed_origin(p, form, !p.same_weights);
+  const int64_t compared = p.same_weights ? __builtin_offsetof(PackedHeader::Origin, elements) : sizeof own;
+  return __builtin_memcmp(&own, &kept->origin, compared) == 0 ? kept : nullptr;
 }
 inline const PackedHeader* kept_weights(const Conv2dInputGrad&, PackedForm) { return nullptr; }
 

@@ -44,6 +44,7 @@ struct Conv2dForward {
   Tensor4 output;
   Epilogue epilogue = {};
   const void* packed = nullptr;  // what the kernels packed of these weights, or of others: then it is ignored
+  bool same_weights = false;     // the caller knows that it was of these, whose elements need not be compared
 };
 
 // The form in which a forward convolution reads its weights if somebody keeps them: a number that is the same for all calls

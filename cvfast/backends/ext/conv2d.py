@@ -168,7 +168,7 @@ class PreparedSequence:
                 raise RuntimeError("what the kernels do not know, or several dtypes")
             packed.append(_packed_for(step, values[step.input], how))
             values.append(_result_of(step, values[step.input]))
-            numbers += [step.input, step.residual, STEP_KINDS.index(step.kind), how]
+            numbers += [step.input, step.residual, STEP_KINDS.index(step.kind), how, int(step.own_weight)]
         weights, biases = [step.weight for step in steps], [step.bias for step in steps]
         slopes = [step.negative_slope for step in steps]
         # Whoever frees what is kept beside weights frees it here, too.
@@ -189,12 +189,22 @@ class PreparedSequence:
 
 
 def _packed_for(step: tuple, input: Tensor, how: int) -> Tensor | None:
-    if step.kind == "conv2d":
-        return packed_weight(input, step.weight, how)
+    """The weight as the kernels read it, where that pays, for a call that is made again and again."""
+    if step.weight is None:
+        return None
+    # Nobody packs at the first call that is known; there was one, perhaps by torch's operator.
     if step.kind == "averaged_linear":
-        packed_for_rows(input.shape[0], step.weight, how)  # the first call that is known packs nothing; torch had one
+        packed_for_rows(input.shape[0], step.weight, how)
         return packed_for_rows(input.shape[0], step.weight, how)
-    return None
+    small = step.weight.numel() <= _MOST_TO_PACK_BANDS and step.weight[0, 0].numel() == 1
+    if not small or result_format(input, step.weight) is not torch.channels_last:  # else more pixels take another form
+        return packed_weight(input, step.weight, how)
+    lines = input[:1, :, : max(1, _BAND // input.shape[3])]  # for a part of the image, as bands are
+    _packed_weight(lines, step.weight, how)
+    return _packed_weight(lines, step.weight, how)
+
+
+_MOST_TO_PACK_BANDS, _BAND = 1 << 14, 2048  # weights of a 1x1 kernel; pixels
 
 
 def _result_of(step: tuple, input: Tensor) -> Tensor:
@@ -227,8 +237,10 @@ LEAST_TO_PACK = 4096  # weights: fewer are packed as fast as the kept ones are l
 
 def packed_weight(input: Tensor, weight: Tensor, how: int) -> Tensor | None:
     """The weight in the form in which the kernels read it, where that is kept."""
-    if weight.numel() < LEAST_TO_PACK:
-        return None
+    return None if weight.numel() < LEAST_TO_PACK else _packed_weight(input, weight, how)
+
+
+def _packed_weight(input: Tensor, weight: Tensor, how: int) -> Tensor | None:
     return packed(
         (input.shape, input.stride(), how),
         lambda: packed_form_kernel(input, weight, how),
