@@ -1,0 +1,181 @@
+"""accelerate: pooling and a classifier's end among chains in a row, and wide images in bands of lines."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import cvfast
+from cvfast.backends.ext import conv2d
+from cvfast.testing.accuracy import relative_error
+
+NEAR = 2e-6
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many steps each of the kernels' calls took."""
+    numbers, steps, prepare, run = [], {}, conv2d.PREPARE_SEQUENCE, conv2d.SEQUENCE
+
+    def prepared(weights, *others):
+        result = prepare(weights, *others)
+        steps[result.data_ptr()] = len(weights)
+        return result
+
+    monkeypatch.setattr(conv2d, "PREPARE_SEQUENCE", prepared)
+    monkeypatch.setattr(conv2d, "SEQUENCE", lambda made, x: (numbers.append(steps[made.data_ptr()]), run(made, x))[1])
+    return numbers
+
+
+def unit(inputs: int, outputs: int, size: int = 1, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
+    layers = [nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
+    return nn.Sequential(*layers, *([nn.ReLU6()] if act else []))
+
+
+class Classifier(nn.Module):
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.first, self.pool, self.second = unit(3, 20, 3), pool, unit(20, 30, 3)
+        self.average, self.dropout, self.linear = nn.AdaptiveAvgPool2d(1), nn.Dropout(0.5), nn.Linear(30, 11)
+
+    def forward(self, x):
+        x = self.average(self.second(self.pool(self.first(x))))
+        return self.linear(self.dropout(torch.flatten(x, 1)))
+
+
+def exact(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return cvfast.restore(copy.deepcopy(model)).double()(x.double())
+
+
+POOLS = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1), nn.MaxPool2d(4, 3, 2), nn.MaxPool2d(1)]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("pool", POOLS, ids=repr)
+@torch.no_grad()
+def test_a_classifier_is_one_call(pool, memory_format, calls):
+    torch.manual_seed(0)
+    model = Classifier(copy.deepcopy(pool)).eval()
+    cvfast.accelerate(model, fuse=True)
+    for size in ((2, 3, 17, 14), (1, 3, 9, 40), (20, 3, 8, 8)):
+        x = torch.randn(size).to(memory_format=memory_format)
+        expected = exact(model, x)
+        for _ in range(3):  # the first call finds out
+            calls.clear()
+            result = model(x)
+            assert relative_error(result, expected) < NEAR
+        assert calls == [4] and result.is_contiguous()
+        assert size[0] == 20 or torch.equal(model(x[:1]), result[:1])  # nobody gets another's bits
+    torch.set_num_threads(2)
+    assert torch.equal(model(x), result)
+    torch.set_num_threads(1)
+    x[0, 1, 3, 3] = torch.nan
+    assert torch.equal(model(x).isnan(), exact(model, x).isnan())
+
+
+def weight_written(model):
+    model.linear.weight.mul_(2)
+
+
+def weight_replaced(model):
+    model.linear.weight = nn.Parameter(torch.randn(11, 30))
+
+
+def bias_dropped(model):
+    model.linear.bias = None
+
+
+def other_window(model):
+    model.pool.kernel_size, model.pool.padding = 2, 0
+
+
+def other_average(model):
+    model.average.output_size = (None, 1) if model.pool.padding == 7 else (1, 1)
+
+
+@pytest.mark.parametrize("change", [weight_written, weight_replaced, bias_dropped, other_window, other_average])
+@torch.no_grad()
+def test_changes_are_seen(change, calls):
+    torch.manual_seed(0)
+    model, x = Classifier(nn.MaxPool2d(3, 2, 1)).eval(), torch.randn(2, 3, 17, 14)
+    cvfast.accelerate(model, fuse=True)
+    for _ in range(3):
+        model(x)
+    change(model)
+    expected = exact(model, x)
+    for _ in range(3):
+        assert relative_error(model(x), expected) < NEAR
+
+
+@pytest.mark.parametrize("name", ["pool", "average", "dropout", "linear"])
+@torch.no_grad()
+def test_who_watches_a_layer_sees_it(name, calls):
+    torch.manual_seed(0)
+    model, x, seen = Classifier(nn.MaxPool2d(3, 2, 1)).eval(), torch.randn(2, 3, 17, 14), []
+    cvfast.accelerate(model, fuse=True)
+    for _ in range(3):
+        expected = model(x)
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    calls.clear()
+    torch.testing.assert_close(model(x), expected)
+    assert seen == [1] and not calls
+    handle.remove()
+    model(x), model(x), calls.clear(), model(x)
+    assert calls == [4]
+
+
+def test_training_and_gradients_have_the_layers(calls):
+    torch.manual_seed(0)
+    model, x = Classifier(nn.MaxPool2d(3, 2, 1)).eval(), torch.randn(2, 3, 17, 14)
+    cvfast.accelerate(model, fuse=True)
+    with torch.no_grad():
+        for _ in range(3):
+            result = model(x)
+        model.dropout.train()
+        assert not torch.equal(model(x), result) and not torch.equal(model(x), model(x))
+        model.dropout.eval()
+        torch.testing.assert_close(model(x), result)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype is torch.bfloat16
+        model.bfloat16()
+        assert all(model(x.bfloat16()).dtype is torch.bfloat16 for _ in range(3))
+        model.float()
+    calls.clear()
+    model(x).sum().backward()
+    assert not calls and all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Inverted(nn.Module):
+    """MobileNet-V2's block."""
+
+    def __init__(self, channels: int, wide: int, size: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            unit(channels, wide), unit(wide, wide, size, stride, wide), unit(wide, channels, act=False)
+        )
+        self.residual = stride == 1
+
+    def forward(self, x):
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+@pytest.mark.parametrize("lines", [120, 97, 8])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+@torch.no_grad()
+def test_bands_have_the_same_bits(lines, size, stride, calls):
+    torch.manual_seed(0)
+    blocks = (unit(3, 32), unit(32, 32, size, 1, 32), unit(32, 24), Inverted(24, 144, size, stride), unit(24, 16))
+    model = nn.Sequential(*blocks).eval()
+    x = torch.randn(2, 3, lines, 120).to(memory_format=torch.channels_last)
+    expected = exact(model, x)
+    cvfast.accelerate(model, fuse=True)
+    one_by_one = model(x)
+    model(x), calls.clear()
+    result = model(x)
+    assert calls == [7] and relative_error(result, expected) < NEAR
+    assert torch.equal(result, one_by_one) and torch.equal(model(x[1:]), result[1:])
