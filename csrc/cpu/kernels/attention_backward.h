@@ -67,37 +67,62 @@ void panel_dot(const T* left, const T* right, int64_t width, int64_t size, T* to
   }
 }
 
+// A block of queries and their output's gradient, as rows.
+template <class T>
+struct QueryRows {
+  Matrix<const T> query, grad;
+};
+
+// Whether some query of a block saw no key.
+template <class T>
+bool some_saw_none(const T* log_sum, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (log_sum[i] == -infinity<T>) return true;
+  return false;
+}
+
 // Reads a block of queries with everything that belongs to it.
 template <class T>
-void read_queries(const AttentionBackward& args, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries block) {
+QueryRows<T> read_queries(const AttentionBackward& args, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries block) {
   const AttentionProblem& p = args.problem;
   const AttentionShape& shape = p.shape;
-  read_rows(p.query, p.dtype, b, h, block.first, block.count, shape.size, a.query, a.key_stride);
-  read_rows(args.grad_output, p.dtype, b, h, block.first, block.count, shape.value_size, a.grad, a.value_stride);
+  const int64_t place = (b * shape.heads + h) * shape.queries + block.first;
+  const T* const log_sums = static_cast<const T*>(args.log_sum) + place;
+  const bool copied = some_saw_none(log_sums, block.count);  // and then changed
+  auto read = [&](const ConstTensor4& from, int64_t size, T* copy, int64_t stride) {
+    const Matrix<const T> rows = copied ? Matrix<const T>{} : rows_in_place<T>(from, p.dtype, b, h, block.first, size);
+    if (rows.data) return rows;
+    read_rows(from, p.dtype, b, h, block.first, block.count, size, copy, stride);
+    return Matrix<const T>{copy, stride, 1};
+  };
+  const QueryRows<T> rows = {read(p.query, shape.size, a.query, a.key_stride),
+                             read(args.grad_output, shape.value_size, a.grad, a.value_stride)};
   for_panels<T>(block, [&](Queries panel) {
     const int64_t offset = panel.first - block.first;
-    pack_panel(a.query + offset * a.key_stride, a.key_stride, panel, shape.size, static_cast<T>(p.scale * log2_e),
-               a.query_panels + offset * shape.size);
+    pack_panel(rows.query.data + offset * rows.query.row_stride, rows.query.row_stride, panel, shape.size,
+               static_cast<T>(p.scale * log2_e), a.query_panels + offset * shape.size);
     T* const grad_panel = a.grad_panels + offset * shape.value_size;
-    pack_panel(a.grad + offset * a.value_stride, a.value_stride, panel, shape.value_size, T{1}, grad_panel);
-    read_rows(args.output, p.dtype, b, h, panel.first, panel.count, shape.value_size, a.product, a.value_stride);
-    pack_panel(a.product, a.value_stride, panel, shape.value_size, T{1}, a.output_panel);
+    pack_panel(rows.grad.data + offset * rows.grad.row_stride, rows.grad.row_stride, panel, shape.value_size, T{1}, grad_panel);
+    Matrix<const T> output = rows_in_place<T>(args.output, p.dtype, b, h, panel.first, shape.value_size);
+    if (!output.data) {
+      read_rows(args.output, p.dtype, b, h, panel.first, panel.count, shape.value_size, a.product, a.value_stride);
+      output = {a.product, a.value_stride, 1};
+    }
+    pack_panel(output.data, output.row_stride, panel, shape.value_size, T{1}, a.output_panel);
     panel_dot(grad_panel, a.output_panel, panel_width<T>(panel), shape.value_size, a.delta + offset);
   });
-  const int64_t place = (b * shape.heads + h) * shape.queries + block.first;
   for (int64_t i = 0; i < a.queries; ++i) a.log_sum[i] = infinity<T>;
   for (int64_t i = 0; i < block.count; ++i) {
-    const T log_sum = static_cast<const T*>(args.log_sum)[place + i];
-    T* const grad_row = a.grad + i * a.value_stride;
-    if (log_sum == -infinity<T>) {  // saw no key: whatever the rows hold, it takes no part
+    if (log_sums[i] == -infinity<T>) {  // saw no key: whatever the rows hold, it takes no part
       for (int64_t d = 0; d < shape.size; ++d) a.query[i * a.key_stride + d] = T{};
-      for (int64_t d = 0; d < shape.value_size; ++d) grad_row[d] = T{};
+      for (int64_t d = 0; d < shape.value_size; ++d) a.grad[i * a.value_stride + d] = T{};
       a.delta[i] = T{};
       continue;
     }
-    a.log_sum[i] = static_cast<T>(log_sum * log2_e);
+    a.log_sum[i] = static_cast<T>(log_sums[i] * log2_e);
     if (args.grad_log_sum) a.delta[i] -= static_cast<const T*>(args.grad_log_sum)[place + i];
   }
+  return rows;
 }
 
 // weights: scores -> w f; score_grads: g . value -> grad_score; for one panel, positions [s.first, s.last).
@@ -135,7 +160,7 @@ void zero_columns(T* to, int64_t stride, const Seen& s, int64_t keys, int64_t wi
 // The weights and score_grads of a panel of `Vectors` vectors with one block of keys; 0 where the panel sees nothing.
 template <int Vectors, class T>
 void differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a,
-                         const KeysAndValues<T>& block, const Seen& s, Queries queries, Queries panel) {
+                         const KeysAndValues<T>& block, const Seen& s, Queries queries, Queries panel, Ahead& ahead) {
   const KeyBlock& keys = block.keys;
   const AttentionShape& shape = p.shape;
   const int64_t offset = panel.first - queries.first;
@@ -143,9 +168,10 @@ void differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const 
   zero_columns(weights, a.queries, s, keys.count, Vectors * lanes<T>);
   zero_columns(grads, a.queries, s, keys.count, Vectors * lanes<T>);
   if (s.first == s.last) return;
-  panel_scores<Vectors>(block.key, a.query_panels + offset * shape.size, panel.count, shape.size, s, weights, a.queries);
+  panel_scores<Vectors>(block.key, a.query_panels + offset * shape.size, panel.count, shape.size, s, weights, a.queries,
+                        static_cast<T*>(nullptr), ahead);
   panel_products<Vectors>(block.value, a.grad_panels + offset * shape.value_size, Vectors * lanes<T>, shape.value_size,
-                          s.last_of, s.first, StoreSums<T>{grads, a.queries, false});
+                          s.last_of, s.first, StoreSums<T>{grads, a.queries, false}, ahead);
   finish_scores(p, b, h, keys, s, panel, weights, a.queries);
   if (p.dropout.probability > 0) {
     const PanelDropout<T> dropout(p.dropout, b * shape.heads + h, panel.first);
@@ -157,25 +183,25 @@ void differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const 
 
 template <class T>
 Seen differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a,
-                         const KeysAndValues<T>& block, Queries queries, Queries panel) {
+                         const KeysAndValues<T>& block, Queries queries, Queries panel, Ahead& ahead) {
   const Seen s = seen<T>(p.visible, block.keys, panel);
-  with_vectors<T>(panel.count, [&](auto n) { differentiate_panel<n.value>(p, b, h, a, block, s, queries, panel); });
+  with_vectors<T>(panel.count, [&](auto n) { differentiate_panel<n.value>(p, b, h, a, block, s, queries, panel, ahead); });
   return s;
 }
 
-// sums[key] += the block's product [key][size] of `factors` [key][query] with `rows` [query][size].
+// sums[key] += the block's product [key][size] of `factors` [key][query] with `rows` [query][size]; stride: the sums'.
 template <class T>
-void add_to_keys(const KeyBlock& keys, const T* factors, const BackwardArrays<T>& a, int64_t queries, const T* rows,
-                 int64_t stride, int64_t size, T* sums) {
-  const TileOperands<T> operands = {{factors, a.queries, 1}, rows, stride, queries};
+void add_to_keys(const KeyBlock& keys, const T* factors, const BackwardArrays<T>& a, int64_t queries, Matrix<const T> rows,
+                 int64_t stride, int64_t size, T* sums, Ahead& ahead) {
+  const TileOperands<T> operands = {{factors, a.queries, 1}, rows.data, rows.row_stride, queries};
   if (keys.contiguous())
-    return tile_product<T>(keys.count, size, operands, StoreSums<T>{sums + keys.index[0] * stride, stride, true});
-  tile_product<T>(keys.count, size, operands, StoreSums<T>{a.product, stride, false});
+    return tile_product<T>(keys.count, size, operands, StoreSums<T>{sums + keys.index[0] * stride, stride, true}, ahead);
+  tile_product<T>(keys.count, size, operands, StoreSums<T>{a.product, stride, false}, ahead);
   for (int64_t k = 0; k < keys.count; ++k)
     for (int64_t d = 0; d < size; ++d) sums[keys.index[k] * stride + d] += a.product[k * stride + d];
 }
 
-// Reads the keys and values that `queries` see, a block at a time, and calls body(block) for each.
+// Reads the keys and values that `queries` see, a block at a time, and calls body(block, the key that follows) for each.
 template <class T, class Body>
 void for_key_blocks(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries queries,
                     Body&& body) {
@@ -187,7 +213,7 @@ void for_key_blocks(const AttentionProblem& p, int64_t b, int64_t h, const Backw
                               {a.nonfinite, 0}, walk.finished()};
     if (hides_some(p, keys, queries))
       block.nonfinite.count = find_nonfinite(block.key, keys.count, p.shape.size, a.nonfinite);
-    body(block);
+    body(block, walk.following());
   }
 }
 
@@ -195,9 +221,33 @@ void for_key_blocks(const AttentionProblem& p, int64_t b, int64_t h, const Backw
 template <class T>
 void store_scaled(T* sums, int64_t stride, double factor, const AttentionProblem& p, const Tensor4& to, int64_t b, int64_t h,
                   Queries rows, int64_t size) {
+  const Matrix<T> in_place = to.stride[3] == 1 && is_of<T>(p.dtype) ? head_of<T>(to, b, h) : Matrix<T>{sums, stride, 1};
+  const int64_t first = in_place.data == sums ? 0 : rows.first;
   for (int64_t i = 0; i < rows.count; ++i)
-    for (int64_t d = 0; d < size; ++d) sums[i * stride + d] *= static_cast<T>(factor);
-  write_rows(sums, stride, to, p.dtype, b, h, rows.first, rows.count, size);
+    for (int64_t d = 0; d < size; ++d)
+      in_place.data[(first + i) * in_place.row_stride + d] = sums[i * stride + d] * static_cast<T>(factor);
+  if (in_place.data == sums) write_rows(sums, stride, to, p.dtype, b, h, rows.first, rows.count, size);
+}
+
+// The queries' gradient; what follows a block of keys and a block of queries in memory; and, where no more queries follow,
+// the gradients of these keys and values.
+inline Ahead rows_ahead(const AttentionBackward& args, int64_t b, int64_t h, int64_t key_head, const KeyBlock& keys,
+                        int64_t next_key, Queries block) {
+  const AttentionProblem& p = args.problem;
+  const AttentionShape& shape = p.shape;
+  Ahead ahead;
+  if (!fetches_ahead(shape)) return ahead;
+  const int64_t next = block.first + block.count, group = shape.heads / shape.key_heads;
+  add_rows(ahead, p.key, p.dtype, b, key_head, next_key, keys.count, shape.keys, shape.size);
+  add_rows(ahead, p.value, p.dtype, b, key_head, next_key, keys.count, shape.keys, shape.value_size);
+  add_rows(ahead, args.grad_query, p.dtype, b, h, block.first, block.count, shape.queries, shape.size);
+  add_rows(ahead, p.query, p.dtype, b, h, next, block.count, shape.queries, shape.size);
+  add_rows(ahead, args.grad_output, p.dtype, b, h, next, block.count, shape.queries, shape.value_size);
+  add_rows(ahead, args.output, p.dtype, b, h, next, block.count, shape.queries, shape.value_size);
+  if (next < shape.queries || (h + 1) % group != 0) return ahead;
+  add_rows(ahead, args.grad_key, p.dtype, b, key_head, keys.index[0], keys.count, shape.keys, shape.size);
+  add_rows(ahead, args.grad_value, p.dtype, b, key_head, keys.index[0], keys.count, shape.keys, shape.value_size);
+  return ahead;
 }
 
 // One block of queries: its grad_query, and its share of the sums for keys and values.
@@ -206,18 +256,20 @@ void backward_block(const AttentionBackward& args, int64_t b, int64_t h, const B
                     Queries block) {
   const AttentionProblem& p = args.problem;
   const AttentionShape& shape = p.shape;
-  read_queries(args, b, h, a, block);
+  const int64_t key_head = h / (shape.heads / shape.key_heads);
+  const QueryRows<T> rows = read_queries(args, b, h, a, block);
   zero_matrix(Matrix<T>{a.query_sums, a.key_stride, 1}, block.count, a.key_stride);
-  for_key_blocks(p, b, h, a, block, [&](const KeysAndValues<T>& keys) {
+  for_key_blocks(p, b, h, a, block, [&](const KeysAndValues<T>& keys, int64_t next_key) {
+    Ahead ahead = rows_ahead(args, b, h, key_head, keys.keys, next_key, block);
     for_panels<T>(block, [&](Queries panel) {
-      const Seen s = differentiate_panel(p, b, h, a, keys, block, panel);
+      const Seen s = differentiate_panel(p, b, h, a, keys, block, panel, ahead);
       const int64_t offset = panel.first - block.first;
       if (s.first < s.last)
         add_seen_rows(p.visible, keys.keys, s, panel, a.score_grads + offset, a.queries, keys.key, keys.nonfinite, shape.size,
-                      StoreSums<T>{a.query_sums + offset * a.key_stride, a.key_stride, true});
+                      StoreSums<T>{a.query_sums + offset * a.key_stride, a.key_stride, true}, ahead);
     });
-    add_to_keys(keys.keys, a.weights, a, block.count, a.grad, a.value_stride, shape.value_size, a.value_sums);
-    add_to_keys(keys.keys, a.score_grads, a, block.count, a.query, a.key_stride, shape.size, a.key_sums);
+    add_to_keys(keys.keys, a.weights, a, block.count, rows.grad, a.value_stride, shape.value_size, a.value_sums, ahead);
+    add_to_keys(keys.keys, a.score_grads, a, block.count, rows.query, a.key_stride, shape.size, a.key_sums, ahead);
   });
   store_scaled(a.query_sums, a.key_stride, p.scale, p, args.grad_query, b, h, block, shape.size);
 }
@@ -253,9 +305,10 @@ void add_to_bias(const AttentionBackward& args, int64_t b, int64_t h, const Back
   const int64_t place = ((size[0] > 1 ? b : 0) * size[1] + (size[1] > 1 ? h : 0)) * size[2] * size[3];
   T* const grad = static_cast<T*>(args.grad_bias) + place;
   read_queries(args, b, h, a, block);
-  for_key_blocks(args.problem, b, h, a, block, [&](const KeysAndValues<T>& keys_and_values) {
+  for_key_blocks(args.problem, b, h, a, block, [&](const KeysAndValues<T>& keys_and_values, int64_t) {
     const KeyBlock& keys = keys_and_values.keys;
-    for_panels<T>(block, [&](Queries panel) { differentiate_panel(args.problem, b, h, a, keys_and_values, block, panel); });
+    Ahead ahead;
+    for_panels<T>(block, [&](Queries panel) { differentiate_panel(args.problem, b, h, a, keys_and_values, block, panel, ahead); });
     for (int64_t i = 0; i < block.count; ++i)
       for (int64_t k = 0; k < keys.count; ++k)
         grad[(block.first + i) * query_step + keys.index[k] * key_step] += a.score_grads[k * a.queries + i];

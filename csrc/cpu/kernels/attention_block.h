@@ -96,42 +96,29 @@ void write_rows(const T* from, int64_t from_stride, const Tensor4& to, DType dty
   });
 }
 
-// Rows that will be needed after the present work, asked for a few cache lines at a time: all at once would stop the
-// processor until memory has answered.
-class Ahead {
- public:
-  // Rows [first, first + count) of a head: also those behind its last one, `rows` in all, if the next head lies there.
-  void add(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows,
-           int64_t size, bool to_write = false) {
-    const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-    const bool dense = from.stride[3] == 1 && from.stride[2] == size && from.stride[1] == rows * size;
-    if (!dense) return;
-    const char* const head = static_cast<const char*>(from.data) + (b * from.stride[0] + h * from.stride[1]) * bytes;
-    range_[ranges_++] = {head + first * size * bytes, head + (first + count) * size * bytes, 0, to_write};
-  }
-  // Shares the lines evenly among `steps` calls of step(), as far as memory can answer.
-  void start(int64_t steps) {
-    for (int i = 0; i < ranges_; ++i) {
-      const int64_t lines = ceil_div(range_[i].end - range_[i].at, line);
-      range_[i].per_step = min<int64_t>(most_per_step, ceil_div(lines, max<int64_t>(1, steps)));
-    }
-  }
-  void step() {
-    for (int i = 0; i < ranges_; ++i)
-      for (int64_t n = 0; n < range_[i].per_step && range_[i].at < range_[i].end; ++n, range_[i].at += line)
-        range_[i].to_write ? __builtin_prefetch(range_[i].at, 1, 2) : __builtin_prefetch(range_[i].at, 0, 2);
-  }
+// Operands and results from this size on are fetched ahead: the caches do not hold smaller ones for long, either, but the
+// processor reads ahead in them by itself.
+constexpr int64_t bytes_to_fetch_ahead = int64_t{2} << 20;
 
- private:
-  static constexpr int64_t line = 64, most_per_step = 32;
-  struct Range {
-    const char *at, *end;
-    int64_t per_step;
-    bool to_write;
-  };
-  Range range_[4];
-  int ranges_ = 0;
-};
+inline bool fetches_ahead(const AttentionShape& shape) {
+  const int64_t rows = shape.batch * (shape.heads * shape.queries + shape.key_heads * shape.keys);
+  return rows * (shape.size + shape.value_size) * static_cast<int64_t>(sizeof(float)) >= bytes_to_fetch_ahead;
+}
+
+// Adds rows [first, first + count) of a head, if it lies densely: also those behind its last one, `rows` in all, if the next
+// head lies there.
+inline void add_rows(Ahead& ahead, const ConstTensor4& from, DType dtype, int64_t b, int64_t h, int64_t first, int64_t count,
+                     int64_t rows, int64_t size) {
+  const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  const bool dense = from.stride[3] == 1 && from.stride[2] == size && from.stride[1] == rows * size;
+  const int64_t offset = b * from.stride[0] + h * from.stride[1] + first * size;
+  if (dense) ahead.add(static_cast<const char*>(from.data) + offset * bytes, count * size * bytes);
+}
+inline void add_rows(Ahead& ahead, const Tensor4& to, DType dtype, int64_t b, int64_t h, int64_t first, int64_t count,
+                     int64_t rows, int64_t size) {
+  const ConstTensor4 from = {to.data, {to.stride[0], to.stride[1], to.stride[2], to.stride[3]}};
+  add_rows(ahead, from, dtype, b, h, first, count, rows, size);
+}
 
 // ---- queries ----
 
@@ -250,22 +237,30 @@ class KeyWalk {
   Matrix<const unsigned char> mask_ = {nullptr, 0, 0};
 };
 
-// The rows of a block of keys, `size` columns each: where they are if they lie there densely, in whole vectors of T; else
-// copied to `copy`, rows `copy_stride` apart.
+// Whether memory holds elements of T itself.
+template <class T>
+bool is_of(DType dtype) { return dtype == (sizeof(T) == sizeof(double) ? DType::f64 : DType::f32); }
+
+// The rows of a head from `first` on where they are, if they lie there densely, in whole vectors of T; else data is nullptr.
+template <class T>
+Matrix<const T> rows_in_place(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, int64_t first, int64_t size) {
+  const bool dense = from.stride[3] == 1 && from.stride[2] == size && size % lanes<T> == 0;
+  if (!dense || !is_of<T>(dtype)) return {};
+  return {head_of<T>(from, b, h).data + first * size, size, 1};
+}
+
+// The rows of a block of keys, `size` columns each: where they are, else copied to `copy`, rows `copy_stride` apart.
 template <class T>
 Matrix<const T> read_keys(const ConstTensor4& from, DType dtype, int64_t b, int64_t h, const KeyBlock& keys, int64_t size,
                           T* copy, int64_t copy_stride) {
-  const bool of_t = dtype == DType::f32 || dtype == DType::f64;
-  const bool dense = from.stride[3] == 1 && from.stride[2] == size && size % lanes<T> == 0;
-  if (of_t && dense && keys.contiguous()) {
-    const Matrix<const T> head = head_of<T>(from, b, h);
-    return {head.data + keys.index[0] * size, size, 1};
-  }
-  if (keys.contiguous())
+  if (keys.contiguous()) {
+    const Matrix<const T> rows = rows_in_place<T>(from, dtype, b, h, keys.index[0], size);
+    if (rows.data) return rows;
     read_rows(from, dtype, b, h, keys.index[0], keys.count, size, copy, copy_stride);
-  else
+  } else {
     for (int64_t k = 0; k < keys.count; ++k)
       read_rows(from, dtype, b, h, keys.index[k], 1, size, copy + k * copy_stride, copy_stride);
+  }
   return {copy, copy_stride, 1};
 }
 
@@ -312,28 +307,45 @@ void pack_panel(const T* rows, int64_t row_stride, Queries panel, int64_t size, 
 
 // `store` [k, i] = rows[k] . panel[:, i] over the keys that a panel of `Vectors` vectors sees, from `first` on. Vectors whose
 // queries see nothing more are left out, one by one; what stands there is hidden later.
-template <int Vectors, class T, class Store, class AfterTile = Nothing>
+template <int Vectors, class T, class Store>
 void panel_products(Matrix<const T> rows, const T* panel, int64_t width, int64_t size, const int64_t* last_of, int64_t first,
-                    const Store& store, AfterTile&& after_tile = {}) {
+                    const Store& store, Ahead& ahead) {
   const TileOperands<T> operands = {{rows.data, rows.row_stride, 1}, panel, width, size};
-  tile_column<T, Vectors>(*last_of - first, operands.at(first, 0), store.at(first, 0), after_tile);
+  tile_column<T, Vectors>(*last_of - first, operands.at(first, 0), store.at(first, 0), ahead);
   if constexpr (Vectors > 1)
-    panel_products<Vectors - 1>(rows, panel + lanes<T>, width, size, last_of + 1, *last_of, store.at(0, lanes<T>),
-                                after_tile);
+    panel_products<Vectors - 1>(rows, panel + lanes<T>, width, size, last_of + 1, *last_of, store.at(0, lanes<T>), ahead);
 }
 
-// The scores to[k, i] of a panel of `queries`.
-template <int Vectors, class T, class AfterTile = Nothing>
+// Brings the maximum of columns up to date with scores [k, i] for k in [first, last).
+template <int Vectors, class T>
+void add_maximum(const T* scores, int64_t stride, int64_t first, int64_t last, T* maximum) {
+  using V = Vector<T>;
+  V top[Vectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < Vectors; ++j) top[j] = load_as<V>(maximum + j * lanes<T>);
+  for (int64_t k = first; k < last; ++k)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) {
+      const V score = load_as<V>(scores + k * stride + j * lanes<T>);
+      top[j] = score > top[j] ? score : top[j];  // leaves a NaN to the exponential
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < Vectors; ++j) store_as(maximum + j * lanes<T>, top[j]);
+}
+
+// The scores to[k, i] of a panel of `queries`, and their maximum where it isn't nullptr.
+template <int Vectors, class T>
 void panel_scores(Matrix<const T> keys, const T* panel, int64_t queries, int64_t size, const Seen& s, T* to,
-                  int64_t to_stride, AfterTile&& after_tile = {}) {
+                  int64_t to_stride, T* maximum, Ahead& ahead) {
   constexpr int64_t full = (Vectors - 1) * lanes<T>, width = Vectors * lanes<T>;
-  const StoreScores<T> store = {to, to_stride};
+  const StoreScores<T> store = {to, to_stride, maximum};
   if (queries - full <= few_queries<T> && size % lanes<T> == 0 && size <= most_features) {
     few_queries_scores<T>(keys, panel + full, width, queries - full, size, s.first, s.last, to + full, to_stride);
+    if (maximum) add_maximum<1>(to + full, to_stride, s.first, s.last, maximum + full);
     if constexpr (Vectors > 1)
-      panel_products<Vectors - 1>(keys, panel, width, size, s.last_of, s.first, store, after_tile);
+      panel_products<Vectors - 1>(keys, panel, width, size, s.last_of, s.first, store, ahead);
   } else {
-    panel_products<Vectors>(keys, panel, width, size, s.last_of, s.first, store, after_tile);
+    panel_products<Vectors>(keys, panel, width, size, s.last_of, s.first, store, ahead);
   }
 }
 
@@ -347,16 +359,16 @@ struct Nonfinite {
 // finite count only where their weight isn't 0: a hidden key's NaN must not pass.
 template <class T, class Store>
 void add_weighted_rows(const T* weights, int64_t weights_stride, Matrix<const T> rows, int64_t first, int64_t last,
-                       Nonfinite nonfinite, int64_t queries, int64_t size, const Store& store) {
+                       Nonfinite nonfinite, int64_t queries, int64_t size, const Store& store, Ahead& ahead) {
   auto between = [&](int64_t begin, int64_t end) {
     return TileOperands<T>{{weights + begin * weights_stride, 1, weights_stride}, rows.data + begin * rows.row_stride,
                            rows.row_stride, end - begin};
   };
-  if (nonfinite.count == 0) return tile_product<T>(queries, size, between(first, last), store);
+  if (nonfinite.count == 0) return tile_product<T>(queries, size, between(first, last), store, ahead);
   store.begin(queries, size);
   for (int64_t n = 0; n <= nonfinite.count; ++n) {
     const int64_t stop = n < nonfinite.count ? max(first, min(last, nonfinite.position[n])) : last;
-    if (first < stop) tile_product<T>(queries, size, between(first, stop), StoreSums<T>{store.to, store.stride, true});
+    if (first < stop) tile_product<T>(queries, size, between(first, stop), StoreSums<T>{store.to, store.stride, true}, ahead);
     if (stop == last) break;
     for (int64_t i = 0; i < queries; ++i) {
       const T weight = weights[stop * weights_stride + i];
@@ -371,12 +383,13 @@ void add_weighted_rows(const T* weights, int64_t weights_stride, Matrix<const T>
 // add_weighted_rows for the queries of a panel over the keys that it sees, a row of tiles at a time as far as that one sees.
 template <class T, class Store>
 void add_seen_rows(const AttentionVisibility& visible, const KeyBlock& keys, const Seen& s, Queries panel, const T* weights,
-                   int64_t weights_stride, Matrix<const T> rows, Nonfinite nonfinite, int64_t size, const Store& store) {
+                   int64_t weights_stride, Matrix<const T> rows, Nonfinite nonfinite, int64_t size, const Store& store,
+                   Ahead& ahead) {
   for (int64_t i = 0, count; i < panel.count; i += count) {
     count = even_piece(panel.count - i, rows_of_tile<panel_vectors>);
     const int64_t last = s.all_last < s.last ? keys.position(panel.first + i + count + visible.right) : s.last;
     add_weighted_rows(weights + i, weights_stride, rows, s.first, max(s.first, last), nonfinite, count, size,
-                      store.at(i, 0));
+                      store.at(i, 0), ahead);
   }
 }
 
@@ -435,6 +448,11 @@ void add_bias(Matrix<const B> bias, const KeyBlock& keys, const Seen& s, Queries
 // Whether a mask hides keys query by query. One without a dimension of queries is left to KeyWalk.
 inline bool masks_queries(const AttentionVisibility& visible) {
   return visible.mask.data && visible.mask.stride[2] != 0;
+}
+
+// Whether finish_scores changes the scores of a panel that sees `s`.
+inline bool finishes_scores(const AttentionProblem& p, const Seen& s) {
+  return p.bias.data || masks_queries(p.visible) || s.partly();
 }
 
 // Bias and everything that hides a key from a query, on the scores [key][query] of a panel.

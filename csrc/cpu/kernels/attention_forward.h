@@ -40,31 +40,22 @@ struct ForwardArrays {
   }
 };
 
-// scores[k, i] for k in [first, last) become weights 2^(score - maximum); the queries' running maximum and sum of weights
-// are brought up to date. rescale[i]: the factor that brings earlier weights to the new maximum. Weights are summed
-// `sum_step` keys at a time: all of them in one chain would err more than anything else in attention.
+// scores[k, i] for k in [first, last) become weights 2^(score - maximum), and the queries' sum of weights is brought up to
+// date. before: the maximum that it had. rescale[i]: the factor that brings earlier weights to the new maximum. Weights are
+// summed `sum_step` keys at a time: all of them in one chain would err more than anything else in attention.
 template <int Vectors, class T>
-void weigh(T* scores, int64_t first, int64_t last, T* maximum, T* denominator, T* rescale) {
+void weigh(T* scores, int64_t first, int64_t last, const T* before, const T* maximum, T* denominator, T* rescale) {
   using V = Vector<T>;
   constexpr int step = lanes<T>, width = Vectors * step;
   constexpr int64_t sum_step = 16;
-  V before[Vectors], top[Vectors], denominators[Vectors], sum[Vectors] = {};
-#pragma GCC unroll 4
-  for (int j = 0; j < Vectors; ++j) top[j] = before[j] = load_as<V>(maximum + j * step);
-  for (int64_t k = first; k < last; ++k)
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) {
-      const V score = load_as<V>(scores + k * width + j * step);
-      top[j] = score > top[j] ? score : top[j];  // leaves a NaN to the exponential
-    }
+  V top[Vectors], denominators[Vectors], sum[Vectors] = {};
 #pragma GCC unroll 4
   for (int j = 0; j < Vectors; ++j) {
-    store_as(maximum + j * step, top[j]);
-    const V none_seen = top[j] == -infinity<T> ? V{} : top[j];
-    const V factor = exp2<T>(before[j] - none_seen);
+    top[j] = load_as<V>(maximum + j * step);
+    top[j] = top[j] == -infinity<T> ? V{} : top[j];  // none seen
+    const V factor = exp2<T>(load_as<V>(before + j * step) - top[j]);
     store_as(rescale + j * step, factor);
     denominators[j] = load_as<V>(denominator + j * step) * factor;
-    top[j] = none_seen;
   }
   while (first < last) {
     V part[Vectors] = {};
@@ -121,8 +112,7 @@ void finish_sums(const AttentionForward& args, int64_t b, int64_t h, const Forwa
 // Whether tiles can be stored to the output: whole vectors of T.
 template <class T>
 bool takes_tiles(const AttentionForward& args) {
-  const bool of_t = args.problem.dtype == DType::f32 || args.problem.dtype == DType::f64;
-  return of_t && args.output.stride[3] == 1 && args.problem.shape.value_size % lanes<T> == 0;
+  return is_of<T>(args.problem.dtype) && args.output.stride[3] == 1 && args.problem.shape.value_size % lanes<T> == 0;
 }
 
 // One panel of `Vectors` vectors of queries with one block of keys.
@@ -133,11 +123,17 @@ void attend(const AttentionForward& args, int64_t b, int64_t h, const ForwardArr
   const Seen s = seen<T>(p.visible, block.keys, panel);
   if (s.first == s.last) return;
   const int64_t offset = panel.first - queries.first, width = Vectors * lanes<T>, size = p.shape.value_size;
+  T before[panel_queries<T>], rescale[panel_queries<T>], factor[panel_queries<T>];
+  T* const maximum = a.maximum + offset;
+  copy_contiguous(maximum, before, width);
+  const bool finishes = finishes_scores(p, s);  // only then are they the ones to compare
   panel_scores<Vectors>(block.key, a.query + offset * p.shape.size, panel.count, p.shape.size, s, a.scores, width,
-                        [&] { ahead.step(); });
-  finish_scores(p, b, h, block.keys, s, panel, a.scores, width);
-  T rescale[panel_queries<T>], factor[panel_queries<T>];
-  weigh<Vectors>(a.scores, s.first, s.last, a.maximum + offset, a.denominator + offset, rescale);
+                        finishes ? nullptr : maximum, ahead);
+  if (finishes) {
+    finish_scores(p, b, h, block.keys, s, panel, a.scores, width);
+    add_maximum<Vectors>(a.scores, width, s.first, s.last, maximum);
+  }
+  weigh<Vectors>(a.scores, s.first, s.last, before, maximum, a.denominator + offset, rescale);
   if (p.dropout.probability > 0)
     drop(PanelDropout<T>(p.dropout, b * p.shape.heads + h, panel.first), block.keys, s, a.scores, width);
   T* const sums = a.sums + offset * a.value_stride;
@@ -150,7 +146,8 @@ void attend(const AttentionForward& args, int64_t b, int64_t h, const ForwardArr
     merge.to = output.data + panel.first * output.row_stride, merge.stride = output.row_stride, merge.factor = factor;
     state = PanelState::written;
   }
-  add_seen_rows(p.visible, block.keys, s, panel, a.scores, width, block.value, block.nonfinite, size, merge);
+  add_seen_rows(p.visible, block.keys, s, panel, a.scores, width, block.value, block.nonfinite, size, merge,
+                ahead);
 }
 
 // Writes the output of a panel from its sums; a query that saw no key gets 0.
@@ -171,8 +168,7 @@ void finish_panel(const AttentionForward& args, int64_t b, int64_t h, const Forw
 template <class T>
 void read_panel(const AttentionProblem& p, int64_t b, int64_t h, Queries panel, T* buffer, int64_t buffer_stride, T* to) {
   const T factor = static_cast<T>(p.scale * log2_e);
-  const bool of_t = p.dtype == DType::f32 || p.dtype == DType::f64;
-  if (of_t && p.query.stride[3] == 1) {
+  if (is_of<T>(p.dtype) && p.query.stride[3] == 1) {
     const Matrix<const T> rows = head_of<T>(p.query, b, h);
     return pack_panel(rows.data + panel.first * rows.row_stride, rows.row_stride, panel, p.shape.size, factor, to);
   }
@@ -180,26 +176,17 @@ void read_panel(const AttentionProblem& p, int64_t b, int64_t h, Queries panel, 
   pack_panel(buffer, buffer_stride, panel, p.shape.size, factor, to);
 }
 
-// Operands and results from this size on are fetched ahead. Smaller ones lie in a cache that the processor reads ahead from
-// by itself, and asking for them costs more than it saves: 6 % of 96 heads of 50 queries, while large ones gain 5 %.
-constexpr int64_t bytes_to_fetch_ahead = int64_t{8} << 20;
-
-// What follows a block of keys and a block of queries in memory, and the queries' output.
+// The queries' output, and what follows a block of keys and a block of queries in memory.
 inline Ahead rows_ahead(const AttentionForward& args, int64_t b, int64_t h, int64_t key_head, int64_t next_key,
                         int64_t count, Queries queries) {
   const AttentionProblem& p = args.problem;
   const AttentionShape& shape = p.shape;
-  const int64_t next_query = queries.first + queries.count;
   Ahead ahead;
-  const int64_t rows = shape.batch * (shape.heads * shape.queries + shape.key_heads * shape.keys);
-  const int64_t elements = rows * (shape.size + shape.value_size);
-  if (elements * static_cast<int64_t>(sizeof(float)) < bytes_to_fetch_ahead) return ahead;
-  ahead.add(p.key, p.dtype, b, key_head, next_key, count, shape.keys, shape.size);
-  ahead.add(p.value, p.dtype, b, key_head, next_key, count, shape.keys, shape.value_size);
-  ahead.add(p.query, p.dtype, b, h, next_query, queries.count, shape.queries, shape.size);
-  const Tensor4& to = args.output;
-  ahead.add({to.data, {to.stride[0], to.stride[1], to.stride[2], to.stride[3]}}, p.dtype, b, h, queries.first, queries.count,
-            shape.queries, shape.value_size, true);
+  if (!fetches_ahead(shape)) return ahead;
+  add_rows(ahead, args.output, p.dtype, b, h, queries.first, queries.count, shape.queries, shape.value_size);
+  add_rows(ahead, p.key, p.dtype, b, key_head, next_key, count, shape.keys, shape.size);
+  add_rows(ahead, p.value, p.dtype, b, key_head, next_key, count, shape.keys, shape.value_size);
+  add_rows(ahead, p.query, p.dtype, b, h, queries.first + queries.count, queries.count, shape.queries, shape.size);
   return ahead;
 }
 
@@ -221,7 +208,6 @@ void attend_block(const AttentionForward& args, int64_t b, int64_t h, const Forw
     if (hides_some(p, keys, queries))
       block.nonfinite.count = find_nonfinite(block.value, keys.count, shape.value_size, a.nonfinite);
     Ahead ahead = rows_ahead(args, b, h, key_head, walk.following(), keys.count, queries);
-    ahead.start(ceil_div(queries.count, panel_queries<T>) * ceil_div(keys.count, product_rows));
     for_panels<T>(queries, [&](Queries panel) {
       with_vectors<T>(panel.count, [&](auto n) { attend<n.value>(args, b, h, a, block, queries, panel, ahead); });
     });

@@ -28,6 +28,42 @@ template <class T, int N = panel_vectors, class Body>
 // The next of evenly cut pieces of at most `most`.
 inline int64_t even_piece(int64_t rest, int64_t most) { return ceil_div(rest, ceil_div(rest, most)); }
 
+// Rows that will be needed after the present work. Tiles ask memory for them while they multiply, a cache line per step: many
+// at once would keep the tile's own loads waiting until memory has answered.
+class Ahead {
+ public:
+  // Lines that a tile asks for: `line(k)` at step k.
+  struct Lines {
+    const char* first;
+    int64_t last;
+    [[gnu::always_inline]] const char* line(int64_t k) const { return first + min(k, last) * line_bytes; }
+  };
+
+  // What lies in [begin, begin + bytes).
+  void add(const void* begin, int64_t bytes) {
+    range_[ranges_++] = {static_cast<const char*>(begin), ceil_div(bytes, line_bytes)};
+  }
+
+  // The share of a tile of `steps` steps; with nothing left it is `at`, which is there.
+  Lines take(int64_t steps, const void* at) {
+    while (next_ < ranges_ && range_[next_].lines == 0) ++next_;
+    if (next_ == ranges_) return {static_cast<const char*>(at), 0};
+    Range& range = range_[next_];
+    const int64_t count = min(steps, range.lines);
+    const Lines taken = {range.begin, max<int64_t>(0, count - 1)};
+    range.begin += count * line_bytes, range.lines -= count;
+    return taken;
+  }
+
+ private:
+  struct Range {
+    const char* begin;
+    int64_t lines;
+  };
+  Range range_[8];
+  int ranges_ = 0, next_ = 0;
+};
+
 // B has row stride b_stride.
 template <class T>
 struct TileOperands {
@@ -67,16 +103,27 @@ struct StoreSums {
 };
 
 // to = sum. An error of a score is its weight's relative error, and a chain's last steps err most: two chains of half the
-// size halve the largest error of attention.
+// size halve the largest error of attention. maximum [columns]: brought up to date, where it isn't nullptr.
 template <class T>
 struct StoreScores {
   static int64_t second_chain(int64_t depth) { return min(depth, max<int64_t>(32, ceil_div(depth, 2))); }
   T* to;
   int64_t stride;
-  StoreScores at(int64_t row, int64_t col) const { return {to + row * stride + col, stride}; }
+  T* maximum;
+  StoreScores at(int64_t row, int64_t col) const {
+    return {to + row * stride + col, stride, maximum ? maximum + col : nullptr};
+  }
   template <int Rows, int Vectors>
   [[gnu::always_inline]] void operator()(const Vector<T> (&sum)[Rows][Vectors]) const {
     StoreSums<T>{to, stride, false}(sum);
+    if (!maximum) return;
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) {
+      Vector<T> top = load_as<Vector<T>>(maximum + j * lanes<T>);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) top = sum[i][j] > top ? sum[i][j] : top;  // leaves a NaN to the exponential
+      store_as(maximum + j * lanes<T>, top);
+    }
   }
 };
 
@@ -125,10 +172,11 @@ struct MergeSums {
 
 template <class T, int Rows, int Vectors>
 [[gnu::always_inline]] inline void add_products(const TileOperands<T>& m, int64_t first, int64_t last,
-                                                Vector<T> (&sum)[Rows][Vectors]) {
+                                                const Ahead::Lines& ahead, Vector<T> (&sum)[Rows][Vectors]) {
   const int64_t row_stride = m.a.row_stride, col_stride = m.a.col_stride, b_stride = m.b_stride;
   const T *a = m.a.data + first * col_stride, *b = m.b + first * b_stride;
-  for (int64_t k = last - first; k > 0; --k, a += col_stride, b += b_stride) {
+  for (int64_t k = first; k < last; ++k, a += col_stride, b += b_stride) {
+    __builtin_prefetch(ahead.line(k), 0, 2);
     Vector<T> y[Vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) y[j] = load_as<Vector<T>>(b + j * lanes<T>);
@@ -142,17 +190,17 @@ template <class T, int Rows, int Vectors>
 }
 
 template <class T, int Rows, int Vectors, class Store>
-[[gnu::noinline]] void attention_tile(const TileOperands<T>& m, const Store& store) {
+[[gnu::noinline]] void attention_tile(const TileOperands<T>& m, const Store& store, const Ahead::Lines ahead) {
   Vector<T> sum[Rows][Vectors] = {};
   const int64_t second = Store::second_chain(m.depth);
-  add_products<T>(m, 0, second, sum);
+  add_products<T>(m, 0, second, ahead, sum);
   if (second < m.depth) {
     alignas(64) T parked[Rows][Vectors * lanes<T>];
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) store_as(parked[i] + j * lanes<T>, sum[i][j]), sum[i][j] = Vector<T>{};
-    add_products<T>(m, second, m.depth, sum);
+    add_products<T>(m, second, m.depth, ahead, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
@@ -163,28 +211,27 @@ template <class T, int Rows, int Vectors, class Store>
 
 // A tile of `rows` <= Rows rows.
 template <class T, int Vectors, class Store, int Rows = rows_of_tile<Vectors>>
-void attention_tile_rows(int64_t rows, const TileOperands<T>& m, const Store& store) {
+void attention_tile_rows(int64_t rows, const TileOperands<T>& m, const Store& store, const Ahead::Lines& ahead) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return attention_tile_rows<T, Vectors, Store, Rows - 1>(rows, m, store);
-  attention_tile<T, Rows, Vectors>(m, store);
+    if (rows < Rows) return attention_tile_rows<T, Vectors, Store, Rows - 1>(rows, m, store, ahead);
+  attention_tile<T, Rows, Vectors>(m, store, ahead);
 }
 
-// A column of tiles, whose rows are cut evenly. after_tile() is called after each.
-template <class T, int Vectors, class Store, class AfterTile = Nothing>
-void tile_column(int64_t rows, const TileOperands<T>& m, const Store& store, AfterTile&& after_tile = {}) {
+// A column of tiles, whose rows are cut evenly.
+template <class T, int Vectors, class Store>
+void tile_column(int64_t rows, const TileOperands<T>& m, const Store& store, Ahead& ahead) {
   for (int64_t row = 0, count; row < rows; row += count) {
     count = even_piece(rows - row, rows_of_tile<Vectors>);
-    attention_tile_rows<T, Vectors>(count, m.at(row, 0), store.at(row, 0));
-    after_tile();
+    attention_tile_rows<T, Vectors>(count, m.at(row, 0), store.at(row, 0), ahead.take(m.depth, m.b));
   }
 }
 
 // The whole product; the columns, in whole vectors, are cut evenly, too.
 template <class T, class Store>
-void tile_product(int64_t rows, int64_t cols, const TileOperands<T>& m, const Store& store) {
+void tile_product(int64_t rows, int64_t cols, const TileOperands<T>& m, const Store& store, Ahead& ahead) {
   for (int64_t col = 0, count; col < cols; col += count) {
     count = even_piece(ceil_div(cols - col, lanes<T>), panel_vectors) * lanes<T>;
-    with_vectors<T>(count, [&](auto n) { tile_column<T, n.value>(rows, m.at(0, col), store.at(0, col)); });
+    with_vectors<T>(count, [&](auto n) { tile_column<T, n.value>(rows, m.at(0, col), store.at(0, col), ahead); });
   }
 }
 
