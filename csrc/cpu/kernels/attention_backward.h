@@ -10,7 +10,7 @@
 namespace cvfast {
 namespace {
 
-constexpr int64_t backward_queries = 64, backward_keys = 128;  // of a block
+constexpr int64_t backward_queries = 128, backward_keys = 128;  // of a block
 
 template <class T>
 struct BackwardArrays {

@@ -28,15 +28,15 @@ template <class T, int N = panel_vectors, class Body>
 // The next of evenly cut pieces of at most `most`.
 inline int64_t even_piece(int64_t rest, int64_t most) { return ceil_div(rest, ceil_div(rest, most)); }
 
-// Rows that will be needed after the present work. Tiles ask memory for them while they multiply, a cache line per step: many
-// at once would keep the tile's own loads waiting until memory has answered.
+// Rows that will be needed after the present work. Tiles ask memory for them while they multiply, a cache line every second
+// step: as fast as memory answers. More at once would keep the tile's own loads waiting.
 class Ahead {
  public:
-  // Lines that a tile asks for: `line(k)` at step k.
+  // Lines that a tile asks for: `line(k)` at steps k and k + 1.
   struct Lines {
     const char* first;
     int64_t last;
-    [[gnu::always_inline]] const char* line(int64_t k) const { return first + min(k, last) * line_bytes; }
+    [[gnu::always_inline]] const char* line(int64_t k) const { return first + min(k / 2, last) * line_bytes; }
   };
 
   // What lies in [begin, begin + bytes).
@@ -49,7 +49,7 @@ class Ahead {
     while (next_ < ranges_ && range_[next_].lines == 0) ++next_;
     if (next_ == ranges_) return {static_cast<const char*>(at), 0};
     Range& range = range_[next_];
-    const int64_t count = min(steps, range.lines);
+    const int64_t count = min(ceil_div(steps, 2), range.lines);
     const Lines taken = {range.begin, max<int64_t>(0, count - 1)};
     range.begin += count * line_bytes, range.lines -= count;
     return taken;
