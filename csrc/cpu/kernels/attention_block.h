@@ -96,8 +96,7 @@ void write_rows(const T* from, int64_t from_stride, const Tensor4& to, DType dty
   });
 }
 
-// Operands and results from this size on are fetched ahead: the caches do not hold smaller ones for long, either, but the
-// processor reads ahead in them by itself.
+// Operands and results from this size on are fetched ahead; smaller ones are likely to lie in the second-level cache.
 constexpr int64_t bytes_to_fetch_ahead = int64_t{2} << 20;
 
 inline bool fetches_ahead(const AttentionShape& shape) {
