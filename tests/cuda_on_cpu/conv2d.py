@@ -44,7 +44,7 @@ class Epilogue(ctypes.Structure):  # the CPU's; of zeros here
 class Conv2dForward(ctypes.Structure):
     _fields_ = (
         *_HEAD, ("input", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("output", Tensor4),
-        ("epilogue", Epilogue), ("packed", ctypes.c_void_p),
+        ("epilogue", Epilogue), ("packed", ctypes.c_void_p), ("same_weights", ctypes.c_bool),
     )  # fmt: skip
 
 
