@@ -67,6 +67,7 @@ WIDE_CASES = (  # more vectors, tiles and blocks; not for interpreters
     case("depthwise-dilated", (1, 20, 16, 18), (20, 1, 7, 7), padding=6, dilation=2, groups=20),
     case("groups-wide", (2, 64, 14, 15), (64, 4, 3, 3), padding=1, groups=16),
     case("3x3-dilated-wide", (2, 17, 27, 26), (20, 17, 3, 3), padding=(3, 2), dilation=2),
+    case("3x3-dilated-by-4", (2, 17, 17, 16), (20, 17, 3, 3), padding=4, dilation=4),
     case("3x3-many-tiles", (2, 36, 30, 29), (40, 36, 3, 3), padding=1),
     case("3x3-padding-2", (1, 40, 13, 11), (33, 40, 3, 3), padding=2),
     case("3x3-padding-3", (1, 17, 9, 8), (20, 17, 3, 3), padding=3),
@@ -225,7 +226,7 @@ class Conv2dSpec(OpSpec):
         else:
             tiles = -(-height // (4 * dilation[0])) * -(-width // (4 * dilation[1]))
             taken = weight.shape[2:] == (3, 3) and stride == (1, 1) and height * width >= 16
-            enough = 6 * tiles * dilation[0] * dilation[1] <= height * width if result == "weight" else tiles >= 16
+            enough = 6 * tiles * dilation[0] * dilation[1] <= height * width
             taken = taken and (dilation == (1, 1) or enough)
         return WINOGRAD_ERROR if taken else 0.0
 
