@@ -132,11 +132,6 @@ template <class T, int Vectors = 2, int Rows = tile_rows, bool A_ahead = false>
                                           later, later_lines);
 }
 
-// For what may be called after a tile.
-struct Nothing {
-  void operator()() const {}
-};
-
 // A column of tiles. The rows are cut evenly. next: as many rows of as many elements as there are from `b` on, which are needed
 // next and brought near meanwhile, an equal share beside each tile; or nullptr.
 template <class T, int Vectors>
