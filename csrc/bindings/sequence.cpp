@@ -199,12 +199,16 @@ struct Bands {
         shape(shape_of(depthwise, {1, widen ? widen->weight_size[0] : input[1], input[2], input[3]})),
         line(shape.in_channels * shape.in_width * s.element_size),
         out_line(shape.out_channels * shape.out_width * s.element_size) {
-    const int64_t held = l2_cache_bytes() / 2 - (widen ? shape.kernel_height * line : 0);
+    const int64_t held = cache() - (widen ? shape.kernel_height * line : 0);
     const int64_t most = held / ((widen ? shape.stride_h * line : 0) + out_line), all = shape.out_height;
     const int64_t bands = most > 0 ? (all + most - 1) / most : all;
     lines = (all + bands - 1) / bands;
   }
-  bool pay() const { return lines < shape.out_height && lines >= 4 && thread_pool().threads == 1; }
+  // With a small L2 cache bands are filled sooner, and two lines gain: an image of 16 x 112 x 112 widened to 96 channels takes 1.0 ms
+  // instead of 1.6 (Zen 3).
+  bool pay() const {
+    return lines < shape.out_height && lines >= (has_small_cache() ? 2 : 4) && thread_pool().threads == 1;
+  }
 
   void run(const Sequence& s, const Image& input, const Image* residual, Image& output, bool last) const {
     const Sizes4 wide = {1, shape.in_channels, (lines - 1) * shape.stride_h + shape.kernel_height, shape.in_width};
@@ -253,6 +257,9 @@ struct Bands {
   struct Range {
     int64_t begin, end;
   };
+
+  static bool has_small_cache() { return l2_cache_bytes() <= 512 << 10; }
+  static int64_t cache() { return has_small_cache() ? l2_cache_bytes() / 4 * 3 : l2_cache_bytes() / 2; }
 };
 
 // In `how` the dilation is the window's length.
