@@ -19,7 +19,7 @@ from cvfast.testing import assert_as_accurate
 @pytest.fixture
 def slow_mkl(monkeypatch):
     """As on a processor on which torch's product is slow: the rules of size decide."""
-    monkeypatch.setattr(ext, "_HAS_AVX512", True)
+    monkeypatch.setattr(ext, "_INFERS_ON_MKL", False)
     monkeypatch.setattr(ext, "_TRAINS_ON_MKL", False)
     monkeypatch.setattr(ext, "_LEAST_PRODUCTS", 2_000_000)
     monkeypatch.setattr(ext, "_LEAST_ROWS_TO_TRAIN", ext._LEAST_ROWS)
@@ -46,15 +46,17 @@ def test_few_rows_may_be_torchs_in_training_alone(slow_mkl, monkeypatch):
         assert chosen(1000, 64) == "ext"
 
 
-def test_on_intels_processors_torchs_product_is_taken_in_training_alone(slow_mkl, monkeypatch):
+def test_torchs_product_may_be_taken_in_training_alone(slow_mkl, monkeypatch):
     monkeypatch.setattr(ext, "_TRAINS_ON_MKL", True)
     assert chosen(1000, 64) == "native"
     with torch.no_grad():
         assert chosen(1000, 64) == "ext"
 
 
-def test_without_avx512_torchs_product_is_taken(slow_mkl, monkeypatch):
-    monkeypatch.setattr(ext, "_HAS_AVX512", False)
+def test_without_vectors_of_32_bytes_torchs_product_is_taken(slow_mkl, monkeypatch):
+    monkeypatch.setattr(ext, "_INFERS_ON_MKL", True)
+    monkeypatch.setattr(ext, "_TRAINS_ON_MKL", True)
+    assert chosen(1000, 64) == "native"
     with torch.no_grad():
         assert chosen(1000, 64) == "native"
 

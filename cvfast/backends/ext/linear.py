@@ -22,12 +22,13 @@ from cvfast.ops.conv2d import (
     rows_as_pixels,
 )
 
-# torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512. On Intel's it is as
-# fast where weights change at each step, not where they are kept packed and what follows is done in the cache. Where
-# AVX-512 is not wider than AVX2, cvfast gains less by its product, and not where little is computed or, in training, on
-# few rows.
-_HAS_AVX512 = _library.C is not None and _library.C.best_isa() == "avx512"
-_TRAINS_ON_MKL = _library.C is not None and _library.C.made_by_intel
+# torch multiplies float32 by MKL, which on other processors than Intel's makes no use of AVX-512. On Intel's, and where
+# there is AVX2 alone, it is as fast where weights change at each step, not where they are kept packed and what follows
+# is done in the cache. Where AVX-512 is not wider than AVX2, cvfast gains less by its product, and not where little is
+# computed or, in training, on few rows.
+_ISA = _library.C.best_isa() if _library.C is not None else "none"
+_INFERS_ON_MKL = _ISA not in ("avx2", "avx512")
+_TRAINS_ON_MKL = _ISA != "avx512" or _library.C.made_by_intel
 _GAINS_LESS = _library.C is not None and _library.C.halves_avx512
 _LEAST_ROWS = 16
 _LEAST_ROWS_TO_TRAIN = 1024 if _GAINS_LESS else _LEAST_ROWS
@@ -50,14 +51,14 @@ def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[str]:
     if torch.compiler.is_exporting():
         return ["a graph that is exported has torch's product"]
     if _mkl_is_as_fast() or autocast_dtype(input, "cpu") is not torch.float32:
-        return ["torch's product is as fast: in training on Intel's processors, without AVX-512, or not in float32"]
+        return ["torch's product is as fast: in training without AVX-512 or on Intel's processors, or not in float32"]
     if _computes_little(input, weight):
         return [f"few rows or products ({list(input.shape)} by {list(weight.shape)}): torch's takes less time"]
     return []
 
 
 def _mkl_is_as_fast() -> bool:
-    return not _HAS_AVX512 or (_TRAINS_ON_MKL and torch.is_grad_enabled())
+    return _TRAINS_ON_MKL if torch.is_grad_enabled() else _INFERS_ON_MKL
 
 
 def _computes_little(input: Tensor, weight: Tensor) -> bool:
