@@ -328,7 +328,7 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile ti
 
 // With fewer tiles at a time, reading (or making) the weights would cost more than the products.
 constexpr int64_t winograd_least_tiles = 32;
-// Up to this many tiles it pays to make U anew for every four of them, in registers, if there are enough registers.
+// Up to this many tiles it pays to make U anew, in registers, for every four of them.
 constexpr int64_t winograd_few_tiles = 8;
 // The transform of the weights takes as long as the products of 36 tiles: with more than these it hardly counts.
 constexpr int64_t winograd_most_tiles_to_pack = 1024;
@@ -431,9 +431,10 @@ void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, in
     }
 }
 
-// M of one block for a column of points and few tiles, whose U goes from the taps through registers: to make U and to read it
-// again would cost more than the products. Of the last point only the first LastTiles tiles.
-template <int Taps, int Column, int Tiles, int LastTiles>
+// M of one block for `Rows` points of a column, from row `Row` on, and few tiles, whose U goes from the taps through registers: to
+// make U and to read it again would cost more than the products. Of the last point only the first LastTiles tiles. The first
+// rows bring `next` near.
+template <int Taps, int Column, int Row, int Rows, int Tiles, int LastTiles>
 [[gnu::noinline]] void few_tiles_column(const float* taps, const float* next, int64_t depth, const float* v,
                                         int64_t tile_stride, int64_t point_stride, float* m, int64_t m_point_stride,
                                         bool add) {
@@ -441,13 +442,13 @@ template <int Taps, int Column, int Tiles, int LastTiles>
   constexpr bool one_chain = winograd_chain<Taps> == winograd_depth;
   // Of four taps one per column; of nine more, where the first and the last column read few of their own.
   constexpr int first_ahead = Taps == 2 || Column == 0 ? Column : Column + 2;
-  constexpr int ahead = Taps == 2 ? Column < all_taps : Column == 0 ? 3 : Column == points - 1 ? 2 : 1;
-  constexpr auto needs = [](int tile, int y) { return y < points - 1 || tile < LastTiles; };
-  const float* from[points];
-  for (int y = 0; y < points; ++y) from[y] = v + (points * y + Column) * point_stride;
-  FloatVector total[points][Tiles] = {};
+  constexpr int ahead = Row > 0 ? 0 : Taps == 2 ? Column < all_taps : Column == 0 ? 3 : Column == points - 1 ? 2 : 1;
+  constexpr auto needs = [](int tile, int y) { return Row + y < points - 1 || tile < LastTiles; };
+  const float* from[Rows];
+  for (int y = 0; y < Rows; ++y) from[y] = v + (points * (Row + y) + Column) * point_stride;
+  FloatVector total[Rows][Tiles] = {};
   for (int64_t k = 0; k < depth;) {
-    FloatVector sum[points][Tiles] = {};
+    FloatVector sum[Rows][Tiles] = {};
     for (const int64_t end = min(k + winograd_chain<Taps>, depth); k < end; ++k, taps += all_taps * lanes<float>) {
       FloatVector g[all_taps], column[Taps], u[points];
       for (int tap = first_ahead; tap < first_ahead + ahead; ++tap)
@@ -463,34 +464,41 @@ template <int Taps, int Column, int Tiles, int LastTiles>
       }
       transform_kernel(column, u);
 #pragma GCC unroll 6
-      for (int y = 0; y < points; ++y)
+      for (int y = 0; y < Rows; ++y)
 #pragma GCC unroll 4
         for (int t = 0; t < Tiles; ++t)
-          if (needs(t, y)) sum[y][t] += from[y][t * tile_stride + k] * u[y];
+          if (needs(t, y)) sum[y][t] += from[y][t * tile_stride + k] * u[Row + y];
     }
 #pragma GCC unroll 6
-    for (int y = 0; y < points; ++y)
+    for (int y = 0; y < Rows; ++y)
 #pragma GCC unroll 4
       for (int t = 0; t < Tiles; ++t) total[y][t] = one_chain ? sum[y][t] : total[y][t] + sum[y][t];
   }
-  for (int y = 0; y < points; ++y)
+  for (int y = 0; y < Rows; ++y)
     for (int t = 0; t < Tiles; ++t) {
       if (!needs(t, y)) continue;
-      float* to = m + (points * y + Column) * m_point_stride + t * winograd_width;
+      float* to = m + (points * (Row + y) + Column) * m_point_stride + t * winograd_width;
       store_vector(add ? load_vector(to) + total[y][t] : total[y][t], to);
     }
 }
 
-using FewTilesColumn = decltype(&few_tiles_column<3, 0, 1, 1>);
+using FewTilesColumn = decltype(&few_tiles_column<3, 0, 0, 1, 1, 1>);
 
-// For 1 to 4 tiles, of which at least the first `last` have the last point.
-template <int Taps, int Column, int Tiles = 4>
+// Points of a column at once: the sums of as many rows and four tiles stay in registers.
+template <int Taps>
+constexpr int few_tiles_rows = many_registers ? winograd_inputs<Taps> : winograd_inputs<Taps> / 2;
+
+// For 1 to 4 tiles, of which at least the first `last` have the last point. Row: 0 or few_tiles_rows, where the rest begins.
+template <int Taps, int Column, int Row, int Tiles = 4>
 FewTilesColumn few_tiles_column_for(int64_t tiles, int64_t last) {
   if constexpr (Tiles > 1)
-    if (tiles < Tiles) return few_tiles_column_for<Taps, Column, Tiles - 1>(tiles, last);
-  return last == 0           ? few_tiles_column<Taps, Column, Tiles, 0>
-         : 2 * last <= Tiles ? few_tiles_column<Taps, Column, Tiles, Tiles / 2>
-                             : few_tiles_column<Taps, Column, Tiles, Tiles>;
+    if (tiles < Tiles) return few_tiles_column_for<Taps, Column, Row, Tiles - 1>(tiles, last);
+  constexpr int points = winograd_inputs<Taps>, Rows = Row ? points - Row : few_tiles_rows<Taps>;
+  if constexpr (Row + Rows == points) {
+    if (last == 0) return few_tiles_column<Taps, Column, Row, Rows, Tiles, 0>;
+    if (2 * last <= Tiles) return few_tiles_column<Taps, Column, Row, Rows, Tiles, Tiles / 2>;
+  }
+  return few_tiles_column<Taps, Column, Row, Rows, Tiles, Tiles>;
 }
 
 // The same bits as block_products(). What lies behind `taps` is brought near, as it is needed next.
@@ -498,7 +506,7 @@ template <class S, int Taps, int... Column>
 void few_tiles_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, int64_t tiles, const float* v,
                         int64_t v_stride, const float* taps, float* m, int64_t m_stride,
                         std::integer_sequence<int, Column...>) {
-  constexpr int most_tiles = 4, last_point = winograd_inputs<Taps> - 1;
+  constexpr int most_tiles = 4, last_point = winograd_inputs<Taps> - 1, rest = few_tiles_rows<Taps>;
   const auto& source = w.source;
   const auto multiply = [&](int64_t tile, int64_t out, int64_t column, auto function_for) {
     const int64_t count = min<int64_t>(tiles - tile, most_tiles);
@@ -513,10 +521,10 @@ void few_tiles_products(const Winograd<S, Taps>& w, int64_t block, int64_t first
     for (int64_t point = 0; point < w.points * w.points; ++point)
       zero_all_but(source.needing(point / w.points, point % w.points, first, tiles), tiles, m + point * m_stride);
   for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += w.taps_vector_stride())
-    for (int64_t tile = 0; tile < tiles; tile += most_tiles)
-      (multiply(tile, out, Column,
-                [](int64_t count, int64_t last) { return few_tiles_column_for<Taps, Column>(count, last); }),
-       ...);
+    for (int64_t tile = 0; tile < tiles; tile += most_tiles) {
+      (multiply(tile, out, Column, few_tiles_column_for<Taps, Column, 0>), ...);
+      if constexpr (rest <= last_point) (multiply(tile, out, Column, few_tiles_column_for<Taps, Column, rest>), ...);
+    }
 }
 
 // The results of a chunk of `tiles` tiles from `first` on. `all_u` is U, or nullptr: then it is made on the way.
@@ -546,14 +554,13 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
       for (int64_t block = 0; block < source.blocks; ++block) {
         const float* block_v =
             v + (group * source.blocks + block) * source.block_stride(tiles) + tile * source.block_width;
-        if constexpr (many_registers)
-          if (!all_u && count <= winograd_few_tiles && w.has_all_taps(block / source.channel_blocks)) {
-            if (!w.kept_taps) gather_taps(w, group, panel, block, own_u);
-            const float* taps = w.kept_taps ? w.kept_taps_of(group, panel, block) : own_u;
-            few_tiles_products(w, block, first + tile, count, block_v, source.point_stride(tiles), taps, m, m_stride,
-                               std::make_integer_sequence<int, winograd_inputs<Taps>>{});
-            continue;
-          }
+        if (!all_u && count <= winograd_few_tiles && w.has_all_taps(block / source.channel_blocks)) {
+          if (!w.kept_taps) gather_taps(w, group, panel, block, own_u);
+          const float* taps = w.kept_taps ? w.kept_taps_of(group, panel, block) : own_u;
+          few_tiles_products(w, block, first + tile, count, block_v, source.point_stride(tiles), taps, m, m_stride,
+                             std::make_integer_sequence<int, winograd_inputs<Taps>>{});
+          continue;
+        }
         const float* u = all_u + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();
         if (!all_u) transform_weights(w, group, panel, block, own_u), u = own_u;
         block_products(w, block, first + tile, count, block_v, source.point_stride(tiles), u, m, m_stride, fetch);
