@@ -160,7 +160,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>> gradients(const Tensor&
 Tensor transpose_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                const std::optional<Tensor>& residual, const std::string& activation, double negative_slope,
                                const Ints& stride, const Ints& padding, const Ints& output_padding, int64_t groups,
-                               const Ints& dilation) {
+                               const Ints& dilation, const std::optional<Tensor>& packed) {
   check_operands(input, weight);
   const Conv2dShape shape =
       transposed_shape(input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
@@ -168,7 +168,8 @@ Tensor transpose_with_epilogue(const Tensor& input, const Tensor& weight, const 
   const Epilogue epilogue = {named("activation", activation, activations), negative_slope, residual_data(residual, output),
                              Pooling::none};
   Kernels::input_grad({shape, dtype_of(input), tensor4(input), tensor4(weight),
-                       bias_data(bias, input, shape.in_channels, keep), tensor4(output), epilogue},
+                       bias_data(bias, input, shape.in_channels, keep), tensor4(output), epilogue,
+                       packed.has_value() ? packed->const_data_ptr() : nullptr},
                       output);
   return output;
 }
@@ -188,12 +189,45 @@ int64_t packed_form(const Tensor& input, const Tensor& weight, int64_t how) {
   return kernels().conv2d_packing(call_to_pack_for(input, weight, how)).form;
 }
 
-// The weight in that form; opaque.
+// Room for the weight in a form; opaque.
+Tensor packed_tensor(int64_t bytes) { return empty_contiguous({bytes}, aoti_torch_dtype_uint8()); }
+
+// The weight in that form.
 Tensor pack(const Tensor& input, const Tensor& weight, int64_t how) {
   const Conv2dForward call = call_to_pack_for(input, weight, how);
   const int64_t bytes = kernels().conv2d_packing(call).bytes;
-  const Tensor packed = empty_contiguous({bytes}, aoti_torch_dtype_uint8());
+  const Tensor packed = packed_tensor(bytes);
   if (bytes > 0) kernels().conv2d_pack(call, packed.mutable_data_ptr(), thread_pool());
+  return packed;
+}
+
+// The same three of transposed convolutions.
+Conv2dInputGrad transposed_call_to_pack_for(const Tensor& input, const Tensor& weight, const Ints& stride,
+                                            const Ints& padding, const Ints& output_padding, int64_t groups,
+                                            const Ints& dilation) {
+  check_operands(input, weight);
+  const Conv2dShape shape =
+      transposed_shape(input.sizes(), weight.sizes(), stride, padding, output_padding, groups, dilation);
+  Tensor output = empty_result({shape.batch, shape.in_channels, shape.in_height, shape.in_width}, input, weight);
+  return {shape, dtype_of(input), tensor4(input), tensor4(weight), nullptr, tensor4(output)};
+}
+
+// Negative: the same weight may be conv2d's, too.
+int64_t transposed_packed_form(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                               const Ints& output_padding, int64_t groups, const Ints& dilation) {
+  return -kernels()
+              .conv2d_input_grad_packing(
+                  transposed_call_to_pack_for(input, weight, stride, padding, output_padding, groups, dilation))
+              .form;
+}
+
+Tensor transposed_pack(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                       const Ints& output_padding, int64_t groups, const Ints& dilation) {
+  const Conv2dInputGrad call =
+      transposed_call_to_pack_for(input, weight, stride, padding, output_padding, groups, dilation);
+  const int64_t bytes = kernels().conv2d_input_grad_packing(call).bytes;
+  const Tensor packed = packed_tensor(bytes);
+  if (bytes > 0) kernels().conv2d_input_grad_pack(call, packed.mutable_data_ptr(), thread_pool());
   return packed;
 }
 
@@ -208,4 +242,6 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   m.impl("conv2d_packed_form", TORCH_BOX(&packed_form));
   m.impl("conv2d_pack", TORCH_BOX(&pack));
   m.impl("conv_transpose2d_epilogue", TORCH_BOX(&transpose_with_epilogue));
+  m.impl("conv_transpose2d_packed_form", TORCH_BOX(&transposed_packed_form));
+  m.impl("conv_transpose2d_pack", TORCH_BOX(&transposed_pack));
 }

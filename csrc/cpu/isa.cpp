@@ -22,8 +22,9 @@ namespace cvfast {
   }
 #define CVFAST_TABLE(isa, vector_bytes) \
   KernelTable{#isa, vector_bytes, isa::conv2d.forward, isa::conv2d.input_grad, isa::conv2d.weight_grad, \
-              isa::conv2d.packing, isa::conv2d.pack, isa::recurrent, isa::attention, isa::additive_attention, \
-              isa::batched_product, isa::batch_norm, isa::gelu, isa::layer_norm, isa::pooling, isa::peak}
+              isa::conv2d.packing, isa::conv2d.pack, isa::conv2d.input_grad_packing, isa::conv2d.input_grad_pack, \
+              isa::recurrent, isa::attention, isa::additive_attention, isa::batched_product, isa::batch_norm, isa::gelu, \
+              isa::layer_norm, isa::pooling, isa::peak}
 
 // CVFAST_BASELINE_ONLY: for a build that leaves the other ones out, under sanitizers say.
 #if defined(__x86_64__) && !defined(CVFAST_BASELINE_ONLY)

@@ -19,6 +19,8 @@ struct Conv2dKernels {
   void (*weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
   Conv2dPacking (*packing)(const Conv2dForward&);
   void (*pack)(const Conv2dForward&, void* to, const ThreadPool&);  // to: packing().bytes > 0 of them, aligned to 64 bytes
+  Conv2dPacking (*input_grad_packing)(const Conv2dInputGrad&);
+  void (*input_grad_pack)(const Conv2dInputGrad&, void* to, const ThreadPool&);
 };
 
 // Likewise kernels/recurrent.cpp.
@@ -85,6 +87,8 @@ struct KernelTable {
   void (*conv2d_weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
   Conv2dPacking (*conv2d_packing)(const Conv2dForward&);
   void (*conv2d_pack)(const Conv2dForward&, void* to, const ThreadPool&);
+  Conv2dPacking (*conv2d_input_grad_packing)(const Conv2dInputGrad&);
+  void (*conv2d_input_grad_pack)(const Conv2dInputGrad&, void* to, const ThreadPool&);
   RecurrentKernels recurrent;
   AttentionKernels attention;
   AdditiveAttentionKernels additive_attention;

@@ -79,11 +79,17 @@ def vmap(ops, info, in_dims, input, weight, bias, stride, padding, output_paddin
 
 _OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt groups, SymInt[2] dilation"
 
-# conv_transpose2d with its epilogue, without derivatives: activation(result + residual), residual as the result.
+# conv_transpose2d with its epilogue, without derivatives: activation(result + residual), residual as the result;
+# `packed`: the weight as conv_transpose2d_pack gave it.
 epilogue_kernel = define_kernel(
     "cvfast",
     "conv_transpose2d_epilogue(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, "
-    f"float negative_slope, {_OPTIONS}) -> Tensor",
+    f"float negative_slope, {_OPTIONS}, Tensor? packed=None) -> Tensor",
+)
+# As conv2d's.
+packed_form_kernel, pack_kernel = (
+    define_kernel("cvfast", f"conv_transpose2d_{name}(Tensor input, Tensor weight, {_OPTIONS}) -> {result}")
+    for name, result in (("packed_form", "int"), ("pack", "Tensor"))
 )
 
 register(

@@ -373,7 +373,7 @@ struct Packed {
   char* data() { return bytes.empty() ? nullptr : &bytes[(64 - reinterpret_cast<uintptr_t>(&bytes[0]) % 64) % 64]; }
 };
 
-// kept: with weights that were packed before, if that is a form that a forward pass takes.
+// kept: with weights that were packed before, if there is a form of them that the product takes.
 Stored run(const Conv2dShape& s, Product product, DType dtype, const Operands& o, const Encoded& bits, Layouts layouts,
            const ThreadPool& pool, bool kept = false) {
   Stored first(o.first.size, dtype, layouts.first), second(o.second.size, dtype, layouts.second);
@@ -391,9 +391,14 @@ Stored run(const Conv2dShape& s, Product product, DType dtype, const Operands& o
       kernels().conv2d_forward(call, pool);
       break;
     }
-    case Product::input_grad:
-      kernels().conv2d_input_grad({s, dtype, const_first.view(), const_second.view(), bits.bias.data(), result.view()}, pool);
+    case Product::input_grad: {
+      Conv2dInputGrad call = {s, dtype, const_first.view(), const_second.view(), bits.bias.data(), result.view()};
+      Packed packed(kept ? kernels().conv2d_input_grad_packing(call).bytes : 0);
+      if (packed.data()) kernels().conv2d_input_grad_pack(call, packed.data(), pool);
+      call.packed = packed.data();
+      kernels().conv2d_input_grad(call, pool);
       break;
+    }
     case Product::weight_grad:
       kernels().conv2d_weight_grad({s, dtype, const_first.view(), const_second.view(), result.view()}, pool);
       break;

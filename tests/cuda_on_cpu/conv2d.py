@@ -51,7 +51,7 @@ class Conv2dForward(ctypes.Structure):
 class Conv2dInputGrad(ctypes.Structure):
     _fields_ = (
         *_HEAD, ("grad_output", Tensor4), ("weight", Tensor4), ("bias", ctypes.c_void_p), ("grad_input", Tensor4),
-        ("epilogue", Epilogue),
+        ("epilogue", Epilogue), ("packed", ctypes.c_void_p),
     )  # fmt: skip
 
 

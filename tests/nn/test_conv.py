@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -106,13 +107,25 @@ PACKED = {  # form -> layer and image: Winograd's taps, or transformed for more 
         (1, 32, 32, 32),
     ),
     "panels": (dict(in_channels=48, out_channels=96, kernel_size=1), (1, 48, 7, 7)),
+    "transposed, winograd": (dict(in_channels=32, out_channels=40, kernel_size=3, padding=1), (1, 32, 7, 7)),
+    "transposed, winograd on phases": (
+        dict(in_channels=32, out_channels=32, kernel_size=4, stride=2, padding=1),
+        (1, 32, 8, 8),
+    ),
+    "transposed, winograd on phases, transformed": (
+        dict(in_channels=32, out_channels=32, kernel_size=3, stride=2, padding=1, output_padding=1),
+        (1, 32, 20, 20),
+    ),
+    "transposed, panels": (dict(in_channels=72, out_channels=96, kernel_size=2, stride=2), (1, 72, 7, 7)),
+    "transposed, panels of one pixel": (dict(in_channels=72, out_channels=80, kernel_size=4), (1, 72, 1, 1)),
 }
 
 
 def packed_layer(form, dtype=torch.float32):
     torch.manual_seed(0)
     configuration, shape = PACKED[form]
-    return cvfast.nn.Conv2d(**configuration, dtype=dtype), torch.randn(shape, dtype=dtype)
+    kind = cvfast.nn.ConvTranspose2d if form.startswith("transposed") else cvfast.nn.Conv2d
+    return kind(**configuration, dtype=dtype), torch.randn(shape, dtype=dtype)
 
 
 def results(layer, x, count=3):
@@ -140,7 +153,7 @@ def test_packed_weights_give_the_same_bits(form, memory_format, dtype, isa, pois
     x = x.contiguous(memory_format=memory_format)
     expected = unpacked_result(layer, x)
     assert all(torch.equal(result, expected) for result in results(layer, x))
-    assert kept_bytes(layer) >= layer.weight.nbytes or form != "panels" and dtype is torch.float64
+    assert kept_bytes(layer) >= layer.weight.nbytes or "winograd" in form and dtype is torch.float64
     assert torch.equal(layer(x), expected)  # with gradients
     batch = torch.cat([x, 2 * x, -x])
     assert all(torch.equal(result, unpacked_result(layer, batch)) for result in results(layer, batch))
@@ -210,6 +223,23 @@ def test_packed_weights_of_another_shape_are_ignored():
     for weight, packed in zip(weights, (second, first), strict=True):
         expected = kernels.conv2d(x, weight, None, *options)
         assert torch.equal(kernels.conv2d_epilogue(x, weight, None, how, packed), expected)
+
+
+def test_one_weight_of_both_convolutions():
+    """conv2d, and transposed ones whose phases are not the same, share a weight; each gets its own result."""
+    torch.manual_seed(0)
+    weight, x = torch.nn.Parameter(torch.randn(72, 72, 3, 3)), torch.randn(1, 72, 3, 3)
+    calls = [
+        functools.partial(cvfast.functional.conv2d, stride=2),
+        functools.partial(cvfast.functional.conv_transpose2d, stride=2),
+        functools.partial(cvfast.functional.conv_transpose2d, stride=2, padding=1),
+        functools.partial(cvfast.functional.conv_transpose2d, stride=3, output_padding=2),
+    ]
+    with torch.no_grad():
+        expected = [call(x, weight.clone()) for call in calls]
+        for _ in range(3):
+            assert all(torch.equal(call(x, weight), result) for call, result in zip(calls, expected, strict=True))
+    assert len(_packed._kept[id(weight)].forms) == 2
 
 
 def test_strict_precision_leaves_winograds_weights_alone():

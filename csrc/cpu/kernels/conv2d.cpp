@@ -48,10 +48,11 @@ constexpr Algorithm<Conv2dForward> forward_algorithms[] = {
 template <class S>
 constexpr Algorithm<Conv2dInputGrad> input_grad_algorithms[] = {
     {"depthwise", depthwise_applies, correlate_depthwise<S>},
-    {"Winograd", winograd_applies, correlate_by_winograd<3, S>},
-    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>},
+    {"Winograd", winograd_applies, correlate_by_winograd<3, S>, never, winograd_packing<3, S>, winograd_pack<3, S>},
+    {"Winograd on phases", winograd_on_phases_applies, correlate_by_winograd<2, S>, never, winograd_packing<2, S>,
+     winograd_pack<2, S>},
     {"direct", direct_applies, correlate_direct<S>},
-    {"implicit GEMM", always, correlate_by_gemm<S>},
+    {"implicit GEMM", always, correlate_by_gemm<S>, never, gemm_packing<S>, gemm_pack<S>},
 };
 template <class S>
 constexpr Algorithm<Conv2dWeightGrad> weight_grad_algorithms[] = {
@@ -104,32 +105,54 @@ void weight_grad(const Conv2dWeightGrad& whole, const ThreadPool& pool) {
                     [&]<class S>(S) { run_first(weight_grad_algorithms<S>, with_live_taps<S>(whole, pool), pool); });
 }
 
+template <class Problem>
+Conv2dPacking packing_of(const Algorithm<Problem>& algorithm, const Problem& problem) {
+  return algorithm.packing ? algorithm.packing(problem) : Conv2dPacking{};
+}
+
+// Packs the weights for the algorithm, which takes some form.
+template <class Problem>
+PackedHeader& pack_for(const Algorithm<Problem>& algorithm, const Problem& problem, void* to, const ThreadPool& pool) {
+  PackedHeader& header = *static_cast<PackedHeader*>(to);
+  header = {packed_origin(problem, static_cast<PackedForm>(algorithm.packing(problem).form)), true};
+  algorithm.pack(problem, header, pool);
+  return header;
+}
+
 Conv2dPacking packing(const Conv2dForward& whole) {
   const Conv2dForward problem = LiveTaps(whole.shape).of(whole);
   Conv2dPacking result = {};
-  with_storage_type(problem.dtype, [&](auto s) {
-    const auto& algorithm = first_of(forward_algorithms<decltype(s)>, problem);
-    if (algorithm.packing) result = algorithm.packing(problem);
-  });
+  with_storage_type(problem.dtype,
+                    [&]<class S>(S) { result = packing_of(first_of(forward_algorithms<S>, problem), problem); });
   return result;
 }
 
 void pack(const Conv2dForward& whole, void* to, const ThreadPool& pool) {
   const LiveTaps taps(whole.shape);
   const Conv2dForward problem = taps.of(whole);
-  PackedHeader& header = *static_cast<PackedHeader*>(to);
-  header = {packed_origin(problem, static_cast<PackedForm>(packing(whole).form)), true};
   with_storage_type(problem.dtype, [&]<class S>(S) {
-    first_of(forward_algorithms<S>, problem).pack(problem, header, pool);
+    PackedHeader& header = pack_for(first_of(forward_algorithms<S>, problem), problem, to, pool);
     header.finite = header.finite && (taps.all || weights_finite<S>(whole, pool));
   });
+}
+
+Conv2dPacking input_grad_packing(const Conv2dInputGrad& problem) {
+  Conv2dPacking result = {};
+  with_storage_type(problem.dtype,
+                    [&]<class S>(S) { result = packing_of(first_of(input_grad_algorithms<S>, problem), problem); });
+  return result;
+}
+
+void input_grad_pack(const Conv2dInputGrad& problem, void* to, const ThreadPool& pool) {
+  with_storage_type(problem.dtype,
+                    [&]<class S>(S) { pack_for(first_of(input_grad_algorithms<S>, problem), problem, to, pool); });
 }
 
 }  // namespace
 
 namespace CVFAST_ISA {
 extern const Conv2dKernels conv2d;
-const Conv2dKernels conv2d = {forward, input_grad, weight_grad, packing, pack};
+const Conv2dKernels conv2d = {forward, input_grad, weight_grad, packing, pack, input_grad_packing, input_grad_pack};
 }  // namespace CVFAST_ISA
 
 }  // namespace cvfast

@@ -559,8 +559,8 @@ int64_t packed_elements(const Correlation<S>& c, const CorrelationPlan& p) {
 // columns.
 constexpr int64_t most_pixels_to_pack = 2048;
 
-template <class S>
-Conv2dPacking gemm_packing(const Conv2dForward& problem) {
+template <class S, class Problem>
+Conv2dPacking gemm_packing(const Problem& problem) {
   const Correlation<S> c = correlation<S>(problem);
   const int64_t pixels = make_phase(c, 0, 0).pixels(c.batch);
   if (pixels == 0 || pixels > most_pixels_to_pack || c.groups * c.out_channels * c.in_channels == 0) return {};
@@ -569,8 +569,8 @@ Conv2dPacking gemm_packing(const Conv2dForward& problem) {
   return packing(PackedForm::panels, packed_elements(c, p) * static_cast<int64_t>(sizeof(Compute<S>)));
 }
 
-template <class S>
-void gemm_pack(const Conv2dForward& problem, PackedHeader& to, const ThreadPool& pool) {
+template <class S, class Problem>
+void gemm_pack(const Problem& problem, PackedHeader& to, const ThreadPool& pool) {
   const Correlation<S> c = correlation<S>(problem);
   to.finite = pack_all_weights(c, plan(c, 1), true, static_cast<Compute<S>*>(to.data()), pool);
 }

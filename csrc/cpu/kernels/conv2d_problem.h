@@ -181,11 +181,15 @@ inline int64_t input_grad_stride(int64_t in, int64_t out, int64_t taps, int64_t 
   return out == 1 ? max(in + padding, (taps - 1) * dilation + 1) : stride;
 }
 
-template <class S>
-Correlation<S> correlation(const Conv2dInputGrad& p) {
-  Conv2dShape s = p.shape;
+inline Conv2dShape input_grad_shape(Conv2dShape s) {
   s.stride_h = input_grad_stride(s.in_height, s.out_height, s.kernel_height, s.stride_h, s.padding_h, s.dilation_h);
   s.stride_w = input_grad_stride(s.in_width, s.out_width, s.kernel_width, s.stride_w, s.padding_w, s.dilation_w);
+  return s;
+}
+
+template <class S>
+Correlation<S> correlation(const Conv2dInputGrad& p) {
+  const Conv2dShape s = input_grad_shape(p.shape);
   const int64_t out = s.in_channels / s.groups, in = s.out_channels / s.groups;
   const int64_t *g = p.grad_output.stride, *w = p.weight.stride, *o = p.grad_input.stride;
   return {true, s, s.batch, s.groups, in, out,

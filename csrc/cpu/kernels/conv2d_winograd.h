@@ -660,6 +660,16 @@ constexpr PackedForm taps_form = Taps == 3 ? PackedForm::taps3 : PackedForm::tap
 template <int Taps>
 constexpr PackedForm u_form = Taps == 3 ? PackedForm::u3 : PackedForm::u2;
 
+// Calls one(w, number of the phase) for all phases of the result.
+template <int Taps, class S, class One>
+void for_each_phase(const Correlation<S>& c, One&& one) {
+  const int64_t phases_x = c.phases_x();
+  for (int64_t phase = 0; phase < c.phases_y() * phases_x; ++phase) {
+    Winograd<S, Taps> w = winograd<S, Taps>(c, phase / phases_x, phase % phases_x);
+    one(w, phase);
+  }
+}
+
 template <int Taps, class S, class Problem>
 void correlate_by_winograd(const Problem& problem, const ThreadPool& pool) {
   if constexpr (sizeof(Compute<S>) == sizeof(float)) {
@@ -670,12 +680,11 @@ void correlate_by_winograd(const Problem& problem, const ThreadPool& pool) {
       return weights ? static_cast<const float*>(weights->data()) : nullptr;
     };
     const float *kept_taps = kept(taps_form<Taps>), *kept_u = kept(u_form<Taps>);
-    for (int64_t y = 0; y < c.phases_y(); ++y)
-      for (int64_t x = 0; x < c.phases_x(); ++x) {
-        Winograd<S, Taps> w = winograd<S, Taps>(c, y, x);
-        w.kept_taps = kept_taps, w.kept_u = kept_u;
-        correlate_by_winograd(w, pool);
-      }
+    for_each_phase<Taps>(c, [&](Winograd<S, Taps>& w, int64_t phase) {
+      w.kept_taps = kept_taps ? kept_taps + phase * w.taps_elements() : nullptr;
+      w.kept_u = kept_u ? kept_u + phase * winograd_u_elements(w) : nullptr;
+      correlate_by_winograd(w, pool);
+    });
   }
 }
 
@@ -685,33 +694,36 @@ inline bool winograd_pools(const Conv2dForward& p) {
          tile_grid(p.shape.batch, unpooled_height(p.shape), unpooled_width(p.shape)).even();
 }
 
-// The result's phase, the only one of a forward pass.
-template <int Taps, class S>
-Winograd<S, Taps> winograd_to_pack(const Conv2dForward& p) { return winograd<S, Taps>(correlation<S>(p), 0, 0); }
-
+// Whether all phases' weights are kept as U; `first` is the first one, which has the most tiles.
 template <class S, int Taps>
-bool winograd_keeps_u(const Winograd<S, Taps>& w) {
-  return w.source.tiles() > winograd_few_tiles && winograd_u_elements(w) <= winograd_most_u;
+bool winograd_keeps_u(const Winograd<S, Taps>& first) {
+  const int64_t phases = first.c.phases_y() * first.c.phases_x();
+  return first.source.tiles() > winograd_few_tiles && phases * winograd_u_elements(first) <= winograd_most_u;
 }
 
-template <int Taps, class S>
-Conv2dPacking winograd_packing(const Conv2dForward& p) {
+template <int Taps, class S, class Problem>
+Conv2dPacking winograd_packing(const Problem& p) {
   if constexpr (sizeof(Compute<S>) == sizeof(float)) {
-    const Winograd<S, Taps> w = winograd_to_pack<Taps, S>(p);
+    const Correlation<S> c = correlation<S>(p);
+    const Winograd<S, Taps> w = winograd<S, Taps>(c, 0, 0);
     const bool u = winograd_keeps_u(w);
-    const int64_t elements = u ? winograd_u_elements(w) : w.taps_elements();
+    const int64_t elements = c.phases_y() * c.phases_x() * (u ? winograd_u_elements(w) : w.taps_elements());
     if (w.source.tiles() > 0 && w.source.tiles() <= winograd_most_tiles_to_pack)
       return packing(u ? u_form<Taps> : taps_form<Taps>, elements * static_cast<int64_t>(sizeof(float)));
   }
   return {};
 }
 
-template <int Taps, class S>
-void winograd_pack(const Conv2dForward& p, PackedHeader& to, const ThreadPool& pool) {
+template <int Taps, class S, class Problem>
+void winograd_pack(const Problem& p, PackedHeader& to, const ThreadPool& pool) {
   if constexpr (sizeof(Compute<S>) == sizeof(float)) {
-    const Winograd<S, Taps> w = winograd_to_pack<Taps, S>(p);
     float* data = static_cast<float*>(to.data());
-    winograd_keeps_u(w) ? transform_all_weights(w, data, pool) : gather_all_taps(w, data, pool);
+    const Correlation<S> c = correlation<S>(p);
+    const bool u = winograd_keeps_u(winograd<S, Taps>(c, 0, 0));
+    for_each_phase<Taps>(c, [&](const Winograd<S, Taps>& w, int64_t phase) {
+      u ? transform_all_weights(w, data + phase * winograd_u_elements(w), pool)
+        : gather_all_taps(w, data + phase * w.taps_elements(), pool);
+    });
   }
 }
 

@@ -47,8 +47,8 @@ struct Conv2dForward {
   bool same_weights = false;     // the caller knows that it was of these, whose elements need not be compared
 };
 
-// The form in which a forward convolution reads its weights if somebody keeps them: a number that is the same for all calls
-// that can share them (0: none pays), and the bytes of it.
+// The form in which a convolution, or the gradient to the input, reads its weights if somebody keeps them: a number that is the
+// same for all calls that can share them (0: none pays), and the bytes of it.
 struct Conv2dPacking {
   int64_t form, bytes;
 };
@@ -63,6 +63,7 @@ struct Conv2dInputGrad {
   const void* bias;
   Tensor4 grad_input;
   Epilogue epilogue = {};
+  const void* packed = nullptr;  // as Conv2dForward's
 };
 
 // grad_weight [K, C/G, R, S] from grad_output and input.

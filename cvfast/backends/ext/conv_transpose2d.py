@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from cvfast.backends.ext.conv2d import SLOW_ON_CUDA, runs_with_epilogue, why_not
+from cvfast._packed import packed
+from cvfast.backends.ext.conv2d import LEAST_TO_PACK, SLOW_ON_CUDA, runs_with_epilogue, why_not
 from cvfast.ops.card import call
 from cvfast.ops.conv2d import result_format
-from cvfast.ops.conv_transpose2d import epilogue_kernel
+from cvfast.ops.conv_transpose2d import epilogue_kernel, pack_kernel, packed_form_kernel
 
 __all__ = ["run", "run_with_epilogue", "why_not", "why_slower"]
 
@@ -30,7 +29,20 @@ def run_with_epilogue(
         return None
     if residual is not None:
         residual = residual.contiguous(memory_format=result_format(input, weight))
-    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, *options)
+    kept = packed_weight(input, weight, *options)
+    return epilogue_kernel(input, weight, bias, residual, activation, negative_slope, *options, kept)
+
+
+def packed_weight(input: Tensor, weight: Tensor, *options) -> Tensor | None:
+    """The weight in the form in which the kernels read it, where that is kept."""
+    if weight.numel() < LEAST_TO_PACK:
+        return None
+    return packed(
+        (input.shape, input.stride(), options),
+        lambda: packed_form_kernel(input, weight, *options),
+        lambda: pack_kernel(input, weight, *options),
+        weight,
+    )
 
 
 def why_slower(input: Tensor, *args) -> list[str]:
@@ -38,4 +50,10 @@ def why_slower(input: Tensor, *args) -> list[str]:
     return [SLOW_ON_CUDA] if input.is_cuda else []
 
 
-run = partial(call, torch.ops.cvfast.conv_transpose2d.default)  # arguments as in cvfast.functional.conv_transpose2d
+_operator = torch.ops.cvfast.conv_transpose2d.default
+
+
+def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
+    """Shapes and meaning as in cvfast.functional.conv_transpose2d."""
+    output = run_with_epilogue(None, "none", 0.0, "none", input, weight, bias, *options)
+    return call(_operator, input, weight, bias, *options) if output is None else output
