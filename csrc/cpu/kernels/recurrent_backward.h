@@ -28,7 +28,8 @@ struct Backward {
   const int64_t batch = p.sequence.batch, inputs = p.shape.input, hidden = p.shape.hidden, projected = p.shape.projected;
   const int64_t outputs = projected > 0 ? projected : hidden;
   const int64_t rows = cell.gates * hidden;      // of W_ih and W_hh
-  const int64_t slots = cell.grads * hidden;     // gradients of the gates in a row of `gates`
+  // Of a row of `gates`: rows at a power of two would share the same sets of the first-level cache.
+  const int64_t slots = round_up(cell.grads * hidden, L) + L;
   const int64_t h_stride = round_up(outputs, panel_columns), units = round_up(hidden, panel_columns);
   const int64_t chunk = steps_of(chunk_rows, batch);
   const bool wants_weights = p.wants_weights, wants_input = p.wants_input;
@@ -114,12 +115,13 @@ struct Backward {
     return last;
   }
 
-  // A matrix [depth, cols] in panels of `width` columns.
-  void pack_matrix(const void* from, int64_t depth, int64_t cols, int64_t width, T* to, const ThreadPool& pool) const {
-    parallel_for(pool, ceil_div(cols, width), [&](int64_t begin, int64_t end) {
+  // A matrix [depth, cols] in panels of `width` columns, `stride` in all.
+  void pack_matrix(const void* from, int64_t depth, int64_t cols, int64_t stride, int64_t width, T* to,
+                   const ThreadPool& pool) const {
+    parallel_for(pool, stride / width, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel)
         for (int64_t k = 0; k < depth; ++k) {
-          const int64_t col = panel * width, count = min(width, cols - col);
+          const int64_t col = panel * width, count = max<int64_t>(0, min(width, cols - col));
           T* row = to + (panel * depth + k) * width;
           storage.load(from, k * cols + col, row, count);
           zero_row(row + count, width - count);
@@ -128,9 +130,10 @@ struct Backward {
   }
 
   void pack(const ThreadPool& pool) {
-    pack_matrix(p.weights.w_hh, rows, outputs, panel_columns, w_hh, pool);
-    if (projected > 0) pack_matrix(p.weights.w_hr, projected, hidden, panel_columns, w_hr, pool);
-    if (wants_input) pack_matrix(p.weights.w_ih, rows, inputs, product_cols<T>, w_ih, pool);
+    constexpr int piece = piece_vectors<vectors> * L;
+    pack_matrix(p.weights.w_hh, rows, outputs, h_stride, piece, w_hh, pool);
+    if (projected > 0) pack_matrix(p.weights.w_hr, projected, hidden, units, piece, w_hr, pool);
+    if (wants_input) pack_matrix(p.weights.w_ih, rows, inputs, round_up(inputs, product_cols<T>), product_cols<T>, w_ih, pool);
   }
 
   void load_state(const void* from, int64_t sample, int64_t count, T* to, int64_t stride) const {
@@ -252,13 +255,13 @@ struct Backward {
           rows, a, a_stride, {panels + col * depth, (next - col) / panel_columns, depth}, last_first,
           fetch,
           [&](const PanelSums<T>& s) {
+            const int64_t count = s.panels * panel_columns;
             const T* sum = s.sum;
-            for (int64_t panel = 0; panel < s.panels; ++panel)
-              for (int64_t r = 0; r < s.rows; ++r, sum += panel_columns) {
-                T* at = to + (s.row + r) * stride + col + (s.panel + panel) * panel_columns;
-                for (int64_t i = 0; i < panel_columns; i += L)
-                  store_as(at + i, add ? load_as<Vector<T>>(at + i) + load_as<Vector<T>>(sum + i) : load_as<Vector<T>>(sum + i));
-              }
+            for (int64_t r = 0; r < s.rows; ++r, sum += count) {
+              T* at = to + (s.row + r) * stride + col + s.panel * panel_columns;
+              for (int64_t i = 0; i < count; i += L)
+                store_as(at + i, add ? load_as<Vector<T>>(at + i) + load_as<Vector<T>>(sum + i) : load_as<Vector<T>>(sum + i));
+            }
           });
     }
 
@@ -374,29 +377,29 @@ struct Backward {
   }
 
   static void add_column_sums(const T* block, int64_t depth, int64_t count, T* to, bool add) {
-    for (int64_t col = 0; col < count; col += L) {
-      Vector<T> sum = {};
-      for (int64_t k = 0; k < depth; ++k) sum += load_as<Vector<T>>(block + k * product_block_rows + col);
-      store_units<T>(add ? load_units(to + col, count - col) + sum : sum, to + col, count - col);
+    constexpr int together = 4;  // chains of additions that hide their latency
+    static_assert(product_block_rows % (together * L) == 0);
+    for (int64_t col = 0; col < count; col += together * L) {
+      Vector<T> sum[together] = {};
+      for (int64_t k = 0; k < depth; ++k)
+#pragma GCC unroll 4
+        for (int i = 0; i < together; ++i) sum[i] += load_as<Vector<T>>(block + k * product_block_rows + col + i * L);
+      for (int64_t i = 0, at = col; i < together && at < count; ++i, at += L)
+        store_units<T>(add ? load_units(to + at, count - at) + sum[i] : sum[i], to + at, count - at);
     }
   }
 
   // Rows [row, row + product_block_rows) of the chunk and columns [col, col + block_cols) of the inputs' gradient.
   void input_block(int64_t step, int64_t row, int64_t depth, int64_t col) {
     const int64_t count = min(depth - row, product_block_rows), cols = min(inputs - col, product_block_cols<T>);
-    T *a, *c;
-    Carver::carve(ScratchUse::worker, [&](Carver& scratch) {
-      a = scratch.take<T>(product_block_rows * product_depth<T>);
-      c = scratch.take<T>(product_block_rows * product_block_cols<T>);
-    });
+    T* c = static_cast<T*>(thread_scratch(ScratchUse::worker, product_block_rows * product_block_cols<T> * sizeof(T)));
     for (int64_t gate = 0; gate < cell.gates; ++gate)
       for (int64_t k = 0; k < hidden; k += product_depth<T>) {
         const int64_t deep = min(hidden - k, product_depth<T>);
-        const T* from = gates + row * slots + cell.x_slots[gate] * hidden + k;
-        for (int64_t i = 0; i < count; ++i) copy_row(from + i * slots, a + i * product_depth<T>, deep);
+        const T* a = gates + row * slots + cell.x_slots[gate] * hidden + k;
         const T* b = w_ih + col * rows + (gate * hidden + k) * product_cols<T>;
-        panel_block(count, cols, deep, Matrix<const T>{a, product_depth<T>, 1},
-                      b, rows * product_cols<T>, c, product_block_cols<T>, gate > 0 || k > 0);
+        panel_block(count, cols, deep, Matrix<const T>{a, slots, 1}, b, rows * product_cols<T>, c, product_block_cols<T>,
+                    gate > 0 || k > 0);
       }
     if (rows == 0) zero_row(c, product_block_rows * product_block_cols<T>);
     for_each_row(step, row, row + count, [&](int64_t i, int64_t s, int64_t rank) {

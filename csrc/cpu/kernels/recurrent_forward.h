@@ -15,7 +15,10 @@
 namespace cvfast {
 namespace {
 
-constexpr int64_t projected_rows = 192;  // in large layers each chunk reads W_ih from beyond the caches
+// Rows of a chunk. In large layers each chunk reads W_ih from beyond the caches. Where a second-level cache of 512 KB is to be
+// expected, fewer rows stay in it.
+constexpr int64_t most_projected_rows = 192, fewer_projected_rows = narrow ? 96 : most_projected_rows;
+constexpr int64_t projected_bytes = int64_t{400} << 10;
 
 // Columns of the gates, in vectors.
 struct PanelOrder {
@@ -57,6 +60,7 @@ template <class T>
 struct Forward {
   static constexpr int L = lanes<T>;
   static constexpr int plain_vectors = 4, plain_columns = plain_vectors * L;  // of a panel of W_hr
+  static constexpr int plain_piece = piece_vectors<plain_vectors> * L;
 
   const RecurrentForward& p;
   const Ranks ranks{p.sequence};
@@ -69,8 +73,11 @@ struct Forward {
   const int64_t h_stride = projected > 0 ? round_up(projected, plain_columns) : units;
   // Whether h is fed back from the output's rows.
   const bool in_place = !storage.converts() && projected == 0 && units == hidden && !p.sequence.lengths;
+  const int64_t piece_columns = (order.vectors() == 3 ? piece_vectors<3> : piece_vectors<4>) * L;  // of W_hh
   const int64_t columns = round_up(order.panels() * order.columns(), product_cols<T>);
   const int64_t gate_stride = columns + L;  // rows at a power of two would share the same sets of the first-level cache
+  const bool fewer = fewer_projected_rows * gate_stride * static_cast<int64_t>(sizeof(T)) <= projected_bytes;
+  const int64_t projected_rows = fewer ? fewer_projected_rows : most_projected_rows;
   ThreadCut cut;
   int64_t group_rows;             // room for the rows of a chunk of one group
   Stamp* stamp;
@@ -130,7 +137,8 @@ struct Forward {
     });
     parallel_for(pool, order.panels(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        pack_gates(p.weights.w_hh, outputs, i * order.columns(), order.columns(), w_hh + i * order.columns() * outputs);
+        for (int64_t col = i * order.columns(); col < (i + 1) * order.columns(); col += piece_columns)
+          pack_gates(p.weights.w_hh, outputs, col, piece_columns, w_hh + col * outputs);
     });
     pack_gates(p.weights.b_ih, p.weights.b_ih ? 1 : 0, 0, columns, b_ih);
     pack_gates(p.weights.b_hh, p.weights.b_hh ? 1 : 0, 0, columns, b_hh);
@@ -138,8 +146,8 @@ struct Forward {
     for (int64_t vector = 0; vector < columns / L; ++vector)
       if (cell.x_slots[order.gate(vector)] == order.gate(vector)) join_biases(b_ih + vector * L, b_hh + vector * L, L);
     for (int64_t i = 0; projected > 0 && i < h_stride; i += L) {
-      const int64_t panel = i / plain_columns * plain_columns;
-      pack_rows(p.weights.w_hr, i, projected - i, hidden, w_hr + panel * hidden + i - panel, plain_columns);
+      const int64_t piece = i / plain_piece * plain_piece;
+      pack_rows(p.weights.w_hr, i, projected - i, hidden, w_hr + piece * hidden + i - piece, plain_piece);
     }
   }
 
@@ -204,7 +212,7 @@ struct Forward {
     const Ranks ranks = f.ranks;
     const int64_t group, own;
     const int64_t begin = ranks.cut(group, f.cut.groups), end = ranks.cut(group + 1, f.cut.groups);
-    const int64_t chunk = steps_of(projected_rows, end - begin);  // steps that are projected together
+    const int64_t chunk = steps_of(f.projected_rows, end - begin);  // steps that are projected together
     const Team team = {f.cut.shares, f.counters + group * Team::size(f.cut.shares)};
     int64_t stage = 0;
     T* const gates = f.gates + group * f.group_rows * f.gate_stride;
@@ -321,12 +329,12 @@ struct Forward {
       step.items = by_panel ? s.panels : s.rows, step.vectors = f.cell.vectors, step.gate_stride = units;
       step.hidden = f.hidden, step.units = f.hidden - unit, step.units_stride = by_panel ? units : 0;
       step.b_ih = f.b_ih + s.panel * columns, step.b_hh = f.b_hh + s.panel * columns, step.b_stride = by_panel ? columns : 0;
-      step.x_stride = by_panel ? columns : f.gate_stride, step.r_stride = by_panel ? s.rows * columns : columns;
+      step.x_stride = by_panel ? columns : f.gate_stride, step.r_stride = columns;
       step.memory_stride = by_panel ? units : memory.stride, step.result_stride = by_panel ? units : result.stride;
       step.saved_stride = by_panel ? units : saved_stride;
       for (int64_t i = 0; i < (by_panel ? s.rows : 1); ++i) {
         const int64_t row = s.row + i;
-        step.x = projection + row * f.gate_stride + s.panel * columns, step.r = s.sum + i * columns;
+        step.x = projection + row * f.gate_stride + s.panel * columns, step.r = s.sum + i * s.panels * columns;
         step.memory = memory.data + row * memory.stride + unit, step.result = result.data + row * result.stride + unit;
         step.saved = saved ? saved + row * saved_stride + unit : nullptr;
         f.cell.forward(step);
@@ -339,10 +347,9 @@ struct Forward {
           rows, unprojected, f.units, {f.w_hr + panel * plain_columns * f.hidden, next - panel, f.hidden}, false,
           [](const PanelSums<T>&) {},
           [&](const PanelSums<T>& s) {
-            for (int64_t i = 0; i < s.panels; ++i)
-              for (int64_t r = 0; r < s.rows; ++r)
-                copy_row(s.sum + (i * s.rows + r) * plain_columns,
-                         next_h + (s.row + r) * f.h_stride + (panel + s.panel + i) * plain_columns, plain_columns);
+            const int64_t count = s.panels * plain_columns;
+            for (int64_t r = 0; r < s.rows; ++r)
+              copy_row(s.sum + r * count, next_h + (s.row + r) * f.h_stride + (panel + s.panel) * plain_columns, count);
           });
     }
 

@@ -50,11 +50,23 @@ template <class T>
   return {bit_cast<Vector<T>>(bits), r * r * q + r};
 }
 
+// A NaN stays one.
 template <class T>
-[[gnu::always_inline]] inline Vector<T> clamp(Vector<T> x, T least, T most) {  // a NaN stays one
-  x = x < least ? Vector<T>{} + least : x;
-  return x > most ? Vector<T>{} + most : x;
+[[gnu::always_inline]] inline Vector<T> at_most(Vector<T> x, T most) { return x > most ? Vector<T>{} + most : x; }
+template <class T>
+[[gnu::always_inline]] inline Vector<T> at_least(Vector<T> x, T least) { return x < least ? Vector<T>{} + least : x; }
+#if CVFAST_VECTOR_BYTES == 32 && defined(__AVX2__)
+template <>  // one instruction, which gives its second operand where either is a NaN
+[[gnu::always_inline]] inline FloatVector at_most<float>(FloatVector x, float most) {
+  return (FloatVector)_mm256_min_ps(_mm256_set1_ps(most), (__m256)x);
 }
+template <>
+[[gnu::always_inline]] inline FloatVector at_least<float>(FloatVector x, float least) {
+  return (FloatVector)_mm256_max_ps(_mm256_set1_ps(least), (__m256)x);
+}
+#endif
+template <class T>
+[[gnu::always_inline]] inline Vector<T> clamp(Vector<T> x, T least, T most) { return at_most<T>(at_least<T>(x, least), most); }
 
 // 1 / (1 + e^-x); error at most 3 ulp where the result is a normal number.
 template <class T>
@@ -74,6 +86,18 @@ constexpr double tanh_coefficients<double>[] = {
     0.0005896606577757043, -0.0014557754120478055,  0.0035921217511549622, -0.008863235103240878,
     0.021869488519008305,  -0.05396825396789699,    0.13333333333333042,   -0.3333333333333333};
 
+// e^2x + 1 for 0 <= x <= saturated / 2, or NaN; only as exact as 1 - 2 / (e^2x + 1) needs it where it is greater than 0.55.
+template <class T>
+[[gnu::always_inline]] inline Vector<T> exp_of_twice_plus_1(Vector<T> x) {
+  using E = Exp2<T>;
+  constexpr T factor = T(2 * log2_e);
+  const Vector<T> shifted = x * factor + E::magic, f = x * factor - (shifted - E::magic);
+  Vector<T> p = Vector<T>{} + E::coefficients[0];
+#pragma GCC unroll 16
+  for (unsigned i = 1; i < sizeof E::coefficients / sizeof(T); ++i) p = p * f + E::coefficients[i];
+  return p * bit_cast<Vector<T>>(bit_cast<Vector<typename E::Bits>>(shifted) << E::fraction_bits) + T{1};
+}
+
 // Polynomial below 0.625, 1 - 2 / (e^2|x| + 1) beyond: both round hardly more often than the result has to be. Error at
 // most 2 ulp. (1 - tanh^2, the derivative, is as good as the last place of a tanh near 1.)
 template <class T>
@@ -81,12 +105,11 @@ template <class T>
   using Bits = Vector<typename Exponential<T>::Bits>;
   const Bits sign = bit_cast<Bits>(x) & (Bits{} + (typename Exponential<T>::Bits{1} << (8 * sizeof(T) - 1)));
   const Vector<T> magnitude = bit_cast<Vector<T>>(bit_cast<Bits>(x) ^ sign), square = x * x;
-  const ExpParts<T> e = exp_parts<T>(clamp<T>(magnitude + magnitude, T{0}, Exponential<T>::saturated));
   Vector<T> p = Vector<T>{} + tanh_coefficients<T>[0];
 #pragma GCC unroll 16
   for (unsigned i = 1; i < sizeof tanh_coefficients<T> / sizeof(T); ++i) p = p * square + tanh_coefficients<T>[i];
   const Vector<T> near = magnitude * (square * p) + magnitude;
-  const Vector<T> far = T{1} - T{2} / ((e.scale + e.scale * e.growth) + T{1});
+  const Vector<T> far = T{1} - T{2} / exp_of_twice_plus_1<T>(at_most<T>(magnitude, Exponential<T>::saturated / 2));
   return bit_cast<Vector<T>>(bit_cast<Bits>(magnitude < T(0.625) ? near : far) | sign);
 }
 
