@@ -113,7 +113,7 @@ PACKED = {  # form -> layer and image: Winograd's taps, or transformed for more 
         (1, 32, 8, 8),
     ),
     "transposed, winograd on phases, transformed": (
-        dict(in_channels=32, out_channels=32, kernel_size=3, stride=2, padding=1, output_padding=1),
+        dict(in_channels=32, out_channels=48, kernel_size=3, stride=2, padding=1, output_padding=1),
         (1, 32, 20, 20),
     ),
     "transposed, panels": (dict(in_channels=72, out_channels=96, kernel_size=2, stride=2), (1, 72, 7, 7)),
