@@ -189,14 +189,23 @@ Seen differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const 
   return s;
 }
 
-// sums[key] += the block's product [key][size] of `factors` [key][query] with `rows` [query][size]; stride: the sums'.
+// sums[key] += the block's product [key][size] of `factors` [key][query] with `rows` [query][size]; stride: the sums'. Where the
+// window hides keys, a few at a time are multiplied with the queries that see some of them.
 template <class T>
-void add_to_keys(const KeyBlock& keys, const T* factors, const BackwardArrays<T>& a, int64_t queries, Matrix<const T> rows,
-                 int64_t stride, int64_t size, T* sums, Ahead& ahead) {
-  const TileOperands<T> operands = {{factors, a.queries, 1}, rows.data, rows.row_stride, queries};
-  if (keys.contiguous())
-    return tile_product<T>(keys.count, size, operands, StoreSums<T>{sums + keys.index[0] * stride, stride, true}, ahead);
-  tile_product<T>(keys.count, size, operands, StoreSums<T>{a.product, stride, false}, ahead);
+void add_to_keys(const AttentionVisibility& visible, const KeyBlock& keys, const T* factors, const BackwardArrays<T>& a,
+                 Queries queries, Matrix<const T> rows, int64_t stride, int64_t size, T* sums, Ahead& ahead) {
+  const bool in_place = keys.contiguous();
+  const StoreSums<T> store = {in_place ? sums + keys.index[0] * stride : a.product, stride, in_place};
+  const int64_t step = seen<T>(visible, keys, queries).partly() ? 2 * rows_of_tile<panel_vectors> : keys.count;
+  for (int64_t k = 0, count; k < keys.count; k += count) {
+    count = even_piece(keys.count - k, step);
+    const int64_t first = max<int64_t>(0, keys.index[k] - visible.right - queries.first);
+    const int64_t last = min(queries.count, keys.index[k + count - 1] + visible.left + 1 - queries.first);
+    const TileOperands<T, RowsOfA<T>> operands = {{factors + k * a.queries + first, a.queries},
+                                                  rows.data + first * rows.row_stride, rows.row_stride, last - first};
+    tile_product<T>(count, size, operands, store.at(k, 0), ahead);
+  }
+  if (in_place) return;
   for (int64_t k = 0; k < keys.count; ++k)
     for (int64_t d = 0; d < size; ++d) sums[keys.index[k] * stride + d] += a.product[k * stride + d];
 }
@@ -268,8 +277,8 @@ void backward_block(const AttentionBackward& args, int64_t b, int64_t h, const B
         add_seen_rows(p.visible, keys.keys, s, panel, a.score_grads + offset, a.queries, keys.key, keys.nonfinite, shape.size,
                       StoreSums<T>{a.query_sums + offset * a.key_stride, a.key_stride, true}, ahead);
     });
-    add_to_keys(keys.keys, a.weights, a, block.count, rows.grad, a.value_stride, shape.value_size, a.value_sums, ahead);
-    add_to_keys(keys.keys, a.score_grads, a, block.count, rows.query, a.key_stride, shape.size, a.key_sums, ahead);
+    add_to_keys(p.visible, keys.keys, a.weights, a, block, rows.grad, a.value_stride, shape.value_size, a.value_sums, ahead);
+    add_to_keys(p.visible, keys.keys, a.score_grads, a, block, rows.query, a.key_stride, shape.size, a.key_sums, ahead);
   });
   store_scaled(a.query_sums, a.key_stride, p.scale, p, args.grad_query, b, h, block, shape.size);
 }

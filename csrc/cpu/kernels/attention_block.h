@@ -309,7 +309,7 @@ void pack_panel(const T* rows, int64_t row_stride, Queries panel, int64_t size, 
 template <int Vectors, class T, class Store>
 void panel_products(Matrix<const T> rows, const T* panel, int64_t width, int64_t size, const int64_t* last_of, int64_t first,
                     const Store& store, Ahead& ahead) {
-  const TileOperands<T> operands = {{rows.data, rows.row_stride, 1}, panel, width, size};
+  const TileOperands<T, RowsOfA<T>> operands = {{rows.data, rows.row_stride}, panel, width, size};
   tile_column<T, Vectors>(*last_of - first, operands.at(first, 0), store.at(first, 0), ahead);
   if constexpr (Vectors > 1)
     panel_products<Vectors - 1>(rows, panel + lanes<T>, width, size, last_of + 1, *last_of, store.at(0, lanes<T>), ahead);
@@ -360,8 +360,8 @@ template <class T, class Store>
 void add_weighted_rows(const T* weights, int64_t weights_stride, Matrix<const T> rows, int64_t first, int64_t last,
                        Nonfinite nonfinite, int64_t queries, int64_t size, const Store& store, Ahead& ahead) {
   auto between = [&](int64_t begin, int64_t end) {
-    return TileOperands<T>{{weights + begin * weights_stride, 1, weights_stride}, rows.data + begin * rows.row_stride,
-                           rows.row_stride, end - begin};
+    return TileOperands<T, ColumnsOfA<T>>{{weights + begin * weights_stride, weights_stride},
+                                          rows.data + begin * rows.row_stride, rows.row_stride, end - begin};
   };
   if (nonfinite.count == 0) return tile_product<T>(queries, size, between(first, last), store, ahead);
   store.begin(queries, size);

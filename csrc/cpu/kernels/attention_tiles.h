@@ -64,15 +64,68 @@ class Ahead {
   int ranges_ = 0, next_ = 0;
 };
 
-// B has row stride b_stride.
+// A by rows, each of them contiguous: of a tile, pointers to every third one, since address modes reach the two that follow, and
+// the compiler would keep a register for each row, more than there are.
 template <class T>
+struct RowsOfA {
+  const T* data;
+  int64_t stride;
+  RowsOfA at(int64_t row) const { return {data + row * stride, stride}; }
+
+  template <int Rows>
+  class Tile {
+   public:
+    Tile(RowsOfA a, int64_t k) : stride_(a.stride) {
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; i += group) {
+        start_[i / group] = a.data + i * stride_ + k;
+        asm("" : "+r"(start_[i / group]));
+      }
+    }
+    // Elements of column `step` from here.
+    [[gnu::always_inline]] T get(int row, int step) const { return start_[row / group][row % group * stride_ + step]; }
+    [[gnu::always_inline]] void move(int steps) {
+#pragma GCC unroll 4
+      for (const T*& start : start_) {
+        start += steps;
+        asm("" : "+r"(start));
+      }
+    }
+
+   private:
+    static constexpr int group = 3;
+    const T* start_[(Rows + group - 1) / group];
+    int64_t stride_;
+  };
+};
+
+// A by columns, each of them contiguous.
+template <class T>
+struct ColumnsOfA {
+  const T* data;
+  int64_t stride;
+  ColumnsOfA at(int64_t row) const { return {data + row, stride}; }
+
+  template <int Rows>
+  class Tile {
+   public:
+    Tile(ColumnsOfA a, int64_t k) : data_(a.data + k * a.stride), stride_(a.stride) {}
+    [[gnu::always_inline]] T get(int row, int step) const { return data_[step * stride_ + row]; }
+    [[gnu::always_inline]] void move(int steps) { data_ += steps * stride_; }
+
+   private:
+    const T* data_;
+    int64_t stride_;
+  };
+};
+
+// A: RowsOfA or ColumnsOfA. B has row stride b_stride.
+template <class T, class A>
 struct TileOperands {
-  Matrix<const T> a;
+  A a;
   const T* b;
   int64_t b_stride, depth;
-  TileOperands at(int64_t row, int64_t col) const {
-    return {{a.data + row * a.row_stride, a.row_stride, a.col_stride}, b + col, b_stride, depth};
-  }
+  TileOperands at(int64_t row, int64_t col) const { return {a.at(row), b + col, b_stride, depth}; }
 };
 
 // What becomes of the sums: to (+)= sum. second_chain: where in the depth a second chain of multiply-adds begins, which is
@@ -170,27 +223,37 @@ struct MergeSums {
   }
 };
 
-template <class T, int Rows, int Vectors>
-[[gnu::always_inline]] inline void add_products(const TileOperands<T>& m, int64_t first, int64_t last,
-                                                const Ahead::Lines& ahead, Vector<T> (&sum)[Rows][Vectors]) {
-  const int64_t row_stride = m.a.row_stride, col_stride = m.a.col_stride, b_stride = m.b_stride;
-  const T *a = m.a.data + first * col_stride, *b = m.b + first * b_stride;
-  for (int64_t k = first; k < last; ++k, a += col_stride, b += b_stride) {
-    __builtin_prefetch(ahead.line(k), 0, 2);
-    Vector<T> y[Vectors];
+// sum += column `step` of A times row `step` of B.
+template <class T, class A, int Rows, int Vectors>
+[[gnu::always_inline]] inline void add_product(const A& a, const T* b, int step, Vector<T> (&sum)[Rows][Vectors]) {
+  Vector<T> y[Vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) y[j] = load_as<Vector<T>>(b + j * lanes<T>);
+  for (int j = 0; j < Vectors; ++j) y[j] = load_as<Vector<T>>(b + j * lanes<T>);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const T x = a[i * row_stride];
+  for (int i = 0; i < Rows; ++i) {
+    const T x = a.get(i, step);
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) sum[i][j] += x * y[j];
-    }
+    for (int j = 0; j < Vectors; ++j) sum[i][j] += x * y[j];
   }
 }
 
-template <class T, int Rows, int Vectors, class Store>
-[[gnu::noinline]] void attention_tile(const TileOperands<T>& m, const Store& store, const Ahead::Lines ahead) {
+template <class T, class A, int Rows, int Vectors>
+[[gnu::always_inline]] inline void add_products(const TileOperands<T, A>& m, int64_t first, int64_t last,
+                                                const Ahead::Lines& ahead, Vector<T> (&sum)[Rows][Vectors]) {
+  typename A::template Tile<Rows> a(m.a, first);
+  const T* b = m.b + first * m.b_stride;
+  const int64_t b_stride = m.b_stride;
+  int64_t k = first;
+  for (; k + 2 <= last; k += 2, a.move(2), b += 2 * b_stride) {
+    __builtin_prefetch(ahead.line(k), 0, 2);
+    add_product<T>(a, b, 0, sum);
+    add_product<T>(a, b + b_stride, 1, sum);
+  }
+  if (k < last) add_product<T>(a, b, 0, sum);
+}
+
+template <class T, class A, int Rows, int Vectors, class Store>
+[[gnu::noinline]] void attention_tile(const TileOperands<T, A>& m, const Store& store, const Ahead::Lines ahead) {
   Vector<T> sum[Rows][Vectors] = {};
   const int64_t second = Store::second_chain(m.depth);
   add_products<T>(m, 0, second, ahead, sum);
@@ -200,6 +263,7 @@ template <class T, int Rows, int Vectors, class Store>
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) store_as(parked[i] + j * lanes<T>, sum[i][j]), sum[i][j] = Vector<T>{};
+    asm("" : : "r"(parked) : "memory");  // or the compiler would drive the second chain out of its registers
     add_products<T>(m, second, m.depth, ahead, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
@@ -210,25 +274,25 @@ template <class T, int Rows, int Vectors, class Store>
 }
 
 // A tile of `rows` <= Rows rows.
-template <class T, int Vectors, class Store, int Rows = rows_of_tile<Vectors>>
-void attention_tile_rows(int64_t rows, const TileOperands<T>& m, const Store& store, const Ahead::Lines& ahead) {
+template <class T, class A, int Vectors, class Store, int Rows = rows_of_tile<Vectors>>
+void attention_tile_rows(int64_t rows, const TileOperands<T, A>& m, const Store& store, const Ahead::Lines& ahead) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return attention_tile_rows<T, Vectors, Store, Rows - 1>(rows, m, store, ahead);
-  attention_tile<T, Rows, Vectors>(m, store, ahead);
+    if (rows < Rows) return attention_tile_rows<T, A, Vectors, Store, Rows - 1>(rows, m, store, ahead);
+  attention_tile<T, A, Rows, Vectors>(m, store, ahead);
 }
 
 // A column of tiles, whose rows are cut evenly.
-template <class T, int Vectors, class Store>
-void tile_column(int64_t rows, const TileOperands<T>& m, const Store& store, Ahead& ahead) {
+template <class T, int Vectors, class A, class Store>
+void tile_column(int64_t rows, const TileOperands<T, A>& m, const Store& store, Ahead& ahead) {
   for (int64_t row = 0, count; row < rows; row += count) {
     count = even_piece(rows - row, rows_of_tile<Vectors>);
-    attention_tile_rows<T, Vectors>(count, m.at(row, 0), store.at(row, 0), ahead.take(m.depth, m.b));
+    attention_tile_rows<T, A, Vectors>(count, m.at(row, 0), store.at(row, 0), ahead.take(m.depth, m.b));
   }
 }
 
 // The whole product; the columns, in whole vectors, are cut evenly, too.
-template <class T, class Store>
-void tile_product(int64_t rows, int64_t cols, const TileOperands<T>& m, const Store& store, Ahead& ahead) {
+template <class T, class A, class Store>
+void tile_product(int64_t rows, int64_t cols, const TileOperands<T, A>& m, const Store& store, Ahead& ahead) {
   for (int64_t col = 0, count; col < cols; col += count) {
     count = even_piece(ceil_div(cols - col, lanes<T>), panel_vectors) * lanes<T>;
     with_vectors<T>(count, [&](auto n) { tile_column<T, n.value>(rows, m.at(0, col), store.at(0, col), ahead); });
