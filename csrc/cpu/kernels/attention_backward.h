@@ -201,8 +201,8 @@ void add_to_keys(const AttentionVisibility& visible, const KeyBlock& keys, const
     count = even_piece(keys.count - k, step);
     const int64_t first = max<int64_t>(0, keys.index[k] - visible.right - queries.first);
     const int64_t last = min(queries.count, keys.index[k + count - 1] + visible.left + 1 - queries.first);
-    const TileOperands<T, RowsOfA<T>> operands = {{factors + k * a.queries + first, a.queries},
-                                                  rows.data + first * rows.row_stride, rows.row_stride, last - first};
+    const TileOperands<T, RowsOfA<T>> operands = {{factors + k * a.queries + first, a.queries}, rows.data + first * rows.row_stride,
+                                                  rows.row_stride, max<int64_t>(0, last - first)};
     tile_product<T>(count, size, operands, store.at(k, 0), ahead);
   }
   if (in_place) return;
