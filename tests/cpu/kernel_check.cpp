@@ -272,7 +272,7 @@ const Case cases[] = {
     {1, 131, 17, 16, 19, 4, 4, 2, 2, 2, 0, 1, 1, 1},   // blocks of channels, tails, phases of different size
     {1, 34, 15, 15, 40, 4, 4, 2, 2, 3, 5, 1, 1, 2},    // groups, padding wider than the kernel
     {1, 33, 32, 31, 34, 3, 3, 2, 2, 1, 1, 1, 1, 1},    // phases with one tap on an axis
-    {1, 20, 31, 32, 18, 3, 4, 2, 2, 0, 1, 1, 1, 1},    // the same on one axis only; the first phase has one tap
+    {1, 36, 31, 32, 18, 3, 4, 2, 2, 0, 1, 1, 1, 1},    // the same on one axis only; the first phase has one tap
     {1, 64, 16, 46, 64, 4, 4, 2, 2, 1, 1, 1, 1, 4},    // several chunks of tiles
     {2, 20, 12, 12, 18, 4, 4, 2, 2, 1, 1, 1, 1, 1},    // partial tiles that still pay
     {2, 20, 8, 8, 18, 4, 4, 2, 2, 1, 1, 1, 1, 1},      // one tile: the gradient to the input alone
@@ -427,6 +427,7 @@ bool by_winograd(const Conv2dShape& s, Product product, DType dtype) {
   if (input_grad) height = (height + 1) / 2, width = (width + 1) / 2;
   const int64_t taps = s.kernel_height * s.kernel_width, tiles = (height + 3) / 4 * ((width + 3) / 4);
   const auto fits = [](int64_t kernel, int64_t stride) { return stride == 2 && (kernel == 3 || kernel == 4); };
+  if (input_grad && taps < 16 && s.in_channels <= 32 * s.groups) return false;
   const int64_t least_tiles = taps < 16 ? 16 : input_grad ? 1 : 4;
   const bool many = product == Product::weight_grad ? s.batch * tiles >= 16 : tiles >= least_tiles;
   return fits(s.kernel_height, s.stride_h) && fits(s.kernel_width, s.stride_w) && many &&
