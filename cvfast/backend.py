@@ -139,22 +139,26 @@ def is_certain(name: str, requested: str | None = None) -> bool:
     `requested`: as `select` has it.
     """
     wanted = _current if requested is None else requested
-    return wanted in ("auto", name) and not _choices.torchs and select is _select
+    unwatched = select is _select and not _jit_traces()
+    return wanted in ("auto", name) and not _choices.torchs and unwatched
 
 
 def is_free() -> bool:
     """Whether calls go to the fastest backend, and nobody watches the choice."""
-    return _current == "auto" and select is _select
+    return _current == "auto" and select is _select and not _jit_traces()
 
 
 def _why_not(name: str, module: ModuleType, args: tuple) -> list[str]:
     """`module.why_not` and what no kernel can do."""
     if name != "native" and forward_ad._current_level >= 0:
         return ["forward-mode derivatives are torch's"]
+    if name != "native" and _jit_traces():
+        return ["torch.jit.trace records torch's operators"]  # it cannot record results that are numbers
     return module.why_not(*args)
 
 
 _select = select
+_jit_traces = torch.jit.is_tracing
 
 
 def autocasts(device: str) -> bool:

@@ -129,3 +129,21 @@ def test_large_patches_of_an_image_are_torchs_without_gradients(kernel, options,
         with torch.no_grad():
             cvfast.functional.conv2d(x, weight, **options, backend="ext")
     assert chosen == ["native" if native else "ext", "ext", "ext"]
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_jit_trace_records_torchs_operators(gradients):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(16, 32, 3),
+        torch.nn.BatchNorm2d(32),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(1152, 256),
+    ).eval()
+    x = torch.randn(32, 16, 8, 8)
+    with torch.set_grad_enabled(gradients):
+        expected = model(x)
+        traced = torch.jit.trace(cvfast.accelerate(model, fuse=True), x)
+        torch.testing.assert_close(traced(x), expected)
+        operators = {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()}
+    assert "cvfast" not in operators and "cvfast_kernels" not in operators

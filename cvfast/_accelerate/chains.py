@@ -382,6 +382,7 @@ def _may_keep(sources: tuple[Tensor | None, ...]) -> bool:
     """Whether these are ordinary tensors and nobody asks for derivatives or traces."""
     if (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
