@@ -47,7 +47,7 @@ constexpr bool fits_registers(int rows, int cols) { return rows * cols + cols + 
 // 20 % where the loads compete with what comes from the second-level cache.
 template <class V>
 [[gnu::always_inline]] inline void keep_in_register([[maybe_unused]] V& v) {
-#if defined(__x86_64__)
+#if defined(__AVX512F__) || (defined(__x86_64__) && CVFAST_VECTOR_BYTES < 64)  // emulated vectors have no register
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
