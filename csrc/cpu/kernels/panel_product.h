@@ -1,6 +1,6 @@
 // Products whose second operand is packed once and used many times, B as [panel][piece][depth][vectors][lanes]. A tile of
-// Rows x Cols vectors stays in registers; an element is one chain of multiply-adds from 0 in the order of depth, wherever it
-// lies in a tile.
+// Rows x Cols vectors stays in registers; an element is a sum of chains of multiply-adds from 0 in the order of depth, of
+// product_depth each, wherever it lies in a tile.
 //
 // panel_product: few rows, and the sums go from the first-level cache into whatever follows.
 // panel_block: C [rows, cols] (+)= A B, a block that fits the caches, as gemm.h has it. Its tiles are 6 rows of as many
@@ -25,11 +25,10 @@ constexpr int product_cols = product_vectors * lanes<T>;
 template <int Cols>
 constexpr int piece_vectors = Cols % product_vectors == 0 ? product_vectors : Cols;
 
-// Cache blocks of panel_block: A and B of this depth from the second-level cache, twice gemm.h's, so that C is read and
-// written half as often.
+// Cache blocks of panel_block: A and B of this depth from the second-level cache.
 constexpr int64_t product_block_rows = 32 * product_rows;
 template <class T>
-constexpr int64_t product_depth = sizeof(T) == 8 ? 128 : 512;  // of a chain of multiply-adds; float64's shorter ones err less
+constexpr int64_t product_depth = sizeof(T) == 8 ? 128 : 256;  // of a chain of multiply-adds: shorter ones err less
 template <class T>
 constexpr int64_t product_block_cols = 7 * product_cols<T>;
 
@@ -54,11 +53,11 @@ template <class V>
 #endif
 }
 
-// sum [Rows][Pieces * Cols] += rows of `a` times pieces of B, Cols vectors each. fetch(k) brings near what will be needed
-// later.
+// sum [Rows][Pieces * Cols] += rows of `a` times pieces of B, Cols vectors each and piece_stride elements apart. fetch(k) brings
+// near what will be needed later.
 template <class T, int Cols, int Rows, int All, class Fetch>
-[[gnu::always_inline]] inline void multiply_pieces(Matrix<const T> a, const T* b, int64_t depth, Vector<T> (&sum)[Rows][All],
-                                                   Fetch fetch) {
+[[gnu::always_inline]] inline void multiply_pieces(Matrix<const T> a, const T* b, int64_t depth, int64_t piece_stride,
+                                                   Vector<T> (&sum)[Rows][All], Fetch fetch) {
   constexpr int L = lanes<T>;
   // Which operand stays in registers, if one does, while the other one's vectors come one by one.
   constexpr bool holds_b = Rows > 1 && fits_registers(Rows, All), holds_a = !holds_b && fits_registers(All, Rows);
@@ -72,7 +71,7 @@ template <class T, int Cols, int Rows, int All, class Fetch>
     }
 #pragma GCC unroll 16
     for (int j = 0; j < All; ++j) {
-      y[j] = load_as<Vector<T>>(b + (j / Cols * depth * Cols + j % Cols) * L);
+      y[j] = load_as<Vector<T>>(b + j / Cols * piece_stride + j % Cols * L);
       if constexpr (holds_b) keep_in_register(y[j]);
       if constexpr (holds_a)
 #pragma GCC unroll 16
@@ -95,14 +94,20 @@ constexpr int64_t line_bytes = 64;
 template <class T, int Rows, int Pieces, int Cols, bool Ahead>
 [[gnu::noinline]] void panel_tile(const T* a, int64_t a_stride, const T* b, int64_t depth, T* out, int64_t out_stride,
                                   const char* ahead) {
-  Vector<T> sum[Rows][Pieces * Cols] = {};
-  multiply_pieces<T, Cols>(Matrix<const T>{a, a_stride, 1}, b, depth, sum, [&](int64_t k) {
-    if constexpr (Ahead) __builtin_prefetch(ahead + k * line_bytes, 0, 2);
-  });
+  for (int64_t first = 0; first == 0 || first < depth; first += product_depth<T>) {
+    Vector<T> sum[Rows][Pieces * Cols] = {};
+    multiply_pieces<T, Cols>(Matrix<const T>{a + first, a_stride, 1}, b + first * Cols * lanes<T>, min(product_depth<T>, depth - first),
+                             depth * Cols * lanes<T>, sum, [&](int64_t k) {
+                               if constexpr (Ahead) __builtin_prefetch(ahead + (first + k) * line_bytes, 0, 2);
+                             });
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
+    for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < Pieces * Cols; ++j) store_as(out + i * out_stride + j * lanes<T>, sum[i][j]);
+      for (int j = 0; j < Pieces * Cols; ++j) {
+        T* to = out + i * out_stride + j * lanes<T>;
+        store_as(to, first > 0 ? load_as<Vector<T>>(to) + sum[i][j] : sum[i][j]);
+      }
+  }
 }
 
 // A tile of `rows` <= Rows rows and one piece. `ahead`: what will be needed soon, or nullptr. One or two rows wait for the
@@ -215,7 +220,7 @@ template <class T, int Rows, int Lines>
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < product_vectors; ++j) __builtin_prefetch(c + i * c_stride + j * L, 1);
-  multiply_pieces<T, product_vectors>(a, b, depth, sum, [&](int64_t k) {
+  multiply_pieces<T, product_vectors>(a, b, depth, 0, sum, [&](int64_t k) {
     for (int i = 0; i < Lines; ++i) __builtin_prefetch(ahead + (k * Lines + i) * line_bytes, 0, 2);
   });
 #pragma GCC unroll 8
