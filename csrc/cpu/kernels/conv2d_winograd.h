@@ -431,38 +431,60 @@ void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, in
     }
 }
 
-// M of one block for `Rows` points of a column, from row `Row` on, and few tiles, whose U goes from the taps through registers: to
-// make U and to read it again would cost more than the products. Of the last point only the first LastTiles tiles. The first
-// rows bring `next` near.
-template <int Taps, int Column, int Row, int Rows, int Tiles, int LastTiles>
-[[gnu::noinline]] void few_tiles_column(const float* taps, const float* next, int64_t depth, const float* v,
-                                        int64_t tile_stride, int64_t point_stride, float* m, int64_t m_point_stride,
+// Few tiles take their weights from the taps: to write U and to read it again would cost more than the products. As many input
+// channels at a time as leave room in L1 go through the first half of the transform for one vector of output channels; the
+// second half goes through registers. Their sums wait in L1, too.
+constexpr int64_t few_tiles_depth = 256 / lanes<float>;
+
+// G on the lines of the taps of `depth` input channels: [column, channel, line, lane].
+template <int Taps>
+void transform_taps(const float* taps, int64_t depth, float* columns) {
+  constexpr int points = winograd_inputs<Taps>;
+  for (int64_t k = 0; k < depth; ++k, taps += Taps * Taps * lanes<float>, columns += Taps * lanes<float>) {
+    FloatVector g[Taps * Taps];
+    load_taps<Taps>(taps, g);
+#pragma GCC unroll 3
+    for (int y = 0; y < Taps; ++y) {
+      FloatVector line[Taps], row[points];
+#pragma GCC unroll 3
+      for (int x = 0; x < Taps; ++x) line[x] = g[Taps * y + x];
+      transform_kernel(line, row);
+#pragma GCC unroll 6
+      for (int x = 0; x < points; ++x) store_vector(row[x], columns + (x * few_tiles_depth * Taps + y) * lanes<float>);
+    }
+  }
+}
+
+// The sums of `Rows` points of a column, from row `Row` on, for few tiles: `depth` channels more. `column` is the column of the
+// half-transformed taps; of the last point only the first LastTiles tiles. The first rows bring `ahead` near.
+template <int Taps, int Row, int Rows, int Tiles, int LastTiles>
+[[gnu::noinline]] void few_tiles_column(const float* column, const float* ahead, int64_t depth, const float* v,
+                                        int64_t tile_stride, int64_t point_stride, float* sums, int64_t sums_stride,
                                         bool add) {
-  constexpr int points = winograd_inputs<Taps>, all_taps = Taps * Taps;
+  constexpr int points = winograd_inputs<Taps>;
   constexpr bool one_chain = winograd_chain<Taps> == winograd_depth;
-  // Of four taps one per column; of nine more, where the first and the last column read few of their own.
-  constexpr int first_ahead = Taps == 2 || Column == 0 ? Column : Column + 2;
-  constexpr int ahead = Row > 0 ? 0 : Taps == 2 ? Column < all_taps : Column == 0 ? 3 : Column == points - 1 ? 2 : 1;
+  constexpr int ahead_lines = Row > 0 ? 0 : (Taps * Taps * lanes<float> + points * line_floats - 1) / (points * line_floats);
   constexpr auto needs = [](int tile, int y) { return Row + y < points - 1 || tile < LastTiles; };
   const float* from[Rows];
-  for (int y = 0; y < Rows; ++y) from[y] = v + (points * (Row + y) + Column) * point_stride;
+  for (int y = 0; y < Rows; ++y) from[y] = v + points * (Row + y) * point_stride;
   FloatVector total[Rows][Tiles] = {};
+  const auto each_sum = [&](auto&& body) {
+#pragma GCC unroll 6
+    for (int y = 0; y < Rows; ++y)
+#pragma GCC unroll 4
+      for (int t = 0; t < Tiles; ++t)
+        if (needs(t, y)) body(total[y][t], sums + points * (Row + y) * sums_stride + t * lanes<float>);
+  };
+  if (add) each_sum([](FloatVector& sum, const float* kept) { sum = load_vector(kept); });
   for (int64_t k = 0; k < depth;) {
     FloatVector sum[Rows][Tiles] = {};
-    for (const int64_t end = min(k + winograd_chain<Taps>, depth); k < end; ++k, taps += all_taps * lanes<float>) {
-      FloatVector g[all_taps], column[Taps], u[points];
-      for (int tap = first_ahead; tap < first_ahead + ahead; ++tap)
-        __builtin_prefetch(next + (all_taps * k + tap) * lanes<float>, 0, 2);
-      load_taps<Taps>(taps, g);
+    if constexpr (one_chain) __builtin_memcpy(sum, total, sizeof sum);
+    for (const int64_t end = min(k + winograd_chain<Taps>, depth); k < end; ++k, column += Taps * lanes<float>) {
+      for (int i = 0; i < ahead_lines; ++i, ahead += line_floats) __builtin_prefetch(ahead, 0, 2);
+      FloatVector g[Taps], u[points];
 #pragma GCC unroll 3
-      for (int y = 0; y < Taps; ++y) {
-        FloatVector line[Taps], row[points];
-#pragma GCC unroll 3
-        for (int x = 0; x < Taps; ++x) line[x] = g[Taps * y + x];
-        transform_kernel(line, row);
-        column[y] = row[Column];
-      }
-      transform_kernel(column, u);
+      for (int y = 0; y < Taps; ++y) g[y] = load_vector(column + y * lanes<float>);
+      transform_kernel(g, u);
 #pragma GCC unroll 6
       for (int y = 0; y < Rows; ++y)
 #pragma GCC unroll 4
@@ -474,57 +496,76 @@ template <int Taps, int Column, int Row, int Rows, int Tiles, int LastTiles>
 #pragma GCC unroll 4
       for (int t = 0; t < Tiles; ++t) total[y][t] = one_chain ? sum[y][t] : total[y][t] + sum[y][t];
   }
-  for (int y = 0; y < Rows; ++y)
-    for (int t = 0; t < Tiles; ++t) {
-      if (!needs(t, y)) continue;
-      float* to = m + (points * (Row + y) + Column) * m_point_stride + t * winograd_width;
-      store_vector(add ? load_vector(to) + total[y][t] : total[y][t], to);
-    }
+  each_sum([](FloatVector sum, float* to) { store_vector(sum, to); });
 }
 
-using FewTilesColumn = decltype(&few_tiles_column<3, 0, 0, 1, 1, 1>);
+using FewTilesColumn = decltype(&few_tiles_column<3, 0, 1, 1, 1>);
 
 // Points of a column at once: the sums of as many rows and four tiles stay in registers.
 template <int Taps>
 constexpr int few_tiles_rows = many_registers ? winograd_inputs<Taps> : winograd_inputs<Taps> / 2;
 
 // For 1 to 4 tiles, of which at least the first `last` have the last point. Row: 0 or few_tiles_rows, where the rest begins.
-template <int Taps, int Column, int Row, int Tiles = 4>
+template <int Taps, int Row, int Tiles = 4>
 FewTilesColumn few_tiles_column_for(int64_t tiles, int64_t last) {
   if constexpr (Tiles > 1)
-    if (tiles < Tiles) return few_tiles_column_for<Taps, Column, Row, Tiles - 1>(tiles, last);
+    if (tiles < Tiles) return few_tiles_column_for<Taps, Row, Tiles - 1>(tiles, last);
   constexpr int points = winograd_inputs<Taps>, Rows = Row ? points - Row : few_tiles_rows<Taps>;
   if constexpr (Row + Rows == points) {
-    if (last == 0) return few_tiles_column<Taps, Column, Row, Rows, Tiles, 0>;
-    if (2 * last <= Tiles) return few_tiles_column<Taps, Column, Row, Rows, Tiles, Tiles / 2>;
+    if (last == 0) return few_tiles_column<Taps, Row, Rows, Tiles, 0>;
+    if (2 * last <= Tiles) return few_tiles_column<Taps, Row, Rows, Tiles, Tiles / 2>;
   }
-  return few_tiles_column<Taps, Column, Row, Rows, Tiles, Tiles>;
+  return few_tiles_column<Taps, Row, Rows, Tiles, Tiles>;
 }
 
+// Scratch of few_tiles_products(): half-transformed taps, and sums [point, tile, lane].
+template <int Taps>
+constexpr int64_t few_tiles_columns = winograd_inputs<Taps>* few_tiles_depth* Taps* lanes<float>;
+template <int Taps>
+constexpr int64_t few_tiles_sums = winograd_inputs<Taps>* winograd_inputs<Taps>* winograd_few_tiles* lanes<float>;
+
 // The same bits as block_products(). What lies behind `taps` is brought near, as it is needed next.
-template <class S, int Taps, int... Column>
+template <class S, int Taps>
 void few_tiles_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, int64_t tiles, const float* v,
-                        int64_t v_stride, const float* taps, float* m, int64_t m_stride,
-                        std::integer_sequence<int, Column...>) {
-  constexpr int most_tiles = 4, last_point = winograd_inputs<Taps> - 1, rest = few_tiles_rows<Taps>;
+                        int64_t v_stride, const float* taps, float* m, int64_t m_stride, float* columns) {
+  constexpr int64_t most_tiles = 4, points = winograd_inputs<Taps>, rest = few_tiles_rows<Taps>;
+  constexpr int64_t sums_stride = winograd_few_tiles * lanes<float>;
   const auto& source = w.source;
-  const auto multiply = [&](int64_t tile, int64_t out, int64_t column, auto function_for) {
+  const int64_t channels = source.block_channels(block);
+  float* sums = columns + few_tiles_columns<Taps>;
+  const auto multiply = [&](int64_t tile, int64_t x, int64_t channel, int64_t depth, const float* ahead) {
     const int64_t count = min<int64_t>(tiles - tile, most_tiles);
-    const TileRun run = source.needing(0, column, first + tile, count);
+    const TileRun run = source.needing(0, x, first + tile, count);
     if (run.begin == run.end) return;
-    const int64_t last = source.needing(last_point, column, first + tile, count).end - run.begin, at = tile + run.begin;
-    function_for(run.end - run.begin, last)(taps, taps + w.taps_vector_stride(), source.block_channels(block),
-                                            v + at * source.block_width, source.block_width, v_stride,
-                                            m + at * winograd_width + out, m_stride, block > 0);
+    const int64_t last = source.needing(points - 1, x, first + tile, count).end - run.begin, at = tile + run.begin;
+    const auto call = [&](FewTilesColumn function) {
+      function(columns + x * few_tiles_depth * Taps * lanes<float>, ahead + x * depth * line_floats, depth,
+               v + x * v_stride + at * source.block_width + channel, source.block_width, v_stride,
+               sums + x * sums_stride + at * lanes<float>, sums_stride, channel > 0);
+    };
+    call(few_tiles_column_for<Taps, 0>(run.end - run.begin, last));
+    if constexpr (rest < points) call(few_tiles_column_for<Taps, rest>(run.end - run.begin, last));
+  };
+  const auto add_sums = [&](int64_t point, float* to) {
+    const TileRun run = source.needing(point / points, point % points, first, tiles);
+    for (int64_t t = run.begin; t < run.end; ++t) {
+      const FloatVector sum = load_vector(sums + point * sums_stride + t * lanes<float>);
+      store_vector(block > 0 ? load_vector(to + t * winograd_width) + sum : sum, to + t * winograd_width);
+    }
   };
   if (block == 0)
-    for (int64_t point = 0; point < w.points * w.points; ++point)
-      zero_all_but(source.needing(point / w.points, point % w.points, first, tiles), tiles, m + point * m_stride);
-  for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += w.taps_vector_stride())
-    for (int64_t tile = 0; tile < tiles; tile += most_tiles) {
-      (multiply(tile, out, Column, few_tiles_column_for<Taps, Column, 0>), ...);
-      if constexpr (rest <= last_point) (multiply(tile, out, Column, few_tiles_column_for<Taps, Column, rest>), ...);
+    for (int64_t point = 0; point < points * points; ++point)
+      zero_all_but(source.needing(point / points, point % points, first, tiles), tiles, m + point * m_stride);
+  for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += w.taps_vector_stride()) {
+    for (int64_t channel = 0; channel < channels; channel += few_tiles_depth) {
+      const int64_t depth = min(channels - channel, few_tiles_depth);
+      const float* here = taps + channel * Taps * Taps * lanes<float>;
+      transform_taps<Taps>(here, depth, columns);
+      for (int64_t tile = 0; tile < tiles; tile += most_tiles)
+        for (int64_t x = 0; x < points; ++x) multiply(tile, x, channel, depth, here + depth * Taps * Taps * lanes<float>);
     }
+    for (int64_t point = 0; point < points * points; ++point) add_sums(point, m + point * m_stride + out);
+  }
 }
 
 // The results of a chunk of `tiles` tiles from `first` on. `all_u` is U, or nullptr: then it is made on the way.
@@ -542,8 +583,10 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
     const int64_t calls = w.points * w.points * source.blocks * ceil_div(p.range_tiles, tile_rows);  // per piece of work
     TilePrefetcher<S> next_source = source_prefetcher(w, first + tiles, next_tiles, calls * (end - begin));
     constexpr int64_t tile_elements = (winograd_outputs * winograd_outputs + 1) * winograd_width;
-    float* m = scratch<float>(ScratchUse::worker, m_elements + tile_elements + w.u_block_stride());
+    float* m = scratch<float>(ScratchUse::worker, m_elements + tile_elements + w.u_block_stride() + few_tiles_columns<Taps> +
+                                                      few_tiles_sums<Taps>);
     float *tile_results = m + m_elements, *own_u = tile_results + tile_elements;
+    float* few_tiles_scratch = own_u + w.u_block_stride();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i % ranges * p.range_tiles, count = min(tiles - tile, p.range_tiles);
       const int64_t panel = i / ranges % w.panels, group = i / ranges / w.panels;
@@ -558,7 +601,7 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
           if (!w.kept_taps) gather_taps(w, group, panel, block, own_u);
           const float* taps = w.kept_taps ? w.kept_taps_of(group, panel, block) : own_u;
           few_tiles_products(w, block, first + tile, count, block_v, source.point_stride(tiles), taps, m, m_stride,
-                             std::make_integer_sequence<int, winograd_inputs<Taps>>{});
+                             few_tiles_scratch);
           continue;
         }
         const float* u = all_u + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();
