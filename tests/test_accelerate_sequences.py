@@ -30,6 +30,19 @@ def calls(monkeypatch):
     return numbers
 
 
+@pytest.fixture
+def formats(monkeypatch):
+    """Of each step of the sequences that were prepared, whether its result is channels_last."""
+    seen, prepare = [], conv2d.PREPARE_SEQUENCE
+
+    def prepared(weights, biases, packed, numbers, *others):
+        seen.extend(numbers[5::6])
+        return prepare(weights, biases, packed, numbers, *others)
+
+    monkeypatch.setattr(conv2d, "PREPARE_SEQUENCE", prepared)
+    return seen
+
+
 def unit(inputs: int, outputs: int, size: int = 1, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
     layers = [nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
     return nn.Sequential(*layers, *([nn.ReLU6()] if act else []))
@@ -51,8 +64,50 @@ def exact(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return cvfast.restore(copy.deepcopy(model)).double()(x.double())
 
 
+class Residual(nn.Module):
+    """`outside`: what is added comes from outside of the sequence, to a result within or to the last one."""
+
+    def __init__(self, outside: bool, last: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.third = unit(24, 24, 3), unit(24, 24, 3, act=False), unit(24, 24)
+        self.outside, self.last = outside, last
+
+    def forward(self, x):
+        y = self.first(x)
+        y = torch.relu(self.second(y) + (x if self.outside else y))
+        return y if self.last else self.third(y)
+
+
 POOLS = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1), nn.MaxPool2d(4, 3, 2), nn.MaxPool2d(1)]
 FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@torch.no_grad()
+def test_results_of_few_channels_stay_contiguous(formats):
+    model = nn.Sequential(unit(3, 6, 3), nn.MaxPool2d(3, 2), unit(6, 16, 3), nn.MaxPool2d(3, 2), unit(16, 16, 3)).eval()
+    cvfast.accelerate(model, fuse=True)
+    x = torch.randn(2, 3, 33, 33)
+    model(x), model(x)
+    assert formats == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@torch.no_grad()
+def test_results_that_nobody_sees_are_channels_last(last, outside, memory_format, weights, formats):
+    torch.manual_seed(0)
+    model = Residual(outside, last).eval().to(memory_format=weights)
+    cvfast.accelerate(model, fuse=True)
+    x = torch.randn(2, 24, 9, 13).to(memory_format=memory_format)
+    first, result = model(x), model(x)
+    given = torch.channels_last in (memory_format, weights)
+    hidden = given or outside == last  # else the residual and its result would have other formats
+    assert formats == [hidden] * (1 if last else 2) + [given]
+    assert torch.equal(result, first) and result.stride() == first.stride()
+    assert result.is_contiguous() is not given
+    assert relative_error(result, exact(model, x)) < NEAR
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

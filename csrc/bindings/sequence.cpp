@@ -28,8 +28,8 @@ struct Step {
   Sizes4 weight_size;  // of a linear layer [O, I, 1, 1]
   ConstTensor4 weight;
   const void *bias, *packed;
-  bool own_weight;  // nobody else can change it
-  bool weight_is_channels_last;
+  bool own_weight;     // nobody else can change it
+  bool channels_last;  // the result
   size_t in_bands;  // so many steps from this one on may be run together: 0, 2 or 3
 
   bool is_pointwise() const {
@@ -107,7 +107,7 @@ struct Image {
 
 Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases, std::vector<MaybeTensor> packed, Ints steps,
                std::vector<double> negative_slopes, int64_t inputs) {
-  constexpr size_t numbers = 5;  // of a step
+  constexpr size_t numbers = 6;  // of a step
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0 && weights[0].has_value() && inputs > 0 && biases.size() == count && packed.size() == count &&
                       steps.size() == numbers * count && negative_slopes.size() == count,
@@ -118,7 +118,7 @@ Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases
   for (size_t i = 0; i < count; ++i) {
     const int64_t* given = &steps[numbers * i];
     Step step = {given[0], given[1], static_cast<StepKind>(given[2]), Conv2dHow::unpacked(given[3]), negative_slopes[i]};
-    step.own_weight = given[4] != 0;
+    step.own_weight = given[4] != 0, step.channels_last = given[5] != 0;
     const int64_t known = inputs + static_cast<int64_t>(i);
     STD_TORCH_CHECK(step.input >= 0 && step.input < known && step.residual >= -1 && step.residual < known,
                     "cvfast sequence: a step reads what is not there yet");
@@ -139,7 +139,6 @@ Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases
       const Tensor& weight = *weights[i];
       step.weight_size = {1, 1, 1, 1}, step.weight = {weight.const_data_ptr(), {1, 1, 1, 1}};
       for (int64_t d = 0; d < dims; ++d) step.weight_size[d] = weight.size(d), step.weight.stride[d] = weight.stride(d);
-      step.weight_is_channels_last = dims == 4 && is_channels_last(weight);
       s->kept.push_back(weight);
       if (biases[i].has_value()) {
         Tensor bias = *biases[i];
@@ -180,7 +179,7 @@ void convolve(const Sequence& s, const Step& step, const Image& input, const Ima
     STD_TORCH_CHECK(size[2] > 0 && size[3] > 0, "cvfast conv2d: the result is too small to pool 2x2 pixels");
     shape.out_height = 2 * size[2], shape.out_width = 2 * size[3];
   }
-  output.make(size, 4, input.channels_last || step.weight_is_channels_last, s, last);
+  output.make(size, 4, step.channels_last, s, last);
   check_residual(residual, output);
   convolve(s, step, shape, input.to_read(), residual ? residual->data : nullptr, output.to_write());
 }
@@ -207,7 +206,8 @@ struct Bands {
   // With a small L2 cache bands are filled sooner, and two lines gain: an image of 16 x 112 x 112 widened to 96 channels takes 1.0 ms
   // instead of 1.6 (Zen 3).
   bool pay() const {
-    return lines < shape.out_height && lines >= (has_small_cache() ? 2 : 4) && thread_pool().threads == 1;
+    return narrow.channels_last && lines < shape.out_height && lines >= (has_small_cache() ? 2 : 4) &&
+           thread_pool().threads == 1;
   }
 
   void run(const Sequence& s, const Image& input, const Image* residual, Image& output, bool last) const {
@@ -270,7 +270,7 @@ void pool(const Sequence& s, const Step& step, const Image& input, Image& output
                   "cvfast sequence: max pooling has square windows");
   const Sizes4& in = input.size;
   output.make({in[0], in[1], output_size(in[2], window, stride, padding, 1), output_size(in[3], window, stride, padding, 1)}, 4,
-              input.channels_last, s, last);
+              step.channels_last, s, last);
   kernels().pooling.max({in[0], in[1], in[2], in[3], output.size[2], output.size[3], window, stride, padding,
                          input.to_read(), output.to_write()},
                         thread_pool());

@@ -1,10 +1,10 @@
 """Convolutions and pooling in a row by one operator of the compiled libraries, without derivatives.
 
 sequence_prepare makes what `sequence` runs on inputs [N, C, H, W] of any sizes that fit; it is opaque and holds the
-tensors. Values are the inputs and then the results, of which the last one is given. `steps`: five numbers for each: the
-value that it reads, its residual (-1: none), which of STEP_KINDS it is, conv2d_how's number, and 1 where nobody else
-can change the weight, so that it is not compared with what was packed of it. packed: the weights as conv2d_pack gave
-them.
+tensors. Values are the inputs and then the results, of which the last one is given. `steps`: six numbers for each: the
+value that it reads, its residual (-1: none), which of STEP_KINDS it is, conv2d_how's number, 1 where nobody else can
+change the weight, so that it is not compared with what was packed of it, and 1 where the result is channels_last.
+packed: the weights as conv2d_pack gave them.
 
 conv2d: with its epilogue, as conv2d_epilogue. max_pooling, without weight: of square windows, whose length is the
 dilation. averaged_linear: a linear layer of the average of an image's pixels, [N, O]; it is the last step. The latter

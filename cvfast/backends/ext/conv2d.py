@@ -16,8 +16,8 @@ from cvfast.ops.conv2d import (
     TOLD_BY_RESULT,
     conv2d_how,
     differentiable_epilogue,
-    empty_result,
     epilogue_kernel,
+    is_channels_last,
     output_size,
     pack_kernel,
     packed_form_kernel,
@@ -162,13 +162,15 @@ class PreparedSequence:
     def __init__(self, steps: Sequence[tuple], inputs: Sequence[Tensor]) -> None:
         values, packed, numbers = list(inputs), [], []
         self._dtype = inputs[0].dtype
-        for step in steps:
+        for step, in_channels_last in zip(steps, _are_channels_last(steps, inputs), strict=True):
             how = conv2d_how(*step.options, step.activation, step.pooling)
             if how is None or (torch.float32 if step.weight is None else step.weight.dtype) is not self._dtype:
                 raise RuntimeError("what the kernels do not know, or several dtypes")
-            packed.append(_packed_for(step, values[step.input], how))
-            values.append(_result_of(step, values[step.input]))
-            numbers += [step.input, step.residual, STEP_KINDS.index(step.kind), how, int(step.own_weight)]
+            memory_format = torch.channels_last if in_channels_last else torch.contiguous_format
+            packed.append(_packed_for(step, values[step.input], how, memory_format))
+            values.append(_result_of(step, values[step.input], memory_format))
+            kind = STEP_KINDS.index(step.kind)
+            numbers += [step.input, step.residual, kind, how, int(step.own_weight), int(in_channels_last)]
         weights, biases = [step.weight for step in steps], [step.bias for step in steps]
         slopes = [step.negative_slope for step in steps]
         # Whoever frees what is kept beside weights frees it here, too.
@@ -188,18 +190,44 @@ class PreparedSequence:
             return None
 
 
-def _packed_for(step: tuple, input: Tensor, how: int) -> Tensor | None:
-    """The weight as the kernels read it, where that pays, for a call that is made again and again."""
+_LEAST_CHANNELS = 16  # of channels_last: with fewer the contiguous format is as fast or faster
+
+
+def _are_channels_last(steps: Sequence[tuple], inputs: Sequence[Tensor]) -> list[bool]:
+    """Of each step, whether its result is channels_last.
+
+    Results that nobody else sees are, whatever the inputs are: the kernels are faster then. The last one is what the
+    calls one by one would give. So are all where a residual, which has its result's format, would not fit else.
+    """
+    called = [is_channels_last(input) for input in inputs]
+    hidden = [*called]
+    for step in steps:
+        weight = step.weight if step.kind == "conv2d" else None
+        called.append(called[step.input] or (weight is not None and is_channels_last(weight)))
+        many = hidden[step.input] if weight is None else weight.shape[0] >= _LEAST_CHANNELS
+        hidden.append(called[-1] or many)
+    hidden[-1] = called[-1]
+    results = enumerate(steps, len(inputs))
+    fit = all([step.residual < 0 or hidden[step.residual] == hidden[result] for result, step in results])
+    return (hidden if fit else called)[len(inputs) :]
+
+
+def _packed_for(step: tuple, input: Tensor, how: int, memory_format: torch.memory_format) -> Tensor | None:
+    """The weight as the kernels read it, where that pays, for a call that is made again and again.
+
+    memory_format: the result's.
+    """
     if step.weight is None:
         return None
     # Nobody packs at the first call that is known; there was one, perhaps by torch's operator.
     if step.kind == "averaged_linear":
         packed_for_rows(input.shape[0], step.weight, how)
         return packed_for_rows(input.shape[0], step.weight, how)
-    small = step.weight.numel() <= _MOST_TO_PACK_BANDS and step.weight[0, 0].numel() == 1
-    if not small or result_format(input, step.weight) is not torch.channels_last:  # else more pixels take another form
+    bands = is_channels_last(input) and memory_format is torch.channels_last
+    input = torch.empty_like(input, memory_format=memory_format)  # the form depends on the result's alone
+    if not bands or step.weight.numel() > _MOST_TO_PACK_BANDS or step.weight[0, 0].numel() > 1:
         return packed_weight(input, step.weight, how)
-    lines = input[:1, :, : max(1, _BAND // input.shape[3])]  # for a part of the image, as bands are
+    lines = input[:1, :, : max(1, _BAND // input.shape[3])]  # for a part of the image: more pixels take another form
     _packed_weight(lines, step.weight, how)
     return _packed_weight(lines, step.weight, how)
 
@@ -207,7 +235,7 @@ def _packed_for(step: tuple, input: Tensor, how: int) -> Tensor | None:
 _MOST_TO_PACK_BANDS, _BAND = 1 << 14, 2048  # weights of a 1x1 kernel; pixels
 
 
-def _result_of(step: tuple, input: Tensor) -> Tensor:
+def _result_of(step: tuple, input: Tensor, memory_format: torch.memory_format) -> Tensor:
     """An empty tensor as the step's result will be."""
     if step.kind == "averaged_linear":
         return input.new_empty(input.shape[0], step.weight.shape[0])
@@ -216,8 +244,9 @@ def _result_of(step: tuple, input: Tensor) -> Tensor:
     size = [output_size(input.shape[i + 2], kernel[i], stride[i], padding[i], reach[i]) for i in (0, 1)]
     if step.pooling != "none":
         size = [length // 2 for length in size]
-    channels, like = (input.shape[1], input) if step.weight is None else (step.weight.shape[0], step.weight)
-    return empty_result((input.shape[0], channels, *size), input, like)
+    channels = input.shape[1] if step.weight is None else step.weight.shape[0]
+    size = (input.shape[0], channels, *size)
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
 def runs_with_epilogue(input: Tensor, *operands: Tensor | None) -> bool:
