@@ -143,18 +143,28 @@ Tensor linear(const Tensor& given, const Tensor& weight, const std::optional<Ten
   return output;
 }
 
-// The gradients to input and weight, those that are needed, of the result of a call without an epilogue.
-std::tuple<std::optional<Tensor>, std::optional<Tensor>> gradients(const Tensor& grad_output, const Tensor& input,
-                                                                   const Tensor& weight, int64_t bits, bool needs_input,
-                                                                   bool needs_weight) {
+Tensor bias_gradient(const Conv2dShape& shape, const Tensor& grad_output) {
+  check_grad_output(grad_output, shape);
+  const Tensor result = empty_contiguous({shape.out_channels}, dtype_code(grad_output));
+  kernels().conv2d_bias_grad({shape.batch, shape.out_channels, shape.out_height, shape.out_width, dtype_of(grad_output),
+                              tensor4(grad_output), result.mutable_data_ptr()},
+                             thread_pool());
+  return result;
+}
+
+// The gradients to input, weight and bias, those that are needed, of the result of a call without an epilogue.
+std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> gradients(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, int64_t bits, bool needs_input, bool needs_weight,
+    bool needs_bias) {
   const Conv2dHow how = Conv2dHow::unpacked(bits);
   check_operands(input, weight);
   const Conv2dShape shape =
       conv2d_shape(input.sizes(), weight.sizes(), how.stride, how.padding, how.dilation, how.groups);
-  std::optional<Tensor> grad_input, grad_weight;
+  std::optional<Tensor> grad_input, grad_weight, grad_bias;
   if (needs_input) grad_input = Operators::input_grad(shape, grad_output, weight);
   if (needs_weight) grad_weight = Operators::weight_grad(shape, grad_output, input);
-  return {grad_input, grad_weight};
+  if (needs_bias) grad_bias = bias_gradient(shape, grad_output);
+  return {grad_input, grad_weight, grad_bias};
 }
 
 Tensor transpose_with_epilogue(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,

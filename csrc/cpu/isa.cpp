@@ -21,7 +21,7 @@ namespace cvfast {
     extern const PeakKernels peak; \
   }
 #define CVFAST_TABLE(isa, vector_bytes) \
-  KernelTable{#isa, vector_bytes, isa::conv2d.forward, isa::conv2d.input_grad, isa::conv2d.weight_grad, \
+  KernelTable{#isa, vector_bytes, isa::conv2d.forward, isa::conv2d.input_grad, isa::conv2d.weight_grad, isa::conv2d.bias_grad, \
               isa::conv2d.packing, isa::conv2d.pack, isa::conv2d.input_grad_packing, isa::conv2d.input_grad_pack, \
               isa::recurrent, isa::attention, isa::additive_attention, isa::batched_product, isa::batch_norm, isa::gelu, \
               isa::layer_norm, isa::pooling, isa::peak}

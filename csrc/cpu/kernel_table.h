@@ -17,6 +17,7 @@ struct Conv2dKernels {
   void (*forward)(const Conv2dForward&, const ThreadPool&);
   void (*input_grad)(const Conv2dInputGrad&, const ThreadPool&);
   void (*weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
+  void (*bias_grad)(const Conv2dBiasGrad&, const ThreadPool&);
   Conv2dPacking (*packing)(const Conv2dForward&);
   void (*pack)(const Conv2dForward&, void* to, const ThreadPool&);  // to: packing().bytes > 0 of them, aligned to 64 bytes
   Conv2dPacking (*input_grad_packing)(const Conv2dInputGrad&);
@@ -85,6 +86,7 @@ struct KernelTable {
   void (*conv2d_forward)(const Conv2dForward&, const ThreadPool&);
   void (*conv2d_input_grad)(const Conv2dInputGrad&, const ThreadPool&);
   void (*conv2d_weight_grad)(const Conv2dWeightGrad&, const ThreadPool&);
+  void (*conv2d_bias_grad)(const Conv2dBiasGrad&, const ThreadPool&);
   Conv2dPacking (*conv2d_packing)(const Conv2dForward&);
   void (*conv2d_pack)(const Conv2dForward&, void* to, const ThreadPool&);
   Conv2dPacking (*conv2d_input_grad_packing)(const Conv2dInputGrad&);

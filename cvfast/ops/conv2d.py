@@ -242,11 +242,11 @@ TOLD_BY_RESULT: dict[str, Callable[[Tensor, Tensor | None, float], Tensor]] = {
 }
 
 
-# Gradients of input and weight, where they are needed, at once: for a backward pass that nobody differentiates.
+# Gradients of input, weight and bias, where they are needed, at once: for a backward pass that nobody differentiates.
 _gradients_kernel = define_kernel(
     "cvfast",
-    "conv2d_gradients(Tensor grad_output, Tensor input, Tensor weight, int how, bool needs_input, bool needs_weight) "
-    "-> (Tensor?, Tensor?)",
+    "conv2d_gradients(Tensor grad_output, Tensor input, Tensor weight, int how, bool needs_input, bool needs_weight, "
+    "bool needs_bias) -> (Tensor?, Tensor?, Tensor?)",
 )
 
 
@@ -272,10 +272,7 @@ class _WithEpilogue(_SingleLevelFunction):
             options = [(o, o) if type(o) is int else o for o in ctx.options[:3]] + [ctx.options[3]]
             gradients = _gradients(torch.ops.cvfast, grad, input, weight, options, ctx.needs_input_grad[:3])
         else:
-            gradients = (
-                *_gradients_kernel(grad, input, weight, ctx.how, needs_input, needs_weight),
-                grad.sum((0, 2, 3)) if needs_bias else None,
-            )
+            gradients = _gradients_kernel(grad, input, weight, ctx.how, needs_input, needs_weight, needs_bias)
         if not others:
             return *gradients, None, None
         return *gradients, None, None, None, grad if others[1] else None, None

@@ -2,6 +2,7 @@
 // or 64> and that instruction set's flags. Exports cvfast::<CVFAST_ISA>::conv2d and nothing else.
 #include "../chosen_algorithm.h"
 #include "../kernel_table.h"
+#include "conv2d_bias_grad.h"
 #include "conv2d_depthwise.h"
 #include "conv2d_depthwise_weight_grad.h"
 #include "conv2d_direct.h"
@@ -105,6 +106,10 @@ void weight_grad(const Conv2dWeightGrad& whole, const ThreadPool& pool) {
                     [&]<class S>(S) { run_first(weight_grad_algorithms<S>, with_live_taps<S>(whole, pool), pool); });
 }
 
+void bias_grad(const Conv2dBiasGrad& problem, const ThreadPool& pool) {
+  with_storage_type(problem.dtype, [&]<class S>(S) { bias_grad<S>(problem, pool); });
+}
+
 template <class Problem>
 Conv2dPacking packing_of(const Algorithm<Problem>& algorithm, const Problem& problem) {
   return algorithm.packing ? algorithm.packing(problem) : Conv2dPacking{};
@@ -152,7 +157,7 @@ void input_grad_pack(const Conv2dInputGrad& problem, void* to, const ThreadPool&
 
 namespace CVFAST_ISA {
 extern const Conv2dKernels conv2d;
-const Conv2dKernels conv2d = {forward, input_grad, weight_grad, packing, pack, input_grad_packing, input_grad_pack};
+const Conv2dKernels conv2d = {forward, input_grad, weight_grad, bias_grad, packing, pack, input_grad_packing, input_grad_pack};
 }  // namespace CVFAST_ISA
 
 }  // namespace cvfast

@@ -88,53 +88,56 @@ void indirect_product(int64_t rows, int64_t cols, int64_t depth, const T* a, Ind
   last_indirect_tile<T, Rows, vectors>(ceil_div(cols, L), depth, a, b, last, c, c_stride, chain, bias);
 }
 
-// The same with the roles exchanged: A is read in place, element (i, k) at a.data[a.offset[k] + i * a_step], and B is [depth,
-// Cols vectors]. bias [Cols vectors] or nullptr.
+// The same with the roles exchanged, for `tiles` tiles one below the other: A is read in place, element (i, k) at
+// a.data[a.offset[k] + i * a_step], and B is [depth, Cols vectors]. bias [Cols vectors] or nullptr.
 template <class T, int Rows, int Cols>
-void indirect_a_tile(int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c, int64_t c_stride, Chain chain,
-                     const T* bias, Bounds<T> bounds) {
+void indirect_a_tiles(int64_t tiles, int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c, int64_t c_stride,
+                      Chain chain, const T* bias, Bounds<T> bounds) {
   constexpr int L = lanes<T>;
   using V = Vector<T>;
-  V sum[Rows][Cols] = {};
+  for (; tiles > 0; --tiles, a.data += Rows * a_step, c += Rows * c_stride) {
+    V sum[Rows][Cols] = {};
+    // What the next tile writes: memory takes longer than one tile.
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) __builtin_prefetch(c + i * c_stride, 1);
-  if (chain == Chain::resume)
+    for (int i = 0; i < Rows; ++i) __builtin_prefetch(c + (Rows + i) * c_stride, 1);
+    if (chain == Chain::resume)
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
+      for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 16
-      for (int j = 0; j < Cols; ++j) sum[i][j] = load_as<V>(c + i * c_stride + j * L);
-  for (int64_t k = 0; k < depth; ++k) {
-    const T* x = a.data + a.offset[k];
-    V w[Cols];
+        for (int j = 0; j < Cols; ++j) sum[i][j] = load_as<V>(c + i * c_stride + j * L);
+    const T* row = b;
+    for (int64_t k = 0; k < depth; ++k, row += Cols * L) {
+      const T* x = a.data + a.offset[k];
+      V w[Cols];
 #pragma GCC unroll 16
-    for (int j = 0; j < Cols; ++j) w[j] = load_as<V>(b + j * L);
+      for (int j = 0; j < Cols; ++j) w[j] = load_as<V>(row + j * L);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
+      for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 16
-      for (int j = 0; j < Cols; ++j) sum[i][j] += x[i * a_step] * w[j];
-    b += Cols * L;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 16
-    for (int j = 0; j < Cols; ++j) {
-      T* to = c + i * c_stride + j * L;
-      V value = chain == Chain::add ? load_as<V>(to) + sum[i][j] : sum[i][j];
-      if (bias) value += load_as<V>(bias + j * L);
-      store_as(to, bounds.clamp(value));
+        for (int j = 0; j < Cols; ++j) sum[i][j] += x[i * a_step] * w[j];
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < Cols; ++j) {
+        T* to = c + i * c_stride + j * L;
+        V value = chain == Chain::add ? load_as<V>(to) + sum[i][j] : sum[i][j];
+        if (bias) value += load_as<V>(bias + j * L);
+        store_as(to, bounds.clamp(value));
+      }
+  }
 }
 
 template <class T, int Rows = tile_rows>
-void indirect_a_tiles(int64_t rows, int64_t cols, int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c,
-                      int64_t c_stride, Chain chain, const T* bias, Bounds<T> bounds) {
+void indirect_a_tiles_of(int64_t rows, int64_t tiles, int64_t cols, int64_t depth, IndirectRows<T> a, int64_t a_step,
+                         const T* b, T* c, int64_t c_stride, Chain chain, const T* bias, Bounds<T> bounds) {
   if constexpr (Rows > 1)
     if (rows < Rows)
-      return indirect_a_tiles<T, Rows - 1>(rows, cols, depth, a, a_step, b, c, c_stride, chain, bias, bounds);
+      return indirect_a_tiles_of<T, Rows - 1>(rows, tiles, cols, depth, a, a_step, b, c, c_stride, chain, bias, bounds);
   if (cols == tile_cols<T>)
-    indirect_a_tile<T, Rows, 2>(depth, a, a_step, b, c, c_stride, chain, bias, bounds);
+    indirect_a_tiles<T, Rows, 2>(tiles, depth, a, a_step, b, c, c_stride, chain, bias, bounds);
   else
-    indirect_a_tile<T, Rows, 1>(depth, a, a_step, b, c, c_stride, chain, bias, bounds);
+    indirect_a_tiles<T, Rows, 1>(tiles, depth, a, a_step, b, c, c_stride, chain, bias, bounds);
 }
 
 // C [rows, cols] for one or two vectors of columns. What is stored lies within `bounds`.
@@ -142,9 +145,11 @@ template <class T>
 void indirect_a_product(int64_t rows, int64_t cols, int64_t depth, IndirectRows<T> a, int64_t a_step, const T* b, T* c,
                         int64_t c_stride, Chain chain, const T* bias = nullptr, Bounds<T> bounds = {}) {
   const int64_t step = ceil_div(rows, ceil_div(rows, tile_rows));  // tiles of nearly equal size
-  for (int64_t row = 0; row < rows; row += step)
-    indirect_a_tiles<T>(min(step, rows - row), cols, depth, IndirectRows<T>{a.data + row * a_step, a.offset}, a_step, b,
-                        c + row * c_stride, c_stride, chain, bias, bounds);
+  const int64_t whole = rows / step, rest = rows % step, row = whole * step;
+  indirect_a_tiles_of<T>(step, whole, cols, depth, a, a_step, b, c, c_stride, chain, bias, bounds);
+  if (rest > 0)
+    indirect_a_tiles_of<T>(rest, 1, cols, depth, IndirectRows<T>{a.data + row * a_step, a.offset}, a_step, b,
+                           c + row * c_stride, c_stride, chain, bias, bounds);
 }
 
 }  // namespace

@@ -74,4 +74,12 @@ struct Conv2dWeightGrad {
   Tensor4 grad_weight;
 };
 
+// grad_bias [K], contiguous: the sums of grad_output [N, K, P, Q] over all but the channels.
+struct Conv2dBiasGrad {
+  int64_t batch, channels, height, width;
+  DType dtype;
+  ConstTensor4 grad_output;
+  void* grad_bias;
+};
+
 }  // namespace cvfast
