@@ -247,8 +247,9 @@ class Step(NamedTuple):
     """A convolution in a row of them: the arguments of `prepared_conv2d`, and the numbers of the values that it reads.
 
     Values are the row's inputs and then the results. residual: -1 where there is none. kind: "conv2d"; "max_pooling",
-    without weight, whose options are stride, padding, the square window's length and 1; or "averaged_linear", a linear
-    layer of the average of an image's pixels. The latter two are for float32. own_weight: nobody else has the weight.
+    without weight, whose options are stride, padding, the square window's length and 1; "averaged_linear", a linear
+    layer of the average of an image's pixels; or "linear", of flattened images or of rows. The latter three are for
+    float32. own_weight: nobody else has the weight.
     """
 
     input: int

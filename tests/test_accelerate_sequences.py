@@ -78,6 +78,27 @@ class Residual(nn.Module):
         return y if self.last else self.third(y)
 
 
+class Flattened(nn.Module):
+    """As the first networks end: flattened images, linear layers and activations, given as modules or functions."""
+
+    def __init__(self, flatten: nn.Module | None, relu: nn.Module | None) -> None:
+        super().__init__()
+        self.first, self.pool, self.second = unit(3, 20, 3), nn.MaxPool2d(3, 2), unit(20, 24, 3)
+        self.flatten, self.relu, self.dropout = flatten, relu, nn.Dropout(0.5)
+        self.linear, self.hidden, self.last = (
+            nn.Linear(24 * 8 * 7, 40),
+            nn.Linear(40, 30, bias=False),
+            nn.Linear(30, 11),
+        )
+
+    def forward(self, x):
+        x = self.second(self.pool(self.first(x)))
+        x = torch.flatten(x, 1) if self.flatten is None else self.flatten(x)
+        x = self.linear(x) if self.relu is None else self.relu(self.linear(x))
+        x = torch.nn.functional.leaky_relu(self.hidden(self.dropout(x)), 0.2)
+        return self.last(x)
+
+
 POOLS = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1), nn.MaxPool2d(4, 3, 2), nn.MaxPool2d(1)]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -131,6 +152,40 @@ def test_a_classifier_is_one_call(pool, memory_format, calls):
     torch.set_num_threads(1)
     x[0, 1, 3, 3] = torch.nan
     assert torch.equal(model(x).isnan(), exact(model, x).isnan())
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("relu", [None, nn.ReLU()], ids=repr)
+@pytest.mark.parametrize("flatten", [None, nn.Flatten()], ids=repr)
+@torch.no_grad()
+def test_linear_layers_behind_flattened_images_are_in_the_call(flatten, relu, memory_format, calls):
+    torch.manual_seed(0)
+    model = Flattened(copy.deepcopy(flatten), copy.deepcopy(relu)).eval()
+    cvfast.accelerate(model, fuse=True)
+    for samples in (3, 1, 40):
+        x = torch.randn(samples, 3, 17, 15).to(memory_format=memory_format)
+        expected = exact(model, x)
+        for _ in range(3):  # the first call finds out
+            calls.clear()
+            result = model(x)
+            assert relative_error(result, expected) < NEAR
+        assert calls == [6] and result.shape == (samples, 11) and result.is_contiguous()
+    assert torch.equal(model(x[:3]), result[:3])  # nobody gets another's bits
+    with torch.enable_grad():
+        model(x).sum().backward()
+    assert all([p.grad is not None for p in model.parameters()])
+    model.train()
+    calls.clear()
+    assert not torch.equal(model(x), model(x))  # dropout
+    assert max(calls, default=0) < 6
+    model.eval()
+    model.linear.weight.mul_(2)
+    expected, seen = exact(model, x), []
+    assert relative_error(model(x), expected) < NEAR
+    model.hidden.register_forward_hook(lambda *args: seen.append(1))
+    assert relative_error(model(x), expected) < NEAR and seen
+    with pytest.raises(RuntimeError, match="shape"):
+        model(x[:, :, 1:])
 
 
 def weight_written(model):

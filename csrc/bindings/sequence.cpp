@@ -18,7 +18,7 @@ namespace {
 using namespace cvfast;
 using MaybeTensor = std::optional<Tensor>;
 
-enum class StepKind : int64_t { conv2d, max_pooling, averaged_linear };
+enum class StepKind : int64_t { conv2d, max_pooling, averaged_linear, linear };
 
 struct Step {
   int64_t input, residual;  // the numbers of the values that it reads; residual -1: none
@@ -122,7 +122,7 @@ Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases
     const int64_t known = inputs + static_cast<int64_t>(i);
     STD_TORCH_CHECK(step.input >= 0 && step.input < known && step.residual >= -1 && step.residual < known,
                     "cvfast sequence: a step reads what is not there yet");
-    STD_TORCH_CHECK(step.kind >= StepKind::conv2d && step.kind <= StepKind::averaged_linear &&
+    STD_TORCH_CHECK(step.kind >= StepKind::conv2d && step.kind <= StepKind::linear &&
                         step.how.activation <= Activation::hardsigmoid && step.how.pooling <= Pooling::average,
                     "cvfast sequence: a step of no known kind");
     STD_TORCH_CHECK((step.kind == StepKind::conv2d || (s->dtype == DType::f32 && step.residual < 0)) &&
@@ -276,9 +276,19 @@ void pool(const Sequence& s, const Step& step, const Image& input, Image& output
                         thread_pool());
 }
 
-// A linear layer [N, O] of the average of the pixels: a 1x1 convolution of one image whose pixels are the samples.
-void average(const Sequence& s, const Step& step, const Image& input, Image& output) {
-  const int64_t rows = input.size[0], in = input.size[1], out = step.weight_size[0], pixels = input.size[2] * input.size[3];
+// A linear layer of rows: a 1x1 convolution of one image whose pixels they are.
+void multiply(const Sequence& s, const Step& step, int64_t rows, const void* data, Image& output, bool last) {
+  const int64_t in = step.weight_size[1], out = step.weight_size[0];
+  output.make({rows, out, 1, 1}, 2, true, s, last);
+  const Conv2dShape shape = {.batch = 1, .in_channels = in, .in_height = rows, .in_width = 1, .out_channels = out,
+                             .out_height = rows, .out_width = 1, .kernel_height = 1, .kernel_width = 1, .stride_h = 1,
+                             .stride_w = 1, .padding_h = 0, .padding_w = 0, .dilation_h = 1, .dilation_w = 1, .groups = 1};
+  convolve(s, step, shape, {data, {rows * in, 1, in, in}}, nullptr, {output.data, {rows * out, 1, out, out}});
+}
+
+// Of the average of the pixels.
+void average(const Sequence& s, const Step& step, const Image& input, Image& output, bool last) {
+  const int64_t rows = input.size[0], in = input.size[1], pixels = input.size[2] * input.size[3];
   const int64_t* stride = input.strides;
   STD_TORCH_CHECK(step.weight_size[1] == in && (input.size[2] == 1 || input.size[3] == 1 || stride[2] == input.size[3] * stride[3]),
                   "cvfast sequence: the linear layer does not fit");
@@ -287,13 +297,17 @@ void average(const Sequence& s, const Step& step, const Image& input, Image& out
   kernels().pooling.average({rows, in, pixels, static_cast<const float*>(input.data), stride[0], stride[1],
                              input.size[3] == 1 ? stride[2] : stride[3], static_cast<float*>(averages.data)},
                             thread_pool());
-  output.make({rows, out, 1, 1}, 2, true, s, true);
-  const Conv2dShape shape = {.batch = 1, .in_channels = in, .in_height = rows, .in_width = 1, .out_channels = out,
-                             .out_height = rows, .out_width = 1, .kernel_height = 1, .kernel_width = 1, .stride_h = 1,
-                             .stride_w = 1, .padding_h = 0, .padding_w = 0, .dilation_h = 1, .dilation_w = 1, .groups = 1};
-  kernels().conv2d_forward({shape, s.dtype, {averages.data, {rows * in, 1, in, in}}, step.weight, step.bias,
-                            {output.data, {rows * out, 1, out, out}}, {step.how.activation, step.negative_slope}, step.packed},
-                           thread_pool());
+  multiply(s, step, rows, averages.data, output, last);
+}
+
+// Of the flattened images.
+void flatten(const Sequence& s, const Step& step, const Image& input, Image& output, bool last) {
+  int64_t elements = 1;
+  bool dense = true;
+  for (int d = 3; d > 0; elements *= input.size[d--]) dense = dense && (input.size[d] == 1 || input.strides[d] == elements);
+  STD_TORCH_CHECK(dense && (input.size[0] == 1 || input.strides[0] == elements) && elements == step.weight_size[1],
+                  "cvfast sequence: the linear layer does not fit");
+  multiply(s, step, input.size[0], input.data, output, last);
 }
 
 Tensor run(const Tensor& prepared, std::vector<Tensor> inputs) {
@@ -329,7 +343,8 @@ Tensor run(const Tensor& prepared, std::vector<Tensor> inputs) {
     switch (step.kind) {
       case StepKind::conv2d: convolve(s, step, input, residual_of(step), output, last); break;
       case StepKind::max_pooling: pool(s, step, input, output, last); break;
-      case StepKind::averaged_linear: average(s, step, input, output); break;
+      case StepKind::averaged_linear: average(s, step, input, output, last); break;
+      case StepKind::linear: flatten(s, step, input, output, last); break;
     }
     free_after(i);
   }

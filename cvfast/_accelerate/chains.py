@@ -618,6 +618,13 @@ def _activation(node: fx.Node, root: Module) -> Activation | None:
     return _of_call(node) if node.op in ("call_function", "call_method") else None
 
 
+def activation_of(node: fx.Node, root: Module) -> Module | Activation | None:
+    """The activation that a node is, as a Chain takes it."""
+    if _activation(node, root) is None:
+        return None
+    return _module(node, root) if node.op == "call_module" else _of_call(node)
+
+
 def _pooling(node: fx.Node, root: Module) -> str | None:
     module = _module(node, root)
     if module is not None:

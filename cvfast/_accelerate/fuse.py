@@ -18,9 +18,9 @@ from torch.nn import Module
 
 from cvfast._accelerate import plain
 from cvfast._accelerate.chains import CONVOLUTIONS, STARTS, Found, forget, fuse_graph
+from cvfast._accelerate.classifier import replace_ends
 from cvfast._accelerate.encoder import join_halves
 from cvfast._accelerate.plain import original
-from cvfast._accelerate.pooling import replace_poolings
 from cvfast._accelerate.sequences import join_neighbours
 
 _PLAN = "_cvfast_plan"
@@ -82,7 +82,7 @@ def make_plan(module: Module) -> Plan:
     graph, facts = plain.trace(module, lambda m: isinstance(m, STARTS))
     chains = fuse_graph(graph, module)
     join_halves(graph, module)
-    replace_poolings(graph, module)
+    replace_ends(graph, module)
     join_neighbours(graph)
     code = graph.python_code("self")
     namespace = dict(code.globals)

@@ -14,14 +14,15 @@ from torch import Tensor, fx
 from cvfast import functional
 from cvfast._accelerate import chains
 from cvfast._accelerate.chains import Chain
-from cvfast._accelerate.pooling import AveragedLinear, MaxPooling
+from cvfast._accelerate.classifier import ClassifierLayer
+from cvfast._accelerate.pooling import MaxPooling
 from cvfast._accelerate.unchanged import Answer, Snapshot
 
 _MOST_CALLS = 64  # that a sequence knows: images of that many sizes
 
 
 class Part(Protocol):
-    """What may stand in a sequence: a chain that begins with a convolution, or pooling (pooling.py).
+    """What may stand in a sequence: a chain that begins with a convolution, pooling, or a classifier's layer.
 
     ready: what is known of a call without gradients, the same object as long as it is so; None: nothing yet.
     """
@@ -116,7 +117,7 @@ def join_neighbours(graph: fx.Graph) -> None:
 def _is_part(target: object) -> bool:
     if isinstance(target, Chain):
         return isinstance(target.layers[0], torch.nn.Conv2d)
-    return isinstance(target, (MaxPooling, AveragedLinear))
+    return isinstance(target, (MaxPooling, ClassifierLayer))
 
 
 def _join(graph: fx.Graph, row: list[fx.Node]) -> None:

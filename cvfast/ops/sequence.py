@@ -7,15 +7,15 @@ change the weight, so that it is not compared with what was packed of it, and 1 
 packed: the weights as conv2d_pack gave them.
 
 conv2d: with its epilogue, as conv2d_epilogue. max_pooling, without weight: of square windows, whose length is the
-dilation. averaged_linear: a linear layer of the average of an image's pixels, [N, O]; it is the last step. The latter
-two are for float32.
+dilation. averaged_linear: a linear layer of the average of an image's pixels, [N, O]; it is the last step. linear: of
+contiguous images, flattened, or of the rows of another one. The latter three are for float32.
 """
 
 from __future__ import annotations
 
 from cvfast.ops.card import kernel
 
-STEP_KINDS = ("conv2d", "max_pooling", "averaged_linear")
+STEP_KINDS = ("conv2d", "max_pooling", "averaged_linear", "linear")
 
 PREPARE_SEQUENCE = kernel(
     "sequence_prepare(Tensor?[] weights, Tensor?[] biases, Tensor?[] packed, int[] steps, float[] negative_slopes, "

@@ -190,6 +190,7 @@ class PreparedSequence:
             return None
 
 
+_OF_ROWS = ("averaged_linear", "linear")
 _LEAST_CHANNELS = 16  # of channels_last: with fewer the contiguous format is as fast or faster
 
 
@@ -201,11 +202,12 @@ def _are_channels_last(steps: Sequence[tuple], inputs: Sequence[Tensor]) -> list
     """
     called = [is_channels_last(input) for input in inputs]
     hidden = [*called]
+    flattened = {step.input for step in steps if step.kind == "linear"}
     for step in steps:
         weight = step.weight if step.kind == "conv2d" else None
         called.append(called[step.input] or (weight is not None and is_channels_last(weight)))
         many = hidden[step.input] if weight is None else weight.shape[0] >= _LEAST_CHANNELS
-        hidden.append(called[-1] or many)
+        hidden.append((called[-1] or many) and len(hidden) not in flattened)
     hidden[-1] = called[-1]
     results = enumerate(steps, len(inputs))
     fit = all([step.residual < 0 or hidden[step.residual] == hidden[result] for result, step in results])
@@ -220,7 +222,7 @@ def _packed_for(step: tuple, input: Tensor, how: int, memory_format: torch.memor
     if step.weight is None:
         return None
     # Nobody packs at the first call that is known; there was one, perhaps by torch's operator.
-    if step.kind == "averaged_linear":
+    if step.kind in _OF_ROWS:
         packed_for_rows(input.shape[0], step.weight, how)
         return packed_for_rows(input.shape[0], step.weight, how)
     bands = is_channels_last(input) and memory_format is torch.channels_last
@@ -237,7 +239,9 @@ _MOST_TO_PACK_BANDS, _BAND = 1 << 14, 2048  # weights of a 1x1 kernel; pixels
 
 def _result_of(step: tuple, input: Tensor, memory_format: torch.memory_format) -> Tensor:
     """An empty tensor as the step's result will be."""
-    if step.kind == "averaged_linear":
+    if step.kind == "linear" and not (input.is_contiguous() and input[0].numel() == step.weight.shape[1]):
+        raise RuntimeError("what is flattened does not fit")
+    if step.kind in _OF_ROWS:
         return input.new_empty(input.shape[0], step.weight.shape[0])
     stride, padding, dilation, _ = step.options
     kernel, reach = (dilation, (1, 1)) if step.weight is None else (step.weight.shape[2:], dilation)
