@@ -16,7 +16,7 @@ from torch import Tensor
 from cvfast import backend as _backend
 from cvfast._functional.additive_attention import additive_attention
 from cvfast._functional.attention import scaled_dot_product_attention
-from cvfast._functional.attention_lstm_cell import attention_lstm_cell
+from cvfast._functional.attention_lstm import attention_lstm, attention_lstm_cell
 from cvfast._functional.attention_statistics import AttentionStatistics, attention_statistics
 from cvfast._functional.encoder import Half as Half  # accelerate's, as the next one
 from cvfast._functional.encoder import prepared_encoder as prepared_encoder
@@ -27,6 +27,7 @@ from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rn
 __all__ = [
     "AttentionStatistics",
     "additive_attention",
+    "attention_lstm",
     "attention_lstm_cell",
     "attention_statistics",
     "conv2d",

@@ -48,7 +48,7 @@ Tensor weights(const Tensor& query, const Tensor& key, const Tensor& weight, con
   const Operands operands(query, key, weight, mask);
   const AdditiveShape& s = operands.problem.shape;
   const Tensor result = empty_contiguous({s.batch, s.queries, s.keys}, compute_code(query));
-  kernels().additive_attention.weights({operands.problem, result.mutable_data_ptr(), nullptr, 0, nullptr}, thread_pool());
+  kernels().additive_attention.weights({operands.problem, result.mutable_data_ptr(), nullptr, 0, nullptr, 0}, thread_pool());
   return result;
 }
 
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> weights_backward(const Tensor& grad, const Te
   const Tensor grad_weight = empty_contiguous({s.batch, s.size}, compute_code(query));
   kernels().additive_attention.weights_backward(
       {operands.problem, grads.const_data_ptr(), results.const_data_ptr(), grad_query.mutable_data_ptr(),
-       grad_key.mutable_data_ptr(), grad_weight.mutable_data_ptr()},
+       grad_key.mutable_data_ptr(), grad_weight.mutable_data_ptr(), false},
       thread_pool());
   return {grad_query, grad_key, grad_weight};
 }

@@ -28,7 +28,7 @@ Tensor product(const Tensor& left, const Tensor& right, bool transposed) {
   const Tensor a = transposed ? with_unit_columns(left) : left, b = with_unit_columns(right);
   const Tensor result = empty_contiguous({left.size(0), left.size(1), cols}, dtype_code(left));
   kernels().batched_product.product({left.size(0), left.size(1), left.size(2), cols, dtype_of(left), matrices(a), matrices(b),
-                                     transposed, result.mutable_data_ptr()},
+                                     transposed, result.mutable_data_ptr(), false},
                                     thread_pool());
   return result;
 }

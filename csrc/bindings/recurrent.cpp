@@ -234,7 +234,8 @@ std::tuple<Tensor, Tensor, Tensor> stack(const Tensor& input, const MaybeTensor&
     const int64_t size = from_packed ? packed_bytes_of(o) : 0;
     STD_TORCH_CHECK(packed_end - from_packed >= size, "cvfast recurrent: packed weights are those of another stack");
     run(o, i % directions == 1, rows, h_end + bytes(i * batch * o.outputs),
-        c_0.has_value() ? c_end + bytes(i * batch * o.shape.hidden) : nullptr, nullptr, from_packed);
+        c_0.has_value() ? c_end + bytes(i * batch * o.shape.hidden) : nullptr, nullptr,
+        o.steps > 1 ? from_packed : nullptr);  // one step reads each weight once
     if (from_packed) from_packed += size;
     if (i % directions == directions - 1) from = output;
   }

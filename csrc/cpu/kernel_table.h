@@ -28,6 +28,7 @@ struct Conv2dKernels {
 struct RecurrentKernels {
   void (*forward)(const RecurrentForward&, const ThreadPool&);
   void (*backward)(const RecurrentBackward&, const ThreadPool&);
+  void (*lstm_cell_backward)(const LstmCellBackward&, const ThreadPool&);
   int64_t (*packed_bytes)(const RecurrentPack&);
   void (*pack)(const RecurrentPack&, void* to, const ThreadPool&);  // to: aligned to 64 bytes
 };

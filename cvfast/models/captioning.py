@@ -88,11 +88,8 @@ class ShowAttendTell(nn.Module):
     def forward(self, images: Tensor, sentences: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N, T, V] of the word that follows each word of sentences [N, T], and weights [N, T, S]."""
         places, projected, h, c = self.start(images)
-        words, steps = self.embed(sentences), []
-        for word in words.unbind(1):
-            h, c, context, weights = self.cell(word, places, (h, c), projected_keys=projected)
-            steps.append((h, context, weights))
-        states, contexts, weights = (torch.stack(of_steps, 1) for of_steps in zip(*steps, strict=True))
+        words = self.embed(sentences)
+        states, _, contexts, weights = self.cell.unroll(words, places, (h, c), projected_keys=projected)
         return self._scores(words, states, contexts), weights
 
     def _scores(self, word: Tensor, h: Tensor, context: Tensor) -> Tensor:

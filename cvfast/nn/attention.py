@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -230,15 +232,29 @@ class AttentionLSTMCell(torch.nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if is_recorded(self, input):
             return node(self, input, keys, state, mask, projected_keys)
+        return self._run(functional.attention_lstm_cell, input, keys, state, mask, projected_keys)
+
+    def unroll(
+        self,
+        input: Tensor,
+        keys: Tensor,
+        state: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        projected_keys: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """All steps of input [B, T, I]: output [B, T, H], (h, c) at the end, contexts [B, T, K], weights [B, T, S]."""
+        projected_keys = self.project_keys(keys) if projected_keys is None else projected_keys
+        return self._run(functional.attention_lstm, input, keys, state, mask, projected_keys)
+
+    def _run(self, function: Callable, input: Tensor, keys: Tensor, state, mask, projected_keys) -> tuple:
         attention, cell = self.attention, self.cell
         if self.score == "dot":
             w_query, v, options = attention.weight, None, {}
         else:
             w_query, v = attention.w_query, attention.v
-            projected = projected_keys is not None
-            options = {"projected_keys": projected_keys} if projected else {"w_key": attention.w_key}
+            options = {"w_key": attention.w_key} if projected_keys is None else {"projected_keys": projected_keys}
         cell_weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-        return functional.attention_lstm_cell(input, keys, state, w_query, v, *cell_weights, mask, **options)
+        return function(input, keys, state, w_query, v, *cell_weights, mask, **options)
 
 
 def _merged(first: Tensor, second: Tensor) -> Tensor:

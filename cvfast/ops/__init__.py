@@ -3,7 +3,7 @@
 from cvfast.ops import (
     additive_attention,
     attention,
-    attention_lstm_cell,
+    attention_lstm,
     batch_norm,
     batched_product,
     conv2d,
@@ -16,7 +16,7 @@ from cvfast.ops import (
 __all__ = [
     "additive_attention",
     "attention",
-    "attention_lstm_cell",
+    "attention_lstm",
     "batch_norm",
     "batched_product",
     "conv2d",

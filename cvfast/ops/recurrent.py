@@ -184,11 +184,11 @@ def _backward_backward(cell, ops, ctx, needs, *cotangents):
         return tuple(results[i] for i in given)
 
     def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-        _, pull = _vjp(definition, *values[len(given) :])
+        _, pull = vjp(definition, *values[len(given) :])
         return pull(values[: len(given)])
 
     values = [*(grads[i] for i in given), *(tensors[p] for p in present)]
-    results, pull = _vjp(gradients, *values)
+    results, pull = vjp(gradients, *values)
     by_place = dict(zip(_DIFFERENTIABLE, cotangents, strict=True))
     seconds = iter(pull(tuple(
         torch.zeros_like(r) if by_place[p] is None or by_place[p].shape != r.shape else by_place[p]
@@ -201,7 +201,7 @@ def _backward_backward(cell, ops, ctx, needs, *cotangents):
     return (None, None, *of_grads, *of_tensors, None, None, None)
 
 
-def _vjp(function: Callable, *values: Tensor) -> tuple[tuple[Tensor, ...], Callable]:
+def vjp(function: Callable, *values: Tensor) -> tuple[tuple[Tensor, ...], Callable]:
     """torch.func.vjp. Nested, it cannot be traced by torch 2.11: without need of its levels, plain autograd does it."""
     if transforms() is not None:
         return torch.func.vjp(function, *values)

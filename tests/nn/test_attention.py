@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cvfast import nn
-from cvfast.functional import attention_lstm_cell
+from cvfast.backend import use_backend
+from cvfast.functional import attention_lstm, attention_lstm_cell
 from tests.conftest import isas
 
 torch.manual_seed(0)
@@ -258,7 +259,7 @@ def test_attention_lstm_cell_in_one_call(monkeypatch, score, isa):
     mask[1] = False
     projected = cell.project_keys(keys)
     with monkeypatch.context() as patch:
-        patch.setattr("cvfast._functional.attention_lstm_cell.lstm_cell", None)  # the composed step would call it
+        patch.setattr("cvfast._functional.attention_lstm.lstm_cell", None)  # the composed step would call it
         found = cell(x, keys, state, mask, projected)
     exact = wide(x.double(), keys.double(), tuple(s.double() for s in state), mask, wide.project_keys(keys.double()))
     for a, b in zip(found, exact, strict=True):
@@ -312,6 +313,98 @@ def test_self_attention_in_steps(monkeypatch):
             assert layer(x, x, x, need_weights=False)[0].dtype == torch.bfloat16
         wide = x.double()
         assert layer.double()(wide, wide, wide, need_weights=False)[0].dtype == torch.float64
+
+
+def by_step(cell, x, keys, state, mask):
+    """As AttentionLSTMCell.unroll, by the definition of one step."""
+    steps, projected = [], cell.project_keys(keys)
+    for word in x.unbind(1):
+        *state, context, weights = cell(word, keys, state, mask, projected)
+        steps.append((state[0], context, weights))
+    output, contexts, weights = (torch.stack(of_steps, 1) for of_steps in zip(*steps, strict=True))
+    return output, tuple(state), contexts, weights
+
+
+def decoder(score: str, bias: bool, masked: bool, dtype=torch.float32, sizes=(3, 4, 19, 24, 40, 36, 20)):
+    """A cell, its input and operands with gradients, and a mask that hides all keys of one sample."""
+    batch, steps, places, inputs, hidden, features, size = sizes
+    cell = nn.AttentionLSTMCell(inputs, hidden, features, size, score)
+    if not bias:
+        cell.cell = nn.LSTMCell(inputs + features, hidden, bias=False)
+    shapes = ((batch, steps, inputs), (batch, places, features), (batch, hidden), (batch, hidden))
+    operands = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    mask = torch.rand(batch, places) < 0.6 if masked else None
+    if masked:
+        mask[1] = False
+    return cell.to(dtype), operands, mask
+
+
+def decoded(cell, operands, mask, unroll, create_graph=False):
+    """Results, and the gradients of operands and parameters to a function of all results."""
+    x, keys, h, c = operands
+    output, (h_n, c_n), contexts, weights = unroll(cell, x, keys, (h, c), mask)
+    results = output, h_n, c_n, contexts, weights
+    total = sum((r.sin() * torch.arange(r.numel()).view(r.shape).to(r).cos()).sum() for r in results)
+    return *results, *torch.autograd.grad(total, (*operands, *cell.parameters()), create_graph=create_graph)
+
+
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("score", "bias"), [("additive", True), ("additive", False), ("dot", True)])
+def test_attention_lstm(score, bias, masked, isa):
+    """A sequence at once gives the steps' results and gradients."""
+    cell, operands, mask = decoder(score, bias, masked)
+    with use_backend("native"):
+        wide = [t.detach().double().requires_grad_() for t in operands]
+        expected = decoded(copy.deepcopy(cell).double(), wide, mask, by_step)
+    found = decoded(cell, operands, mask, nn.AttentionLSTMCell.unroll)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 3e-6 * b.norm()
+    with torch.no_grad():
+        x, keys, *state = operands
+        output, (_, c_n), contexts, weights = cell.unroll(x, keys, state, mask)
+    for a, b in zip((output, c_n, contexts, weights), (found[0], *found[2:5]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["additive", "dot"])
+def test_attention_lstm_second_gradients(score):
+    cell, operands, mask = decoder(score, True, True, torch.float64, (2, 2, 5, 3, 4, 3, 6))
+    inputs = (*operands, *cell.parameters())
+    seconds = []
+    for unroll in (nn.AttentionLSTMCell.unroll, by_step):
+        *_, of_x, of_keys, of_h, of_c = decoded(cell, operands, mask, unroll, create_graph=True)[:9]
+        total = sum(g.square().sum() for g in (of_x, of_keys, of_h, of_c))
+        seconds.append(torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True))
+    for a, b in zip(*seconds, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention_lstm_keeps_hidden_nans_and_other_dtypes():
+    """NaN in hidden values reaches nothing; a single parameter may want its gradient; autocast has the steps."""
+    cell, (x, keys, *state), mask = decoder("additive", True, True)
+    cell.requires_grad_(False)
+    hidden, projected = keys.masked_fill(~mask.unsqueeze(-1), torch.nan), cell.project_keys(keys)
+    results = [cell.unroll(x, values, state, mask, projected) for values in (keys, hidden)]
+    gradients = [torch.autograd.grad(output.sum() + weights.sum(), x)[0] for output, _, _, weights in results]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    x, keys, *state = (t.detach() for t in (x, keys, *state))
+    bias = cell.cell.bias_hh.requires_grad_()
+    first = torch.autograd.grad(cell.unroll(x[:, :1], keys, state, mask)[0].sum(), bias, create_graph=True)[0]
+    assert torch.autograd.grad(first.sum(), bias)[0].any()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cell.unroll(x, keys, state, mask)[0].dtype == torch.bfloat16
+
+
+def test_attention_lstm_errors():
+    cell, (x, keys, *state), _ = decoder("additive", True, False)
+    with pytest.raises(RuntimeError, match=r"input \[B, T, I\] with T > 0, but got \[3, 0, 24\]"):
+        cell.unroll(x[:, :0], keys, state)
+    with pytest.raises(RuntimeError, match=r"expected, in one dtype, input \[T, B, I\].*float32 \[4, 2, 24\]"):
+        cell.unroll(x[:2], keys, state)
+    w = cell.attention
+    with pytest.raises(ValueError, match="attention_lstm: additive scores take w_key or projected_keys.*None"):
+        attention_lstm(x, keys, state, w.w_query, w.v, cell.cell.weight_ih, cell.cell.weight_hh)
 
 
 def test_attention_lstm_cell_errors():

@@ -119,7 +119,7 @@ void weighted_mean(const AdditiveWeights& args, int64_t row) {
   const AdditiveShape& shape = args.problem.shape;
   const T* const weights = static_cast<const T*>(args.weights) + row * shape.keys;
   const S* const values = static_cast<const S*>(args.values) + row / shape.queries * shape.keys * args.value_size;
-  S* const context = static_cast<S*>(args.context) + row * args.value_size;
+  S* const context = static_cast<S*>(args.context) + row * args.context_stride;
   for (int64_t first = 0; first < args.value_size; first += feature_block) {
     const int64_t count = min(feature_block, args.value_size - first);
     ChainedSums<T> sums;
@@ -155,48 +155,72 @@ void additive_weights(const AdditiveWeights& args, const ThreadPool& pool) {
   });
 }
 
-// The gradients of one sample for features [first, first + count). key_sums: [S][feature_block].
+// The scores' gradients of one query, [S]; 0 where hidden.
+template <class S>
+void score_grads(const AdditiveWeightsBackward& args, const AdditiveView<S>& view, int64_t b, int64_t t, Compute<S>* to) {
+  using T = Compute<S>;
+  const AdditiveShape& shape = args.problem.shape;
+  const int64_t row = (b * shape.queries + t) * shape.keys;
+  const T* const weights = static_cast<const T*>(args.weights) + row;
+  const T* const grads = static_cast<const T*>(args.grad_weights) + row;
+  double mean = 0;
+  for (int64_t s = 0; s < shape.keys; ++s)
+    if (view.seen(b, t, s)) mean += static_cast<double>(weights[s]) * grads[s];
+  for (int64_t s = 0; s < shape.keys; ++s)
+    to[s] = view.seen(b, t, s) ? static_cast<T>(weights[s] * (grads[s] - mean)) : T{};
+}
+
+// The gradients of one sample for features [first, first + count). key_sums: [S][feature_block]; grad_scores: [S].
 template <class S>
 void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int64_t first, int64_t count,
-                             Compute<S>* key_sums) {
+                             Compute<S>* key_sums, Compute<S>* grad_scores) {
   using T = Compute<S>;
   constexpr int L = lanes<T>;
   const AdditiveShape& shape = args.problem.shape;
   const AdditiveView<S> view = {args.problem};
-  ChainedSums<T> weight_sums;
+  const S* const weight = view.weight() + first;
+  const int64_t size = shape.size;
+  const bool masked = args.problem.mask != nullptr;
+  T weight_sums[feature_block] = {};
   for (int64_t i = 0; i < shape.keys * feature_block; ++i) key_sums[i] = T{};
-  auto store = [&](const T* sums, S* to) {  // of query + key, whose derivative is weight times the slope
-    for (int64_t a = 0; a < count; ++a) from_compute(sums[a] * to_compute(view.weight()[first + a]), to + first + a);
-  };
   for (int64_t t = 0; t < shape.queries; ++t) {
-    const int64_t row = b * shape.queries + t;
-    const S* const query = view.query(b, t) + first;
-    const T* const weights = static_cast<const T*>(args.weights) + row * shape.keys;
-    const T* const grads = static_cast<const T*>(args.grad_weights) + row * shape.keys;
-    double mean = 0;
-    for (int64_t s = 0; s < shape.keys; ++s)
-      if (view.seen(b, t, s)) mean += static_cast<double>(weights[s]) * grads[s];
-    ChainedSums<T> query_sums;
-    for (int64_t s = 0; s < shape.keys; ++s) {
-      if (view.seen(b, t, s)) {
-        const T grad_score = static_cast<T>(weights[s] * (grads[s] - mean));
-        const S* const key = view.key(b, s) + first;
-        T* const sums = key_sums + s * feature_block;
-        for (int64_t a = 0; a < count; a += L) {
-          const auto [h, slope] = tanh_and_slope<T>(load_first(query + a, count - a) + load_first(key + a, count - a));
-          query_sums.add(a, grad_score * slope);
-          store_as(sums + a, load_as<Vector<T>>(sums + a) + grad_score * slope);
-          weight_sums.add(a, grad_score * h);
+    score_grads(args, view, b, t, grad_scores);
+    T query_sums[feature_block] = {};
+    // A vector of features at a time: its sums over a chain of keys stay in registers, the chain's keys in the first cache.
+    for (int64_t s = 0, last; s < shape.keys; s = last) {
+      last = min(s + key_chain, shape.keys);
+      for (int64_t a = 0; a < count; a += L) {
+        const Vector<T> query = load_first(view.query(b, t) + first + a, count - a);
+        Vector<T> of_query = {}, of_weight = {};
+        const S* key = view.key(b, s) + first + a;
+        for (int64_t k = s; k < last; ++k, key += size) {
+          __builtin_prefetch(key + key_chain * size);  // of the next chain
+          if (masked && !view.seen(b, t, k)) continue;
+          const auto [h, slope] = tanh_and_slope<T>(query + load_first(key, count - a));
+          const Vector<T> share = grad_scores[k] * slope;
+          T* const sums = key_sums + k * feature_block + a;
+          store_as(sums, load_as<Vector<T>>(sums) + share);
+          of_query += share;
+          of_weight += grad_scores[k] * h;
         }
+        store_as(query_sums + a, load_as<Vector<T>>(query_sums + a) + of_query);
+        store_as(weight_sums + a, load_as<Vector<T>>(weight_sums + a) + of_weight);
       }
-      if (s % key_chain == key_chain - 1 || s == shape.keys - 1) query_sums.end_chain(), weight_sums.end_chain();
     }
-    store(query_sums.total, static_cast<S*>(args.grad_query) + row * shape.size);
+    S* const grad_query = static_cast<S*>(args.grad_query) + (b * shape.queries + t) * shape.size + first;
+    for (int64_t a = 0; a < count; a += L)  // of query + key, whose derivative is weight times the slope
+      store_first(load_as<Vector<T>>(query_sums + a) * load_first(weight + a, count - a), grad_query + a, count - a);
   }
-  for (int64_t s = 0; s < shape.keys; ++s)
-    store(key_sums + s * feature_block, static_cast<S*>(args.grad_key) + (b * shape.keys + s) * shape.size);
+  auto store = [&](Vector<T> value, auto* to, int64_t a) {
+    store_first(args.add ? load_first(to + a, count - a) + value : value, to + a, count - a);
+  };
+  for (int64_t s = 0; s < shape.keys; ++s) {
+    S* const grad_key = static_cast<S*>(args.grad_key) + (b * shape.keys + s) * shape.size + first;
+    for (int64_t a = 0; a < count; a += L)
+      store(load_as<Vector<T>>(key_sums + s * feature_block + a) * load_first(weight + a, count - a), grad_key, a);
+  }
   T* const grad_weight = static_cast<T*>(args.grad_weight) + b * shape.size + first;
-  for (int64_t a = 0; a < count; ++a) grad_weight[a] = weight_sums.total[a];
+  for (int64_t a = 0; a < count; a += L) store(load_as<Vector<T>>(weight_sums + a), grad_weight, a);
 }
 
 template <class S>
@@ -205,11 +229,13 @@ void additive_weights_backward(const AdditiveWeightsBackward& args, const Thread
   const AdditiveShape& shape = args.problem.shape;
   const int64_t blocks = ceil_div(shape.size, feature_block);
   parallel_for(pool, shape.batch * blocks, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = max<int64_t>(1, shape.keys) * feature_block * static_cast<int64_t>(sizeof(T));
-    T* const key_sums = static_cast<T*>(thread_scratch(ScratchUse::worker, bytes));
+    const int64_t elements = max<int64_t>(1, shape.keys) * (feature_block + 1);
+    T* const key_sums = static_cast<T*>(thread_scratch(ScratchUse::worker, elements * static_cast<int64_t>(sizeof(T))));
+    T* const grad_scores = key_sums + shape.keys * feature_block;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit % blocks * feature_block;
-      additive_backward_block<S>(args, unit / blocks, first, min(feature_block, shape.size - first), key_sums);
+      additive_backward_block<S>(args, unit / blocks, first, min(feature_block, shape.size - first), key_sums,
+                                 grad_scores);
     }
   });
 }

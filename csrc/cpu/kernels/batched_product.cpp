@@ -27,13 +27,22 @@ Matrix<const T> columns_from(Matrix<const T> m, int64_t first) {
   return {m.data + first * m.col_stride, m.row_stride, m.col_stride};
 }
 
+// Brings rows into the second-level cache one after the other: panels would ask for a line of each, which no processor foresees.
+template <class T>
+void fetch_rows(const T* rows, int64_t stride, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t k = 0; k < width; k += line_elements<T>) __builtin_prefetch(rows + i * stride + k, 0, 2);
+}
+
 // Columns [first, first + count) of a result; `count` in whole vectors.
 template <class T>
 void product_of_vectors(const BatchedProduct& p, const Sample<T>& s, int64_t first, int64_t count) {
-  for (int64_t k = 0; k < p.depth; k += block_depth)
+  for (int64_t k = 0; k < p.depth; k += block_depth) {
+    fetch_rows(s.right.data + k * s.right.row_stride + first, s.right.row_stride, min(block_depth, p.depth - k), count);
     block_product<T>(p.rows, count, min(block_depth, p.depth - k), columns_from(s.left, k),
                      {s.right.data + k * s.right.row_stride + first, panel_cols<T>, panel_cols<T>, s.right.row_stride},
-                     s.result + first, p.cols, k > 0);
+                     s.result + first, p.cols, p.add || k > 0);
+  }
 }
 
 // The last columns, less than a vector, through a copy of whole vectors.
@@ -48,8 +57,11 @@ void product_of_tail(const BatchedProduct& p, const Sample<T>& s, int64_t first)
       store_as(right + i * lanes<T>, load_first(s.right.data + (k + i) * s.right.row_stride + first, count));
     column_product<T, 1>(p.rows, depth, columns_from(s.left, k), right, lanes<T>, result, lanes<T>, k > 0);
   }
-  for (int64_t i = 0; i < p.rows; ++i)
-    store_first(load_as<Vector<T>>(result + i * lanes<T>), s.result + i * p.cols + first, count);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    T* const to = s.result + i * p.cols + first;
+    const Vector<T> sum = load_as<Vector<T>>(result + i * lanes<T>);
+    store_first(p.add ? load_first(to, count) + sum : sum, to, count);
+  }
 }
 
 template <class T>
@@ -64,10 +76,10 @@ T sum_of_lanes(Vector<T> v) {
   return v[0];
 }
 
-// result[i, j] = rows i of left . rows j of right
+// result[i, j] (+)= rows i of left . rows j of right
 template <class T, int Rows, int Cols>
 void dot_tile(const T* left, int64_t left_stride, const T* right, int64_t right_stride, int64_t depth, T* result,
-              int64_t result_stride) {
+              int64_t result_stride, bool add) {
   Vector<T> sum[Rows][Cols] = {};
   auto step = [&](int64_t k, auto load) {
     Vector<T> column[Cols];
@@ -86,7 +98,10 @@ void dot_tile(const T* left, int64_t left_stride, const T* right, int64_t right_
 #pragma GCC unroll 4
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < Cols; ++j) result[i * result_stride + j] = sum_of_lanes<T>(sum[i][j]);
+    for (int j = 0; j < Cols; ++j) {
+      T& to = result[i * result_stride + j];
+      to = sum_of_lanes<T>(sum[i][j]) + (add ? to : T{});
+    }
 }
 
 // Columns [first, last) of a result whose right operand is transposed: each row of `right` is read once per four of left.
@@ -101,13 +116,13 @@ void product_of_rows(const BatchedProduct& p, const Sample<T>& s, int64_t first,
       const T* const left = s.left.data + i * ls;
       T* const result = s.result + i * p.cols + j;
       if (four_rows && four_columns)
-        dot_tile<T, 4, 4>(left, ls, right, rs, p.depth, result, p.cols);
+        dot_tile<T, 4, 4>(left, ls, right, rs, p.depth, result, p.cols, p.add);
       else if (four_rows)
-        dot_tile<T, 4, 1>(left, ls, right, rs, p.depth, result, p.cols);
+        dot_tile<T, 4, 1>(left, ls, right, rs, p.depth, result, p.cols, p.add);
       else if (four_columns)
-        dot_tile<T, 1, 4>(left, ls, right, rs, p.depth, result, p.cols);
+        dot_tile<T, 1, 4>(left, ls, right, rs, p.depth, result, p.cols, p.add);
       else
-        dot_tile<T, 1, 1>(left, ls, right, rs, p.depth, result, p.cols);
+        dot_tile<T, 1, 1>(left, ls, right, rs, p.depth, result, p.cols, p.add);
       i += four_rows ? 4 : 1;
     }
     j += four_columns ? 4 : 1;
@@ -116,7 +131,10 @@ void product_of_rows(const BatchedProduct& p, const Sample<T>& s, int64_t first,
 
 template <class T>
 void batched_product(const BatchedProduct& p, const ThreadPool& pool) {
-  if (p.depth == 0) return zero_matrix(Matrix<T>{static_cast<T*>(p.result), p.cols, 1}, p.batch * p.rows, p.cols);
+  if (p.depth == 0) {
+    if (!p.add) zero_matrix(Matrix<T>{static_cast<T*>(p.result), p.cols, 1}, p.batch * p.rows, p.cols);
+    return;
+  }
   const int64_t step = block_cols<T>, blocks = ceil_div(p.cols, step);
   parallel_for(pool, p.batch * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {

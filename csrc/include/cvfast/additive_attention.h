@@ -26,11 +26,12 @@ struct AdditiveProblem {
 struct AdditiveWeights {
   AdditiveProblem problem;
   void* weights;  // [B, T, S], contiguous, in the compute type; 0 where hidden
-  // context [B, T, E] = weights values, of values [B, S, E], contiguous; nullptr: not wanted. A value whose weights are 0
-  // takes no part, NaN or not.
+  // context [B, T, E], its rows context_stride elements apart, = weights values, of values [B, S, E], contiguous; nullptr:
+  // not wanted. A value whose weights are 0 takes no part, NaN or not.
   const void* values;
   int64_t value_size;
   void* context;
+  int64_t context_stride;
 };
 
 struct AdditiveWeightsBackward {
@@ -38,6 +39,7 @@ struct AdditiveWeightsBackward {
   const void *grad_weights, *weights;  // [B, T, S], contiguous, in the compute type
   void *grad_query, *grad_key;         // [B, T, A], [B, S, A]
   void* grad_weight;                   // [B, A], in the compute type: to be added up over B
+  bool add;                            // grad_key and grad_weight are added to what is there
 };
 
 }  // namespace cvfast

@@ -10,7 +10,7 @@ struct BatchedMatrices {
   int64_t stride[3];
 };
 
-// Every size may be 0. The result is fully written, and the same bits for any number of threads, for a sample alone or in
+// Every size may be 0. The result is fully written or added to, and the same bits for any number of threads, for a sample alone or in
 // a batch and for any strides. An element is a chain of multiply-adds over at most 256 products, the chains added up in
 // order; transposed, one chain per vector lane, added up pairwise.
 struct BatchedProduct {
@@ -20,6 +20,7 @@ struct BatchedProduct {
   BatchedMatrices right;  // [B, depth, cols], transposed: [B, cols, depth]; column stride 1
   bool transposed;
   void* result;  // [B, rows, cols], contiguous
+  bool add;      // to what is there
 };
 
 }  // namespace cvfast

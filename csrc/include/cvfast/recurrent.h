@@ -101,4 +101,18 @@ struct RecurrentBackward {
   } grad_weights;
 };
 
+// The derivative of the lstm's cell alone, for layers that multiply with weights themselves: f32 or f64. States are [B, H],
+// contiguous, but for rows of c before the step.
+struct LstmCellBackward {
+  DType dtype;
+  int64_t batch, hidden;
+  const void* saved;  // [B, 5 H], as forward gave it
+  const void* c;      // [B, H] before the step
+  int64_t c_stride;
+  const void* grad_h;
+  void* grad_c;      // to c after the step; becomes that to c before it
+  void* grad_gates;  // [B, 4 H], rows grad_gates_stride apart
+  int64_t grad_gates_stride;
+};
+
 }  // namespace cvfast

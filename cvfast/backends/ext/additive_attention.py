@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cvfast import _library
 from cvfast.backends.ext import linear
-from cvfast.ops.attention_lstm_cell import STEP
+from cvfast.ops.attention_lstm import STEP, attention_lstm
 from cvfast.ops.card import call, derives, watched
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
@@ -42,11 +43,21 @@ def run(
 
 
 def lstm_step(*operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """As cvfast/ops/attention_lstm_cell.py says; None where a derivative, a tracer or a narrow dtype asks for more."""
+    """As cvfast/ops/attention_lstm.py says; None where a derivative, a tracer or a narrow dtype asks for more."""
     input = operands[0]
     if input.dtype not in (torch.float32, torch.float64) or watched(input) or derives(operands):
         return None
     return STEP(*operands)
+
+
+def lstm_steps(*operands: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """As `lstm_step` for a sequence, derivatives included where scores are additive."""
+    input, v = operands[0], operands[7]
+    if input.dtype not in (torch.float32, torch.float64) or watched(input):
+        return None
+    if derives(operands) and (v is None or forward_ad._current_level >= 0):
+        return None
+    return attention_lstm(*operands)
 
 
 # torch's own products would not give the same bits for any number of threads and samples.
