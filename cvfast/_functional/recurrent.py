@@ -431,14 +431,14 @@ def _unasked_states(
         if len(params) < 2 or params[1].dim() != 2:
             return None
         rows, outputs = params[1].shape
-        h_0 = input.new_zeros(count, input.shape[1], outputs)
+        h_0 = input.new_zeros(count, input.size(1), outputs)
         if not lstm:
             return h_0, None
         return h_0, h_0 if rows == 4 * outputs else input.new_zeros(count, input.shape[1], rows // 4)
     if lstm and len(hx) != 2:
         return None
     h_0, c_0 = hx if lstm else (hx, None)
-    return (h_0, c_0) if h_0.dim() == 3 and len(h_0) == count else None
+    return (h_0, c_0) if h_0.dim() == 3 and h_0.size(0) == count else None
 
 
 def _run(

@@ -93,10 +93,10 @@ def _run_at_once(
     if watched(input) or derives((input, h_0, c_0, *weights)):
         return None
     kept = None
-    if len(input) > 1:  # of a single step the kernels read each weight once, where it lies
-        kept = packed(None, lambda: 1, lambda: PACK[cell](weights, biases, len(h_0)), *weights)
+    if input.size(0) > 1:  # of a single step the kernels read each weight once, where it lies
+        kept = packed(None, lambda: 1, lambda: PACK[cell](weights, biases, h_0.size(0)), *weights)
     output, h_n, c_n = STACK[cell](input, lengths, batch_sizes, h_0, c_0, weights, biases, directions, kept)
-    if len(h_n) == 1 and h_n.numel() == 0:  # the strides that `run` gives, and the fake
+    if h_n.numel() == 0 and h_n.size(0) == 1:  # the strides that `run` gives, and the fake
         h_n, c_n = h_n[0].unsqueeze(0), c_n if c_0 is None else c_n[0].unsqueeze(0)
     return output, h_n, None if c_0 is None else c_n
 
