@@ -310,7 +310,7 @@ template <int Vectors, class T, class Store>
 void panel_products(Matrix<const T> rows, const T* panel, int64_t width, int64_t size, const int64_t* last_of, int64_t first,
                     const Store& store, Ahead& ahead) {
   const TileOperands<T, RowsOfA<T>> operands = {{rows.data, rows.row_stride}, panel, width, size};
-  tile_column<T, Vectors>(*last_of - first, operands.at(first, 0), store.at(first, 0), ahead);
+  tile_columns<T, Vectors>(*last_of - first, 0, 1, operands.at(first, 0), store.at(first, 0), ahead);
   if constexpr (Vectors > 1)
     panel_products<Vectors - 1>(rows, panel + lanes<T>, width, size, last_of + 1, *last_of, store.at(0, lanes<T>), ahead);
 }

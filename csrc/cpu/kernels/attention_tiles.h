@@ -32,35 +32,28 @@ inline int64_t even_piece(int64_t rest, int64_t most) { return ceil_div(rest, ce
 // step: as fast as memory answers. More at once would keep the tile's own loads waiting.
 class Ahead {
  public:
-  // Lines that a tile asks for: `line(k)` at steps k and k + 1.
+  // Lines that tiles ask for, from `next` on; at the end the last tile may ask for some more.
   struct Lines {
-    const char* first;
-    int64_t last;
-    [[gnu::always_inline]] const char* line(int64_t k) const { return first + min(k / 2, last) * line_bytes; }
+    const char *next, *end;
+    int64_t step() const { return next < end ? line_bytes : 0; }
   };
 
   // What lies in [begin, begin + bytes).
   void add(const void* begin, int64_t bytes) {
-    range_[ranges_++] = {static_cast<const char*>(begin), ceil_div(bytes, line_bytes)};
+    range_[ranges_++] = {static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes};
   }
 
-  // The share of a tile of `steps` steps; with nothing left it is `at`, which is there.
+  // The share of tiles of `steps` steps together; with nothing left it is `at`, which is there.
   Lines take(int64_t steps, const void* at) {
-    while (next_ < ranges_ && range_[next_].lines == 0) ++next_;
-    if (next_ == ranges_) return {static_cast<const char*>(at), 0};
-    Range& range = range_[next_];
-    const int64_t count = min(ceil_div(steps, 2), range.lines);
-    const Lines taken = {range.begin, max<int64_t>(0, count - 1)};
-    range.begin += count * line_bytes, range.lines -= count;
+    while (next_ < ranges_ && range_[next_].next >= range_[next_].end) ++next_;
+    if (next_ == ranges_) return {static_cast<const char*>(at), static_cast<const char*>(at)};
+    const Lines taken = range_[next_];
+    range_[next_].next += steps / 2 * line_bytes;
     return taken;
   }
 
  private:
-  struct Range {
-    const char* begin;
-    int64_t lines;
-  };
-  Range range_[8];
+  Lines range_[8];
   int ranges_ = 0, next_ = 0;
 };
 
@@ -75,10 +68,10 @@ struct RowsOfA {
   template <int Rows>
   class Tile {
    public:
-    Tile(RowsOfA a, int64_t k) : stride_(a.stride) {
+    explicit Tile(RowsOfA a) : stride_(a.stride) {
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; i += group) {
-        start_[i / group] = a.data + i * stride_ + k;
+        start_[i / group] = a.data + i * stride_;
         asm("" : "+r"(start_[i / group]));
       }
     }
@@ -109,7 +102,7 @@ struct ColumnsOfA {
   template <int Rows>
   class Tile {
    public:
-    Tile(ColumnsOfA a, int64_t k) : data_(a.data + k * a.stride), stride_(a.stride) {}
+    explicit Tile(ColumnsOfA a) : data_(a.data), stride_(a.stride) {}
     [[gnu::always_inline]] T get(int row, int step) const { return data_[step * stride_ + row]; }
     [[gnu::always_inline]] void move(int steps) { data_ += steps * stride_; }
 
@@ -128,11 +121,11 @@ struct TileOperands {
   TileOperands at(int64_t row, int64_t col) const { return {a.at(row), b + col, b_stride, depth}; }
 };
 
-// What becomes of the sums: to (+)= sum. second_chain: where in the depth a second chain of multiply-adds begins, which is
-// added to the first.
+// What becomes of the sums: to (+)= sum. first_chain: the length of the first chain of multiply-adds; the rest of the depth is a
+// second one, which is added to it.
 template <class T>
 struct StoreSums {
-  static int64_t second_chain(int64_t depth) { return depth; }
+  static int64_t first_chain(int64_t depth) { return depth; }
   T* to;
   int64_t stride;
   bool add;
@@ -159,7 +152,7 @@ struct StoreSums {
 // size halve the largest error of attention. maximum [columns]: brought up to date, where it isn't nullptr.
 template <class T>
 struct StoreScores {
-  static int64_t second_chain(int64_t depth) { return min(depth, max<int64_t>(32, ceil_div(depth, 2))); }
+  static int64_t first_chain(int64_t depth) { return min(depth, max<int64_t>(32, ceil_div(depth, 2))); }
   T* to;
   int64_t stride;
   T* maximum;
@@ -189,7 +182,7 @@ void scale_rows(T* rows, int64_t stride, int64_t count, int64_t size, const T* f
 // to = (before * rescale + sum) * factor, row by row. rescale nullptr: nothing before; factor nullptr: 1.
 template <class T>
 struct MergeSums {
-  static int64_t second_chain(int64_t depth) { return depth; }
+  static int64_t first_chain(int64_t depth) { return depth; }
   const T* before;
   int64_t before_stride;
   const T* rescale;
@@ -223,9 +216,9 @@ struct MergeSums {
   }
 };
 
-// sum += column `step` of A times row `step` of B.
-template <class T, class A, int Rows, int Vectors>
-[[gnu::always_inline]] inline void add_product(const A& a, const T* b, int step, Vector<T> (&sum)[Rows][Vectors]) {
+// sum (+)= column `step` of A times row `step` of B.
+template <bool add, class T, class A, int Rows, int Vectors>
+[[gnu::always_inline]] inline void multiply(const A& a, const T* b, int step, Vector<T> (&sum)[Rows][Vectors]) {
   Vector<T> y[Vectors];
 #pragma GCC unroll 4
   for (int j = 0; j < Vectors; ++j) y[j] = load_as<Vector<T>>(b + j * lanes<T>);
@@ -233,70 +226,107 @@ template <class T, class A, int Rows, int Vectors>
   for (int i = 0; i < Rows; ++i) {
     const T x = a.get(i, step);
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) sum[i][j] += x * y[j];
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = add ? sum[i][j] + x * y[j] : x * y[j];
   }
 }
 
+// What a tile has yet to multiply.
 template <class T, class A, int Rows, int Vectors>
-[[gnu::always_inline]] inline void add_products(const TileOperands<T, A>& m, int64_t first, int64_t last,
-                                                const Ahead::Lines& ahead, Vector<T> (&sum)[Rows][Vectors]) {
-  typename A::template Tile<Rows> a(m.a, first);
-  const T* b = m.b + first * m.b_stride;
-  const int64_t b_stride = m.b_stride;
-  int64_t k = first;
-  for (; k + 2 <= last; k += 2, a.move(2), b += 2 * b_stride) {
-    __builtin_prefetch(ahead.line(k), 0, 2);
-    add_product<T>(a, b, 0, sum);
-    add_product<T>(a, b + b_stride, 1, sum);
-  }
-  if (k < last) add_product<T>(a, b, 0, sum);
-}
+struct TileSteps {
+  typename A::template Tile<Rows> a;
+  const T* b;
+  const int64_t b_stride;
 
+  // sum = the next `steps` steps. A chain begins with two products: setting all sums to 0 took twenty cycles more.
+  [[gnu::always_inline]] void chain(int64_t steps, const char*& ahead, int64_t ahead_step, Vector<T> (&sum)[Rows][Vectors]) {
+    if (steps >= 2) {
+      two<false>(sum);
+      for (steps -= 2; steps >= 2; steps -= 2, ahead += ahead_step) {
+        __builtin_prefetch(ahead, 0, 2);
+        two<true>(sum);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector<T>{};
+    }
+    if (steps > 0) {
+      multiply<true, T>(a, b, 0, sum);
+      a.move(1), b += b_stride;
+    }
+  }
+
+ private:
+  template <bool add>
+  [[gnu::always_inline]] void two(Vector<T> (&sum)[Rows][Vectors]) {
+    multiply<add, T>(a, b, 0, sum);
+    multiply<true, T>(a, b + b_stride, 1, sum);
+    a.move(2), b += 2 * b_stride;
+  }
+};
+
+// Tiles of a product: `count` columns of them from `col` on, each of `tiles` tiles from `row` on.
+struct Tiles {
+  int64_t row, tiles, col, count;
+};
+
+// The operands come by reference and are not copied: a copy would wait until the stores that made the original are done, and
+// those wait for the tile before.
 template <class T, class A, int Rows, int Vectors, class Store>
-[[gnu::noinline]] void attention_tile(const TileOperands<T, A>& m, const Store& store, const Ahead::Lines ahead) {
-  Vector<T> sum[Rows][Vectors] = {};
-  const int64_t second = Store::second_chain(m.depth);
-  add_products<T>(m, 0, second, ahead, sum);
-  if (second < m.depth) {
-    alignas(64) T parked[Rows][Vectors * lanes<T>];
+[[gnu::noinline]] void attention_tiles(const TileOperands<T, A>& m, const Store& store, Tiles part, Ahead::Lines ahead) {
+  const int64_t depth = m.depth, first = Store::first_chain(depth);
+  for (int64_t column = 0; column < part.count; ++column)
+    for (int64_t tile = 0; tile < part.tiles; ++tile) {
+      const int64_t row = part.row + tile * Rows, col = part.col + column * Vectors * lanes<T>;
+      const int64_t ahead_step = ahead.step();
+      TileSteps<T, A, Rows, Vectors> rest = {typename A::template Tile<Rows>(m.a.at(row)), m.b + col, m.b_stride};
+      Vector<T> sum[Rows][Vectors];
+      rest.chain(first, ahead.next, ahead_step, sum);
+      if (first < depth) {
+        alignas(64) T parked[Rows][Vectors * lanes<T>];
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
+        for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) store_as(parked[i] + j * lanes<T>, sum[i][j]), sum[i][j] = Vector<T>{};
-    asm("" : : "r"(parked) : "memory");  // or the compiler would drive the second chain out of its registers
-    add_products<T>(m, second, m.depth, ahead, sum);
+          for (int j = 0; j < Vectors; ++j) store_as(parked[i] + j * lanes<T>, sum[i][j]);
+        asm("" : : "r"(parked) : "memory");  // or the compiler would drive the second chain out of its registers
+        rest.chain(depth - first, ahead.next, ahead_step, sum);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i)
+        for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; ++j) sum[i][j] += load_as<Vector<T>>(parked[i] + j * lanes<T>);
-  }
-  store(sum);
+          for (int j = 0; j < Vectors; ++j) sum[i][j] += load_as<Vector<T>>(parked[i] + j * lanes<T>);
+      }
+      store.at(row, col)(sum);
+    }
 }
 
-// A tile of `rows` <= Rows rows.
-template <class T, class A, int Vectors, class Store, int Rows = rows_of_tile<Vectors>>
-void attention_tile_rows(int64_t rows, const TileOperands<T, A>& m, const Store& store, const Ahead::Lines& ahead) {
+// The same of `rows` <= Rows rows each.
+template <class T, int Vectors, class A, class Store, int Rows = rows_of_tile<Vectors>>
+void attention_tiles_of(int64_t rows, const TileOperands<T, A>& m, const Store& store, Tiles part, Ahead& ahead) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return attention_tile_rows<T, A, Vectors, Store, Rows - 1>(rows, m, store, ahead);
-  attention_tile<T, A, Rows, Vectors>(m, store, ahead);
+    if (rows < Rows) return attention_tiles_of<T, Vectors, A, Store, Rows - 1>(rows, m, store, part, ahead);
+  attention_tiles<T, A, Rows, Vectors>(m, store, part, ahead.take(part.count * part.tiles * m.depth, m.b));
 }
 
-// A column of tiles, whose rows are cut evenly.
+// `count` columns of `Vectors` vectors from `col` on. Rows are cut evenly: the first tiles may have one more than the others.
 template <class T, int Vectors, class A, class Store>
-void tile_column(int64_t rows, const TileOperands<T, A>& m, const Store& store, Ahead& ahead) {
-  for (int64_t row = 0, count; row < rows; row += count) {
-    count = even_piece(rows - row, rows_of_tile<Vectors>);
-    attention_tile_rows<T, A, Vectors>(count, m.at(row, 0), store.at(row, 0), ahead.take(m.depth, m.b));
-  }
+void tile_columns(int64_t rows, int64_t col, int64_t count, const TileOperands<T, A>& m, const Store& store, Ahead& ahead) {
+  if (rows <= 0 || count <= 0) return;
+  const int64_t tiles = ceil_div(rows, rows_of_tile<Vectors>), least = rows / tiles, larger = rows - tiles * least;
+  if (larger > 0) attention_tiles_of<T, Vectors>(least + 1, m, store, {0, larger, col, count}, ahead);
+  attention_tiles_of<T, Vectors>(least, m, store, {larger * (least + 1), tiles - larger, col, count}, ahead);
 }
 
 // The whole product; the columns, in whole vectors, are cut evenly, too.
 template <class T, class A, class Store>
 void tile_product(int64_t rows, int64_t cols, const TileOperands<T, A>& m, const Store& store, Ahead& ahead) {
-  for (int64_t col = 0, count; col < cols; col += count) {
-    count = even_piece(ceil_div(cols - col, lanes<T>), panel_vectors) * lanes<T>;
-    with_vectors<T>(count, [&](auto n) { tile_column<T, n.value>(rows, m.at(0, col), store.at(0, col), ahead); });
-  }
+  const int64_t vectors = ceil_div(cols, lanes<T>), count = ceil_div(vectors, panel_vectors), least = vectors / count;
+  const int64_t larger = vectors - count * least, rest = larger * (least + 1) * lanes<T>;
+  auto columns = [&](int64_t width, int64_t col, int64_t number) {
+    with_vectors<T>(width * lanes<T>, [&](auto n) { tile_columns<T, n.value>(rows, col, number, m, store, ahead); });
+  };
+  if (larger > 0) columns(least + 1, 0, larger);
+  columns(least, rest, count - larger);
 }
 
 }  // namespace
