@@ -320,7 +320,9 @@ void tile_columns(int64_t rows, int64_t col, int64_t count, const TileOperands<T
 // The whole product; the columns, in whole vectors, are cut evenly, too.
 template <class T, class A, class Store>
 void tile_product(int64_t rows, int64_t cols, const TileOperands<T, A>& m, const Store& store, Ahead& ahead) {
-  const int64_t vectors = ceil_div(cols, lanes<T>), count = ceil_div(vectors, panel_vectors), least = vectors / count;
+  const int64_t vectors = ceil_div(cols, lanes<T>), count = ceil_div(vectors, panel_vectors);
+  if (count == 0) return;
+  const int64_t least = vectors / count;
   const int64_t larger = vectors - count * least, rest = larger * (least + 1) * lanes<T>;
   auto columns = [&](int64_t width, int64_t col, int64_t number) {
     with_vectors<T>(width * lanes<T>, [&](auto n) { tile_columns<T, n.value>(rows, col, number, m, store, ahead); });

@@ -268,14 +268,17 @@ struct Forward {
 
     // gates = x W_ih^T, the columns of panels [panel, next).
     void project(int64_t rows, int64_t panel, int64_t next) const {
-      const int64_t col = panel * f.order.columns(), end_col = next == f.order.panels() ? f.columns : next * f.order.columns();
+      const int64_t first = panel * f.order.columns(), last = next == f.order.panels() ? f.columns : next * f.order.columns();
+      // With a second chain of products the gates of a few columns at a time, which stay in a small L2 cache until it comes.
+      const int64_t width = narrow && f.inputs > product_depth<T> ? product_block_cols<T> : last - first;
       for (int64_t row = 0; row < rows; row += product_block_rows)
-        for (int64_t k = 0; k == 0 || k < f.inputs; k += product_depth<T>)
-          panel_block(min(rows - row, product_block_rows), end_col - col, min(f.inputs - k, product_depth<T>),
-                      Matrix<const T>{x.data + row * x.stride + k, x.stride, 1},
-                      f.w_ih + col * f.inputs + k * product_cols<T>, f.inputs * product_cols<T>,
-                      gates + row * f.gate_stride + col, f.gate_stride, k > 0,
-                      {f.w_hh + col * f.outputs, f.outputs * product_cols<T>});
+        for (int64_t col = first; col < last; col += width)
+          for (int64_t k = 0; k == 0 || k < f.inputs; k += product_depth<T>)
+            panel_block(min(rows - row, product_block_rows), min(last - col, width), min(f.inputs - k, product_depth<T>),
+                        Matrix<const T>{x.data + row * x.stride + k, x.stride, 1},
+                        f.w_ih + col * f.inputs + k * product_cols<T>, f.inputs * product_cols<T>,
+                        gates + row * f.gate_stride + col, f.gate_stride, k > 0,
+                        {f.w_hh + col * f.outputs, f.outputs * product_cols<T>});
     }
 
     // h of rank `begin` before a step.
