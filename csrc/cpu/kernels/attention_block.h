@@ -326,7 +326,7 @@ void add_maximum(const T* scores, int64_t stride, int64_t first, int64_t last, T
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
       const V score = load_as<V>(scores + k * stride + j * lanes<T>);
-      top[j] = score > top[j] ? score : top[j];  // leaves a NaN to the exponential
+      top[j] = greater_of(score, top[j]);  // leaves a NaN to the exponential
     }
 #pragma GCC unroll 4
   for (int j = 0; j < Vectors; ++j) store_as(maximum + j * lanes<T>, top[j]);

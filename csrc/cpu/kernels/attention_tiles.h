@@ -167,7 +167,7 @@ struct StoreScores {
     for (int j = 0; j < Vectors; ++j) {
       Vector<T> top = load_as<Vector<T>>(maximum + j * lanes<T>);
 #pragma GCC unroll 16
-      for (int i = 0; i < Rows; ++i) top = sum[i][j] > top ? sum[i][j] : top;  // leaves a NaN to the exponential
+      for (int i = 0; i < Rows; ++i) top = greater_of(sum[i][j], top);  // leaves a NaN to the exponential
       store_as(maximum + j * lanes<T>, top);
     }
   }

@@ -79,8 +79,7 @@ Vector<T> exp2(Vector<T> x) {
 template <class T>
 Vector<T> exp2(Vector<T> x) {
   using E = Exp2<T>;
-  const Vector<T> least = Vector<T>{} + E::least;
-  x = least > x ? least : x;  // in this order one instruction, which lets a NaN through
+  x = greater_of(Vector<T>{} + E::least, x);  // in this order, which lets a NaN through
   const Vector<T> shifted = x + E::magic;
   const Vector<T> f = x - (shifted - E::magic);
   Vector<T> p = Vector<T>{} + E::coefficients[0];

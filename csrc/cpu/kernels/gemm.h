@@ -55,8 +55,7 @@ struct Bounds {
   template <class V>
   V clamp(V x) const {
     const V least = V{} + low, most = V{} + high;
-    x = least > x ? least : x;
-    return most < x ? most : x;
+    return lesser_of(most, greater_of(least, x));
   }
 };
 

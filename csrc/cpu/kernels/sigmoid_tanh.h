@@ -52,21 +52,11 @@ template <class T>
 
 // A NaN stays one.
 template <class T>
-[[gnu::always_inline]] inline Vector<T> at_most(Vector<T> x, T most) { return x > most ? Vector<T>{} + most : x; }
+[[gnu::always_inline]] inline Vector<T> at_most(Vector<T> x, T most) { return lesser_of(Vector<T>{} + most, x); }
 template <class T>
-[[gnu::always_inline]] inline Vector<T> at_least(Vector<T> x, T least) { return x < least ? Vector<T>{} + least : x; }
-#if CVFAST_VECTOR_BYTES == 32 && defined(__AVX2__)
-template <>  // one instruction, which gives its second operand where either is a NaN
-[[gnu::always_inline]] inline FloatVector at_most<float>(FloatVector x, float most) {
-  return (FloatVector)_mm256_min_ps(_mm256_set1_ps(most), (__m256)x);
+[[gnu::always_inline]] inline Vector<T> clamp(Vector<T> x, T least, T most) {
+  return at_most<T>(greater_of(Vector<T>{} + least, x), most);
 }
-template <>
-[[gnu::always_inline]] inline FloatVector at_least<float>(FloatVector x, float least) {
-  return (FloatVector)_mm256_max_ps(_mm256_set1_ps(least), (__m256)x);
-}
-#endif
-template <class T>
-[[gnu::always_inline]] inline Vector<T> clamp(Vector<T> x, T least, T most) { return at_most<T>(at_least<T>(x, least), most); }
 
 // 1 / (1 + e^-x); error at most 3 ulp where the result is a normal number.
 template <class T>

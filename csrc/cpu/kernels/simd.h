@@ -9,7 +9,7 @@
 // tiles and in tails alike, so that an element's bits don't depend on its place in a tile.
 #pragma once
 #include <cstdint>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -35,6 +35,19 @@ constexpr int lanes = CVFAST_VECTOR_BYTES / sizeof(T);
 using FloatVector = Vector<float>;
 using UintVector = Vector<uint32_t>;
 typedef uint16_t HalfVector __attribute__((vector_size(CVFAST_VECTOR_BYTES / 2)));  // one 16-bit lane per float lane
+
+// a > b ? a : b and a < b ? a : b of each lane: b where one of them is not a number. The compiler would take two instructions.
+template <class V>
+V greater_of(V a, V b) { return a > b ? a : b; }
+template <class V>
+V lesser_of(V a, V b) { return a < b ? a : b; }
+#if CVFAST_VECTOR_BYTES == 64 && defined(__AVX512F__)
+inline FloatVector greater_of(FloatVector a, FloatVector b) { return (FloatVector)_mm512_max_ps((__m512)a, (__m512)b); }
+inline FloatVector lesser_of(FloatVector a, FloatVector b) { return (FloatVector)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif CVFAST_VECTOR_BYTES == 32 && defined(__AVX__)
+inline FloatVector greater_of(FloatVector a, FloatVector b) { return (FloatVector)_mm256_max_ps((__m256)a, (__m256)b); }
+inline FloatVector lesser_of(FloatVector a, FloatVector b) { return (FloatVector)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
 
 template <class V>
 V load_as(const void* from) {
