@@ -139,6 +139,8 @@ def test_jit_trace_records_torchs_operators(gradients):
         torch.nn.ReLU(),
         torch.nn.Flatten(),
         torch.nn.Linear(1152, 256),
+        torch.nn.ReLU(),
+        torch.nn.Linear(256, 10),
     ).eval()
     x = torch.randn(32, 16, 8, 8)
     with torch.set_grad_enabled(gradients):

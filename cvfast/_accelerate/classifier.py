@@ -39,7 +39,7 @@ class ClassifierLayer:
     def __call__(self, input: Tensor, residual: None = None) -> Tensor:
         for one in self.before:
             input = one(input)
-        if chains.observer is None and not torch.is_grad_enabled():
+        if chains.observer is None:
             return self._chain(input)
         output = self.linear(input)
         return output if self.activation is None else self.activation(output)
