@@ -31,15 +31,16 @@ def group_tables(rows: Iterable[Row]) -> list[Table]:
         if key not in tables:
             tables[key] = Table(
                 "case", *(f"{column}, ms" for column in COLUMNS), "torch/cvfast", "MNN, ncnn/cvfast", "peak share",
+                "of the limit",
                 title=f"{group}, {direction}, {of_case[0].threads} thread(s)", title_justify="left",
             )  # fmt: skip
         pair = ratio(of_case), ratio(of_case, WINOGRAD_PEERS)
         ratios.setdefault(key, []).append(pair)
         own = best(of_case, CVFAST)
-        share = None if own is None else own.peak_share
+        shares = (None, None) if own is None else (own.peak_share, own.limit_share)
         tables[key].add_row(
             case, *(_time(best(of_case, who), name in WITH_ERROR) for name, who in COLUMNS.items()),
-            *map(_number, pair), _number(share),
+            *map(_number, pair), *map(_number, shares),
         )  # fmt: skip
     for key, table in tables.items():
         if len(ratios[key]) == 1:
@@ -47,7 +48,7 @@ def group_tables(rows: Iterable[Row]) -> list[Table]:
         table.add_section()
         columns = [[value for value in column if value is not None] for column in zip(*ratios[key], strict=True)]
         for name, reduce in (("geometric mean", geomean), ("worst", min)):
-            table.add_row(name, *[""] * len(COLUMNS), *(_number(reduce(c) if c else None) for c in columns), "")
+            table.add_row(name, *[""] * len(COLUMNS), *(_number(reduce(c) if c else None) for c in columns), "", "")
     return list(tables.values())
 
 

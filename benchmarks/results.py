@@ -30,6 +30,7 @@ class Row:
     median_ms: float | None = None
     gflops: float | None = None  # of the minimum, by the definition's operations; training counts them three times
     peak_share: float | None = None  # gflops over the peak of `threads` cores measured between the calls; CPU only
+    limit_share: float | None = None  # the least time that the case takes on one core over min_ms; one thread, CPU only
     relative_error: float | None = None  # L2, of the forward result against float64
     note: str = ""  # why there are no figures
 
@@ -40,7 +41,7 @@ class Row:
 
 
 _PARSERS = {"threads": int, "repeats": int} | dict.fromkeys(
-    ("min_ms", "median_ms", "gflops", "peak_share", "relative_error"), float
+    ("min_ms", "median_ms", "gflops", "peak_share", "limit_share", "relative_error"), float
 )
 
 

@@ -69,6 +69,7 @@ def measure(work: Work, group: str, effort: Effort, providers: tuple[Provider, .
         synchronize=None if on_cpu else torch.cuda.synchronize,
     )
     peak = max(turns.between, default=None)
+    least = None if peak is None or work.threads > 1 else work.least_ms(peak)
     rows = []
     for name, (_, error, note) in outcomes.items():
         row = Row(work.subject.name, group, work.case.name, work.direction, work.threads, name, note=note)
@@ -79,6 +80,7 @@ def measure(work: Work, group: str, effort: Effort, providers: tuple[Provider, .
                 row, repeats=len(seconds), min_ms=round(min(seconds) * 1e3, 4),
                 median_ms=round(statistics.median(seconds) * 1e3, 4), gflops=round(gflops, 2),
                 peak_share=None if peak is None else round(gflops / peak / work.threads, 3),
+                limit_share=None if least is None else round(least / min(seconds) / 1e3, 3),
             )  # fmt: skip
         rows.append(row if error is None else replace(row, relative_error=float(f"{error:.2g}")))
     return rows

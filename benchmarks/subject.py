@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import limits
 from benchmarks.goals import Goal
 from cvfast.backend import use_backend
 from cvfast.testing import SPECS, Case, OpSpec, Sample, assert_as_accurate
@@ -88,6 +89,10 @@ class Work(ABC):
     @abstractmethod
     def flops(self) -> int:
         """Operations of the definition."""
+
+    def least_ms(self, peak: float) -> float | None:
+        """Milliseconds that the case takes at least on one core; peak: its GFLOP/s at the time (see limits.py)."""
+        return None
 
     @abstractmethod
     def calls(self, who: str, memory_format: str, compile: bool = False) -> Calls:
@@ -247,6 +252,9 @@ class OperatorWork(Work):
     @cached_property
     def flops(self) -> int:
         return self.subject.spec.flops(self.sample) * (3 if self.direction == "training" else 1)
+
+    def least_ms(self, peak: float) -> float | None:
+        return limits.least_ms(self.subject.spec, self.sample, peak, self.direction == "training")
 
     @property
     def identity(self) -> object:

@@ -22,7 +22,7 @@ MEMORY_BYTES = 256 << 20  # more than caches hold
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest rate seen. unit: "GFLOP/s" or "GB/s" (10^9 a second)."""
+    """The largest rate seen. unit: "GFLOP/s", "G/s" or "GB/s" (10^9 a second)."""
 
     isa: str
     what: str
@@ -44,6 +44,17 @@ def burst(isa: str, float64: bool = False) -> float:
     return operations / (time.perf_counter() - start) / 1e9
 
 
+def exponential_cost(isa: str) -> float:
+    """The floating-point operations that a core does at most in the time of one float32 exponential, as it goes through
+    vectors of them in registers."""
+    best = 0.0
+    for _ in range(BURSTS):
+        start = time.perf_counter()
+        count = _library.C.exponentials(isa, BURST_STEPS // 8)
+        best = max(best, count / (time.perf_counter() - start) / 1e9)
+    return max(burst(isa) for _ in range(BURSTS)) / best
+
+
 def read_rate(isa: str, size: int) -> float:
     """GB/s at which one thread reads `size` bytes again and again."""
     data = b"\x01" * size  # written, so that each page has memory of its own
@@ -58,13 +69,14 @@ def read_rate(isa: str, size: int) -> float:
 
 
 def measure() -> list[Peak]:
-    """All peaks of one core: multiply-adds per instruction set and precision, reading with the best set."""
+    """All peaks of one core: multiply-adds per instruction set and precision; the rest with the best set."""
     rates = [
         Peak(isa, f"multiply-adds, {'float64' if float64 else 'float32'}",
              max(burst(isa, float64) for _ in range(BURSTS)), "GFLOP/s")
         for isa in isas() for float64 in (False, True)
     ]  # fmt: skip
     best = isas()[-1]
+    rates.append(Peak(best, "exponentials, float32", rates[-2].rate / exponential_cost(best), "G/s"))
     reads = [Peak(best, f"reading {name}", read_rate(best, size), "GB/s") for name, size in _levels().items()]
     return rates + reads
 

@@ -20,6 +20,12 @@ int64_t multiply_adds(const std::string& isa, bool float64, int64_t steps) {
   return 2 * steps * peak.bytes_per_step / (float64 ? 8 : 4);
 }
 
+int64_t exponentials(const std::string& isa, int64_t steps) {
+  const cvfast::PeakKernels& peak = cvfast::kernels(isa).peak;
+  peak.exponentials(steps, 0.5);
+  return steps * peak.bytes_per_step / 4;
+}
+
 void read_buffer(const std::string& isa, const py::buffer& data, int64_t passes) {
   const py::buffer_info info = data.request();
   const auto* bytes = static_cast<const char*>(info.ptr);
@@ -97,6 +103,9 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>(),
         "Multiplies and adds in registers of instruction set `isa` as fast as a core can, `steps` times some vectors; "
         "returns the number of floating-point operations. ValueError if this machine cannot run it.");
+  m.def("exponentials", &exponentials, py::arg("isa"), py::arg("steps"), py::call_guard<py::gil_scoped_release>(),
+        "Computes float32 exponentials in registers of instruction set `isa`, `steps` times some vectors; returns their "
+        "number. ValueError if this machine cannot run it.");
   m.def("read", &read_buffer, py::arg("isa"), py::arg("data"), py::arg("passes"),
         "Reads the buffer `data`, whole multiples of 512 bytes of it, `passes` times with loads of `isa`.");
   m.def("poison_results", &cvfast::poison_results, py::arg("on"),

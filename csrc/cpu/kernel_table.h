@@ -78,6 +78,7 @@ struct PeakKernels {
   int64_t bytes_per_step;  // of the sums s = s * x + x that one step forms; they stay normal for 0.1 < x < 0.9
   double (*multiply_adds_f32)(int64_t steps, double x);
   double (*multiply_adds_f64)(int64_t steps, double x);
+  double (*exponentials)(int64_t steps, double x);  // as many float32 ones as there are sums in bytes_per_step, 0 < x < 1
   uint32_t (*read)(const char* data, int64_t bytes, int64_t passes);  // bytes: a multiple of 512
 };
 

@@ -235,10 +235,13 @@ class AttentionSpec(OpSpec):
 
     def flops(self, sample: Sample) -> int:
         """2 (D + Dv) for each pair of a query and a key that it sees."""
-        query, key, value = (sample.operands[name] for name in ("query", "key", "value"))
+        return 2 * self.exponentials(sample) * (sample.operands["query"].shape[-1] + sample.operands["value"].shape[-1])
+
+    def exponentials(self, sample: Sample) -> int:
+        """One for each pair of a query and a key that it sees."""
+        query, key = sample.operands["query"], sample.operands["key"]
         visible = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
         if sample.options.get("is_causal"):
             visible = visible.tril()
         attn_mask = sample.options.get("attn_mask")
-        pairs = (visible if attn_mask is None else visible & attn_mask).expand(*query.shape[:-1], -1).sum()
-        return int(2 * pairs * (query.shape[-1] + value.shape[-1]))
+        return int((visible if attn_mask is None else visible & attn_mask).expand(*query.shape[:-1], -1).sum())

@@ -300,6 +300,18 @@ class RecurrentSpec(OpSpec):
         steps = sample.operands["input"].shape[:-1].numel()
         return 2 * steps * sum(t.numel() for n, t in sample.operands.items() if n.startswith("weight"))
 
+    def exponentials(self, sample: Sample) -> int:
+        """One for each gate of each unit, and one for an LSTM's new state."""
+        steps = sample.operands["input"].shape[:-1].numel()
+        gates = sum(t.shape[0] for n, t in sample.operands.items() if n.startswith("weight_hh"))
+        return steps * (gates * 5 // 4 if self.name == "lstm" else gates)
+
+    def bytes_per_step(self, sample: Sample) -> tuple[int, int]:
+        """W_hh of a layer and direction, in each step of all of them."""
+        weights = [t for n, t in sample.operands.items() if n.startswith("weight_hh")]
+        steps = sample.operands["input"].shape[bool(sample.options.get("batch_first"))]
+        return steps * len(weights), weights[0].numel() * weights[0].element_size()
+
 
 class RecurrentCellSpec(OpSpec):
     """lstm_cell, gru_cell or rnn_cell."""
@@ -361,3 +373,12 @@ class RecurrentCellSpec(OpSpec):
     def flops(self, sample: Sample) -> int:
         batch = sample.operands["input"].shape[:-1].numel()
         return 2 * batch * (sample.operands["w_ih"].numel() + sample.operands["w_hh"].numel())
+
+    def exponentials(self, sample: Sample) -> int:
+        """As the layer's."""
+        gates = sample.operands["input"].shape[:-1].numel() * sample.operands["w_hh"].shape[0]
+        return gates * 5 // 4 if self.name == "lstm_cell" else gates
+
+    def bytes_per_step(self, sample: Sample) -> tuple[int, int]:
+        """All weights, once."""
+        return 1, sum(sample.operands[n].numel() * sample.operands[n].element_size() for n in ("w_ih", "w_hh"))

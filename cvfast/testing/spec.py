@@ -160,6 +160,14 @@ class OpSpec(ABC):
     def flops(self, sample: Sample) -> int:
         """Floating-point operations of the call's definition (a fused multiply-add counts as two)."""
 
+    def exponentials(self, sample: Sample) -> int:
+        """Exponentials of the call's definition; a sigmoid or a tanh counts as one."""
+        return 0
+
+    def bytes_per_step(self, sample: Sample) -> tuple[int, int]:
+        """(steps, bytes): what each of the steps that wait for each other reads anew, such as a layer's weights."""
+        return 0, 0
+
     def bound(self, sample: Sample, backend: str, result: str) -> float:
         """The relative error that an inexact algorithm of `backend` may have on `sample`; 0: only exact ones are taken.
 

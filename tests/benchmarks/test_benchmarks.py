@@ -10,7 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import memory, plot, providers, report, results, run
+from benchmarks import limits, memory, plot, providers, report, results, run
 from benchmarks.cases.conv2d import GROUPS, MEMORY_GOAL_MB
 from benchmarks.cases.model import gan, inference
 from benchmarks.goals import Goal, judge
@@ -79,6 +79,44 @@ def test_the_best_formats_are_compared():
 def test_goals_are_judged(asked, holds, seen):
     (verdict,) = judge((Goal("text", ("g",), **{"direction": "forward", **asked}),), ROWS)
     assert (verdict.holds, verdict.seen) == (holds, seen)
+
+
+def test_a_case_near_its_limit_reaches_what_is_asked():
+    goal = Goal("text", ("g",), "forward", geomean=4.0, each=2.0)
+    for share, holds, seen in (
+        (0.95, True, "geomean 4 (at least 4); least 2 (at least 2)"),
+        (0.94, False, "geomean 2 (at least 4); least 1 (at least 2)"),
+    ):
+        rows = [replace(r, limit_share=share) if r.case == "b" and r.provider in results.CVFAST else r for r in ROWS]
+        (verdict,) = judge((goal,), rows)
+        assert (verdict.holds, verdict.seen) == (holds, seen)
+
+
+def test_limits_are_of_multiply_adds_exponentials_and_weights(monkeypatch):
+    monkeypatch.setattr(limits, "_exponential_cost", lambda isa: 20.0)
+    monkeypatch.setattr(limits, "_read_rate", lambda isa, size: 2.0)  # GB/s
+
+    def least(operator: str, case, training: bool = False) -> float | None:
+        return limits.least_ms(SPECS[operator], case.sample(torch.float32), 10.0, training)
+
+    seen = 2 * 3 * (50 * 51 // 2)  # pairs
+    causal = attention_case("causal", (2, 3, 50, 64), 50, is_causal=True)
+    assert least("attention", causal) == pytest.approx(seen * (2 * 2 * 64 + 20) / 10e6)
+    assert least("attention", causal, training=True) == pytest.approx(seen * (3 * 2 * 2 * 64 + 20) / 10e6)
+    many = layer_case("lstm", "many", 7, 30, 16, 32)  # T, B, I, H
+    weights, units = 4 * 32 * (16 + 32), 7 * 30 * 32
+    assert least("lstm", many) == pytest.approx((7 * 30 * 2 * weights + 5 * units * 20) / 10e6)
+    one = layer_case("gru", "one", 7, 1, 16, 32, bidirectional=True)
+    assert least("gru", one) == pytest.approx(2 * 7 * 3 * 32 * 32 * 4 / 2e6)  # reading W_hh takes longer
+    assert least("gru", one, training=True) == pytest.approx(2 * 2 * 7 * 3 * 32 * 32 * 4 / 2e6)
+    assert least("lstm_cell", cell_case("lstm_cell", "cell", 1, 32, 32)) == pytest.approx(2 * 4 * 32 * 32 * 4 / 2e6)
+    assert least("conv2d", CASE) is None
+
+
+def test_a_limit_is_longer_than_nothing_and_shorter_than_the_call():
+    (measured,) = run.measure(load("lstm").work(layer_case("lstm", "case", 8, 16, 64, 64), "forward", 1), "g", EFFORT,
+                              tuple(p for p in providers.PROVIDERS if p.name == "cvfast contiguous"))  # fmt: skip
+    assert 0.05 < measured.limit_share < 1
 
 
 @pytest.mark.parametrize("name", run.SUBJECTS)

@@ -1,6 +1,7 @@
-// What one core does at most, to measure the other kernels by: multiply-adds in registers, and reading memory. Compiled
-// once per instruction set, exports cvfast::<CVFAST_ISA>::peak.
+// What one core does at most, to measure the other kernels by: multiply-adds and exponentials in registers, and reading
+// memory. Compiled once per instruction set, exports cvfast::<CVFAST_ISA>::peak.
 #include "../kernel_table.h"
+#include "exp.h"
 #include "simd.h"
 
 namespace cvfast {
@@ -23,6 +24,20 @@ double multiply_adds(int64_t steps, double x) {
   return total;
 }
 
+// Of numbers that differ from step to step and don't wait for each other.
+double exponentials(int64_t steps, double x) {
+  FloatVector number = FloatVector{} - static_cast<float>(x), sum[2] = {};
+  for (int64_t step = 0; step < steps; ++step)
+#pragma GCC unroll 16
+    for (int i = 0; i < chains; ++i) {
+      sum[i % 2] += exp2<float>(number);
+      number -= 1e-6f;
+    }
+  double total = 0;
+  for (int j = 0; j < lanes<float>; ++j) total += static_cast<double>(sum[0][j] + sum[1][j]);
+  return total;
+}
+
 // The sum keeps the loads alive; eight of them, so that additions never wait for each other.
 uint32_t read(const char* data, int64_t bytes, int64_t passes) {
   constexpr int sums = 8;
@@ -42,7 +57,7 @@ uint32_t read(const char* data, int64_t bytes, int64_t passes) {
 
 namespace CVFAST_ISA {
 extern const PeakKernels peak;
-const PeakKernels peak = {chains * CVFAST_VECTOR_BYTES, multiply_adds<float>, multiply_adds<double>, read};
+const PeakKernels peak = {chains * CVFAST_VECTOR_BYTES, multiply_adds<float>, multiply_adds<double>, exponentials, read};
 }  // namespace CVFAST_ISA
 
 }  // namespace cvfast
