@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cvfast import backend as _backend
 
-UNLIMITED = 2**62  # of a window's side: no key is that far away
+_EXT = _backend.BACKENDS["attention"]["ext"]
+UNLIMITED = _EXT.UNLIMITED
 
 
 def scaled_dot_product_attention(
@@ -55,6 +56,11 @@ def scaled_dot_product_attention(
         TypeError, ValueError: arguments of another type, an unknown backend.
     """
     dropout_p = 0.0 if dropout_p == 0 else dropout_p  # a constant: torch.compile would trace it as an unknown float
+    plain = dropout_p == 0 and attn_mask is None and key_lengths is None and window is None and not enable_gqa
+    if plain and _backend.is_certain("ext", backend):
+        output = _EXT.run_unasked(query, key, value, 0 if is_causal else UNLIMITED, scale)
+        if output is not None:
+            return output
     *args, leading = normalised(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, key_lengths, window
     )
