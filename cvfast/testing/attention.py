@@ -45,6 +45,7 @@ CASES = (
     case("bias-of-heads", (2, 2, 20, 8), 18, bias=(1, 2, 20, 18)),
     case("bias-2d", (2, 2, 20, 8), 18, bias=(20, 18)),
     case("causal", (2, 2, 40, 8), 40, is_causal=True),
+    case("causal-50", (2, 2, 50, 64), 50, is_causal=True),
     case("causal-more-keys", (1, 2, 20, 8), 40, is_causal=True),
     case("causal-more-queries", (1, 2, 40, 8), 20, is_causal=True),
     case("scale", (1, 2, 7, 8), 9, scale=0.7),

@@ -177,6 +177,17 @@ def test_exponential(isa, dtype, unit):
     assert ((weight / (power / (1 + power)) - 1).abs() <= (2 * 2 + 3 + (dtype == torch.float64)) * unit).all()
 
 
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+def test_exponential_of_what_is_hardly_a_number(isa):
+    """Below the normal numbers' range a weight is less than the least of them, or 0; a NaN of any bits stays one."""
+    x = torch.tensor([-126.25, -126.75, -127.0, -127.5, -1000.0])
+    k, v = (torch.tensor([0.0, number]).reshape(1, 1, 2, 1) for number in (1.0, 2.0**126))
+    weight = attention(x.reshape(1, 1, -1, 1), k, v, scale=0.6931471805599453)[0, 0, :, 0]  # times 2^126
+    assert ((weight >= 0) & (weight < 1)).all() and weight[-1] == 0
+    nans = torch.tensor([0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    assert attention(nans.reshape(1, 1, -1, 1), k, k).isnan().all()
+
+
 def composed_weights(q, k, visible):
     """The definition's weights, in the operands' dtype."""
     scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)

@@ -3,6 +3,7 @@
 //   grad_value[j] = sum over i of w[i, j] f[i, j] g[i]
 //   grad_score    = w[i, j] (f[i, j] g[i] . value[j] - delta[i]),  delta[i] = g[i] . output[i] - grad_log_sum[i]
 //   grad_query    = scale * grad_score key;  grad_key = scale * grad_score^T query;  grad_bias = grad_score
+// The scale is a factor of g and of delta already, wherever grad_score is not wanted itself.
 // Every sum runs over blocks in ascending order, whichever thread does it.
 #pragma once
 #include "attention_forward.h"
@@ -22,7 +23,7 @@ struct BackwardArrays {
   T *query, *grad;                      // [queries][key_stride], [queries][value_stride]
   T *log_sum, *delta;                   // [queries], log_sum in units of log 2, +inf where no key was seen
   T *weights, *score_grads;             // [keys][queries]
-  T* query_sums;                        // [queries][key_stride]
+  T* query_sums;                        // [queries][key_stride], as the next two for gradients that are not summed in place
   T* product;                           // [keys or panel_queries][key_stride or value_stride]
   T *key_sums, *value_sums;             // [S][key_stride], [S][value_stride]; not with_sums: nothing
 
@@ -81,9 +82,10 @@ bool some_saw_none(const T* log_sum, int64_t count) {
   return false;
 }
 
-// Reads a block of queries with everything that belongs to it.
+// Reads a block of queries with everything that belongs to it. factor: of grad_panels and delta.
 template <class T>
-QueryRows<T> read_queries(const AttentionBackward& args, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries block) {
+QueryRows<T> read_queries(const AttentionBackward& args, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries block,
+                          T factor) {
   const AttentionProblem& p = args.problem;
   const AttentionShape& shape = p.shape;
   const int64_t place = (b * shape.heads + h) * shape.queries + block.first;
@@ -102,7 +104,7 @@ QueryRows<T> read_queries(const AttentionBackward& args, int64_t b, int64_t h, c
     pack_panel(rows.query.data + offset * rows.query.row_stride, rows.query.row_stride, panel, shape.size,
                static_cast<T>(p.scale * log2_e), a.query_panels + offset * shape.size);
     T* const grad_panel = a.grad_panels + offset * shape.value_size;
-    pack_panel(rows.grad.data + offset * rows.grad.row_stride, rows.grad.row_stride, panel, shape.value_size, T{1}, grad_panel);
+    pack_panel(rows.grad.data + offset * rows.grad.row_stride, rows.grad.row_stride, panel, shape.value_size, factor, grad_panel);
     Matrix<const T> output = rows_in_place<T>(args.output, p.dtype, b, h, panel.first, shape.value_size);
     if (!output.data) {
       read_rows(args.output, p.dtype, b, h, panel.first, panel.count, shape.value_size, a.product, a.value_stride);
@@ -120,7 +122,7 @@ QueryRows<T> read_queries(const AttentionBackward& args, int64_t b, int64_t h, c
       continue;
     }
     a.log_sum[i] = static_cast<T>(log_sums[i] * log2_e);
-    if (args.grad_log_sum) a.delta[i] -= static_cast<const T*>(args.grad_log_sum)[place + i];
+    if (args.grad_log_sum) a.delta[i] -= factor * static_cast<const T*>(args.grad_log_sum)[place + i];
   }
   return rows;
 }
@@ -136,16 +138,20 @@ void differentiate(const KeyBlock& keys, const Seen& s, const PanelDropout<T>* d
 #pragma GCC unroll 4
   for (int j = 0; j < Vectors; ++j) sum[j] = load_as<V>(log_sum + j * step), shift[j] = load_as<V>(delta + j * step);
   for (int64_t k = s.first; k < s.last; ++k) {
-    if constexpr (with_dropout) dropout->factors(keys.index[k], factors);
+    if constexpr (with_dropout) dropout->template factors<Vectors>(keys.index[k], factors);
+    T *const at = weights + k * stride, *const grad_at = score_grads + k * stride;
+    V weight[Vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) weight[j] = load_as<V>(at + j * step) - sum[j];
+    exp2<T>(weight);
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) {
-      T *const at = weights + k * stride + j * step, *const grad_at = score_grads + k * stride + j * step;
-      const V score = load_as<V>(at);
-      V weight = exp2<T>(score - sum[j]), grad = load_as<V>(grad_at);
+      const V score = load_as<V>(at + j * step);
+      V grad = load_as<V>(grad_at + j * step);
       if constexpr (with_dropout) grad *= load_as<V>(factors + j * step);
-      store_as(grad_at, score == -infinity<T> ? V{} : weight * (grad - shift[j]));
-      if constexpr (with_dropout) weight *= load_as<V>(factors + j * step);
-      store_as(at, weight);
+      store_as(grad_at + j * step, score == -infinity<T> ? V{} : weight[j] * (grad - shift[j]));
+      if constexpr (with_dropout) weight[j] *= load_as<V>(factors + j * step);
+      store_as(at + j * step, weight[j]);
     }
   }
 }
@@ -185,29 +191,47 @@ template <class T>
 Seen differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a,
                          const KeysAndValues<T>& block, Queries queries, Queries panel, Ahead& ahead) {
   const Seen s = seen<T>(p.visible, block.keys, panel);
-  with_vectors<T>(panel.count, [&](auto n) { differentiate_panel<n.value>(p, b, h, a, block, s, queries, panel, ahead); });
+  with_vectors<T, most_panel_vectors>(panel.count, [&](auto n) { differentiate_panel<n.value>(p, b, h, a, block, s, queries, panel, ahead); });
   return s;
 }
 
-// sums[key] += the block's product [key][size] of `factors` [key][query] with `rows` [query][size]; stride: the sums'. Where the
-// window hides keys, a few at a time are multiplied with the queries that see some of them.
+// The gradients of a head's keys or values: rows of sums. Those before `written` are there.
+template <class T>
+struct KeySums {
+  Matrix<T> rows;
+  int64_t size, written;
+  T* at(int64_t key) const { return rows.data + key * rows.row_stride; }
+  void write_until(int64_t key) {
+    if (written >= key) return;
+    zero_matrix(Matrix<T>{at(written), rows.row_stride, 1}, key - written, size);
+    written = key;
+  }
+};
+
+// sums[key] += the block's product [key][size] of `factors` [key][query] with `rows` [query][size]. Where the window hides keys, a
+// few at a time are multiplied with the queries that see some of them.
 template <class T>
 void add_to_keys(const AttentionVisibility& visible, const KeyBlock& keys, const T* factors, const BackwardArrays<T>& a,
-                 Queries queries, Matrix<const T> rows, int64_t stride, int64_t size, T* sums, Ahead& ahead) {
+                 Queries queries, Matrix<const T> rows, int64_t stride, KeySums<T>& sums, Ahead& ahead) {
   const bool in_place = keys.contiguous();
-  const StoreSums<T> store = {in_place ? sums + keys.index[0] * stride : a.product, stride, in_place};
+  const int64_t end = keys.index[keys.count - 1] + 1;
+  sums.write_until(in_place ? keys.index[0] : end);
+  const int64_t added = in_place ? min(keys.count, sums.written - keys.index[0]) : 0;  // the first ones; others are stored
   const int64_t step = seen<T>(visible, keys, queries).partly() ? 2 * rows_of_tile<panel_vectors> : keys.count;
   for (int64_t k = 0, count; k < keys.count; k += count) {
-    count = even_piece(keys.count - k, step);
+    count = even_piece((k < added ? added : keys.count) - k, step);
     const int64_t first = max<int64_t>(0, keys.index[k] - visible.right - queries.first);
     const int64_t last = min(queries.count, keys.index[k + count - 1] + visible.left + 1 - queries.first);
     const TileOperands<T, RowsOfA<T>> operands = {{factors + k * a.queries + first, a.queries}, rows.data + first * rows.row_stride,
                                                   rows.row_stride, max<int64_t>(0, last - first)};
-    tile_product<T>(count, size, operands, store.at(k, 0), ahead);
+    const StoreSums<T> store = in_place ? StoreSums<T>{sums.at(keys.index[k]), sums.rows.row_stride, k < added}
+                                        : StoreSums<T>{a.product + k * stride, stride, false};
+    tile_product<T>(count, sums.size, operands, store, ahead);
   }
+  sums.written = max(sums.written, end);
   if (in_place) return;
   for (int64_t k = 0; k < keys.count; ++k)
-    for (int64_t d = 0; d < size; ++d) sums[keys.index[k] * stride + d] += a.product[k * stride + d];
+    for (int64_t d = 0; d < sums.size; ++d) sums.at(keys.index[k])[d] += a.product[k * stride + d];
 }
 
 // Reads the keys and values that `queries` see, a block at a time, and calls body(block, the key that follows) for each.
@@ -226,16 +250,13 @@ void for_key_blocks(const AttentionProblem& p, int64_t b, int64_t h, const Backw
   }
 }
 
-// Rows `rows` of a head of `to` = factor * sums.
+// Where rows of a head's gradient are summed: in place if tiles can store whole vectors there, else in `sums`.
 template <class T>
-void store_scaled(T* sums, int64_t stride, double factor, const AttentionProblem& p, const Tensor4& to, int64_t b, int64_t h,
-                  Queries rows, int64_t size) {
-  const Matrix<T> in_place = to.stride[3] == 1 && is_of<T>(p.dtype) ? head_of<T>(to, b, h) : Matrix<T>{sums, stride, 1};
-  const int64_t first = in_place.data == sums ? 0 : rows.first;
-  for (int64_t i = 0; i < rows.count; ++i)
-    for (int64_t d = 0; d < size; ++d)
-      in_place.data[(first + i) * in_place.row_stride + d] = sums[i * stride + d] * static_cast<T>(factor);
-  if (in_place.data == sums) write_rows(sums, stride, to, p.dtype, b, h, rows.first, rows.count, size);
+Matrix<T> gradient_rows(const Tensor4& to, DType dtype, int64_t b, int64_t h, int64_t first, int64_t size, T* sums,
+                        int64_t stride) {
+  if (!is_of<T>(dtype) || to.stride[3] != 1 || size % lanes<T> != 0) return {sums, stride, 1};
+  const Matrix<T> rows = head_of<T>(to, b, h);
+  return {rows.data + first * rows.row_stride, rows.row_stride, 1};
 }
 
 // The queries' gradient; what follows a block of keys and a block of queries in memory; and, where no more queries follow,
@@ -261,26 +282,31 @@ inline Ahead rows_ahead(const AttentionBackward& args, int64_t b, int64_t h, int
 
 // One block of queries: its grad_query, and its share of the sums for keys and values.
 template <class T>
-void backward_block(const AttentionBackward& args, int64_t b, int64_t h, const BackwardArrays<T>& a,
-                    Queries block) {
+void backward_block(const AttentionBackward& args, int64_t b, int64_t h, const BackwardArrays<T>& a, Queries block,
+                    KeySums<T>& key_sums, KeySums<T>& value_sums) {
   const AttentionProblem& p = args.problem;
   const AttentionShape& shape = p.shape;
   const int64_t key_head = h / (shape.heads / shape.key_heads);
-  const QueryRows<T> rows = read_queries(args, b, h, a, block);
-  zero_matrix(Matrix<T>{a.query_sums, a.key_stride, 1}, block.count, a.key_stride);
+  const QueryRows<T> rows = read_queries(args, b, h, a, block, static_cast<T>(p.scale));
+  const Matrix<T> sums =
+      gradient_rows(args.grad_query, p.dtype, b, h, block.first, shape.size, a.query_sums, a.key_stride);
+  bool add = false;
   for_key_blocks(p, b, h, a, block, [&](const KeysAndValues<T>& keys, int64_t next_key) {
     Ahead ahead = rows_ahead(args, b, h, key_head, keys.keys, next_key, block);
     for_panels<T>(block, [&](Queries panel) {
       const Seen s = differentiate_panel(p, b, h, a, keys, block, panel, ahead);
       const int64_t offset = panel.first - block.first;
-      if (s.first < s.last)
+      if (s.first < s.last || !add)
         add_seen_rows(p.visible, keys.keys, s, panel, a.score_grads + offset, a.queries, keys.key, keys.nonfinite, shape.size,
-                      StoreSums<T>{a.query_sums + offset * a.key_stride, a.key_stride, true}, ahead);
+                      StoreSums<T>{sums.data + offset * sums.row_stride, sums.row_stride, add}, ahead);
     });
-    add_to_keys(p.visible, keys.keys, a.weights, a, block, rows.grad, a.value_stride, shape.value_size, a.value_sums, ahead);
-    add_to_keys(p.visible, keys.keys, a.score_grads, a, block, rows.query, a.key_stride, shape.size, a.key_sums, ahead);
+    add_to_keys(p.visible, keys.keys, a.weights, a, block, rows.grad, a.value_stride, value_sums, ahead);
+    add_to_keys(p.visible, keys.keys, a.score_grads, a, block, rows.query, a.key_stride, key_sums, ahead);
+    add = true;
   });
-  store_scaled(a.query_sums, a.key_stride, p.scale, p, args.grad_query, b, h, block, shape.size);
+  if (!add) zero_matrix(sums, block.count, shape.size);  // nothing is seen
+  if (sums.data == a.query_sums)
+    write_rows(a.query_sums, a.key_stride, args.grad_query, p.dtype, b, h, block.first, block.count, shape.size);
 }
 
 // Calls body(block) for the blocks of queries.
@@ -297,13 +323,20 @@ void backward_head(const AttentionBackward& args, int64_t b, int64_t key_head, c
   const AttentionProblem& p = args.problem;
   const AttentionShape& shape = p.shape;
   const int64_t group = shape.heads / shape.key_heads;
-  zero_matrix(Matrix<T>{a.key_sums, a.key_stride, 1}, shape.keys, a.key_stride);
-  zero_matrix(Matrix<T>{a.value_sums, a.value_stride, 1}, shape.keys, a.value_stride);
+  auto sums_of = [&](const Tensor4& to, int64_t size, T* sums, int64_t stride) {
+    return KeySums<T>{gradient_rows(to, p.dtype, b, key_head, 0, size, sums, stride), size, 0};
+  };
+  KeySums<T> key_sums = sums_of(args.grad_key, shape.size, a.key_sums, a.key_stride);
+  KeySums<T> value_sums = sums_of(args.grad_value, shape.value_size, a.value_sums, a.value_stride);
   for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
-    for_query_blocks<T>(shape, [&](Queries block) { backward_block(args, b, h, a, block); });
-  const Queries all = {0, shape.keys};
-  store_scaled(a.key_sums, a.key_stride, p.scale, p, args.grad_key, b, key_head, all, shape.size);
-  store_scaled(a.value_sums, a.value_stride, 1, p, args.grad_value, b, key_head, all, shape.value_size);
+    for_query_blocks<T>(shape, [&](Queries block) { backward_block(args, b, h, a, block, key_sums, value_sums); });
+  auto finish = [&](KeySums<T>& sums, const Tensor4& to, const T* buffer) {
+    sums.write_until(shape.keys);
+    if (sums.rows.data == buffer)
+      write_rows(buffer, sums.rows.row_stride, to, p.dtype, b, key_head, 0, shape.keys, sums.size);
+  };
+  finish(key_sums, args.grad_key, a.key_sums);
+  finish(value_sums, args.grad_value, a.value_sums);
 }
 
 // Adds one block's score_grads to the gradient of the bias.
@@ -313,7 +346,7 @@ void add_to_bias(const AttentionBackward& args, int64_t b, int64_t h, const Back
   const int64_t key_step = size[3] > 1, query_step = size[2] > 1 ? size[3] : 0;
   const int64_t place = ((size[0] > 1 ? b : 0) * size[1] + (size[1] > 1 ? h : 0)) * size[2] * size[3];
   T* const grad = static_cast<T*>(args.grad_bias) + place;
-  read_queries(args, b, h, a, block);
+  read_queries(args, b, h, a, block, T{1});
   for_key_blocks(args.problem, b, h, a, block, [&](const KeysAndValues<T>& keys_and_values, int64_t) {
     const KeyBlock& keys = keys_and_values.keys;
     Ahead ahead;

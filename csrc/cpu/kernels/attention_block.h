@@ -129,11 +129,12 @@ struct Queries {
 template <class T>
 int64_t panel_width(Queries panel) { return round_up(panel.count, lanes<T>); }
 
-// Calls body(panel) for the panels of a block: as few as possible, cut evenly.
+// Calls body(panel) for the panels of a block: as few as possible, cut evenly where tiles are as wide as a panel.
 template <class T, class Body>
 void for_panels(Queries block, Body&& body) {
   for (int64_t i = 0, count; i < block.count; i += count) {
-    count = min(block.count - i, even_piece(ceil_div(block.count - i, lanes<T>), panel_vectors) * lanes<T>);
+    const int64_t vectors = ceil_div(block.count - i, lanes<T>);
+    count = min(block.count - i, (vectors <= most_panel_vectors ? vectors : even_piece(vectors, panel_vectors)) * lanes<T>);
     body(Queries{block.first + i, count});
   }
 }
@@ -163,7 +164,7 @@ struct KeyBlock {
 // Positions of a block's keys that a panel sees: some query sees those from first to last, all queries those from
 // all_first to all_last, the queries of its vector j none from last_of[j] on, as far as the window goes.
 struct Seen {
-  int64_t first, all_first, all_last, last, last_of[panel_vectors];
+  int64_t first, all_first, all_last, last, last_of[most_panel_vectors];
   bool partly() const { return first < all_first || all_last < last; }
 };
 
@@ -174,7 +175,7 @@ Seen seen(const AttentionVisibility& visible, const KeyBlock& keys, Queries quer
             keys.position(first + visible.right + 1), keys.position(last + visible.right + 1), {}};
   s.all_first = min(s.all_first, s.last);
   s.all_last = max(s.all_last, s.all_first);
-  for (int j = 0; j < panel_vectors; ++j)
+  for (int j = 0; j < most_panel_vectors; ++j)
     s.last_of[j] = max(s.first, min(s.last, keys.position(first + (j + 1) * lanes<T> + visible.right)));
   return s;
 }
@@ -379,14 +380,16 @@ void add_weighted_rows(const T* weights, int64_t weights_stride, Matrix<const T>
   store.end(queries, size);
 }
 
-// add_weighted_rows for the queries of a panel over the keys that it sees, a row of tiles at a time as far as that one sees.
+// add_weighted_rows for the queries of a panel over the keys that it sees; where not all queries see the last ones, a row of tiles at
+// a time, as far as that one sees.
 template <class T, class Store>
 void add_seen_rows(const AttentionVisibility& visible, const KeyBlock& keys, const Seen& s, Queries panel, const T* weights,
                    int64_t weights_stride, Matrix<const T> rows, Nonfinite nonfinite, int64_t size, const Store& store,
                    Ahead& ahead) {
+  const int64_t most = s.all_last < s.last ? rows_of_tile<panel_vectors> : panel.count;
   for (int64_t i = 0, count; i < panel.count; i += count) {
-    count = even_piece(panel.count - i, rows_of_tile<panel_vectors>);
-    const int64_t last = s.all_last < s.last ? keys.position(panel.first + i + count + visible.right) : s.last;
+    count = even_piece(panel.count - i, most);
+    const int64_t last = keys.position(panel.first + i + count + visible.right);
     add_weighted_rows(weights + i, weights_stride, rows, s.first, max(s.first, last), nonfinite, count, size,
                       store.at(i, 0), ahead);
   }

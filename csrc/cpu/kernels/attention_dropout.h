@@ -17,7 +17,7 @@ inline uint32_t mixed(uint32_t x) {
 }
 
 template <class T>
-constexpr int64_t panel_queries = panel_vectors * lanes<T>;
+constexpr int64_t panel_queries = most_panel_vectors * lanes<T>;
 
 // The dropout of one panel of queries: a pair of keys per query, drawn from seed, head and query.
 template <class T>
@@ -36,11 +36,12 @@ class PanelDropout {
     }
   }
 
-  // factors[i]: 0 for a dropped weight, else 1 / (1 - probability), of the panel's queries i with one key.
+  // to[i]: 0 for a dropped weight, else 1 / (1 - probability), of the panel's queries i, `Vectors` vectors of them, with one key.
+  template <int Vectors>
   void factors(int64_t key, T* to) const {
     const uint32_t place = static_cast<uint32_t>(key) * golden_ratio;
 #pragma GCC ivdep
-    for (int i = 0; i < panel_queries<T>; ++i) {
+    for (int i = 0; i < Vectors * lanes<T>; ++i) {
       uint32_t x = first_[i] + place;
       x = (x ^ (x >> 16)) * 0x7feb352du;
       x = ((x ^ (x >> 15)) + second_[i]) * 0x846ca68bu;

@@ -59,14 +59,18 @@ void weigh(T* scores, int64_t first, int64_t last, const T* before, const T* max
   }
   while (first < last) {
     V part[Vectors] = {};
-    for (const int64_t stop = min(last, first + sum_step); first < stop; ++first)
+    for (const int64_t stop = min(last, first + sum_step); first < stop; ++first) {
+      T* const at = scores + first * width;
+      V weight[Vectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) weight[j] = load_as<V>(at + j * step) - top[j];
+      exp2<T>(weight);
 #pragma GCC unroll 4
       for (int j = 0; j < Vectors; ++j) {
-        T* at = scores + first * width + j * step;
-        const V weight = exp2<T>(load_as<V>(at) - top[j]);
-        part[j] += weight;
-        store_as(at, weight);
+        part[j] += weight[j];
+        store_as(at + j * step, weight[j]);
       }
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < Vectors; ++j) sum[j] += part[j];
   }
@@ -74,12 +78,13 @@ void weigh(T* scores, int64_t first, int64_t last, const T* before, const T* max
   for (int j = 0; j < Vectors; ++j) store_as(denominator + j * step, denominators[j] + sum[j]);
 }
 
-template <class T>
-void drop(const PanelDropout<T>& dropout, const KeyBlock& keys, const Seen& s, T* weights, int64_t stride) {
-  T factors[panel_queries<T>];
+template <int Vectors, class T>
+void drop(const PanelDropout<T>& dropout, const KeyBlock& keys, const Seen& s, T* weights) {
+  constexpr int width = Vectors * lanes<T>;
+  T factors[width];
   for (int64_t k = s.first; k < s.last; ++k) {
-    dropout.factors(keys.index[k], factors);
-    for (int i = 0; i < stride; ++i) weights[k * stride + i] *= factors[i];
+    dropout.template factors<Vectors>(keys.index[k], factors);
+    for (int i = 0; i < width; ++i) weights[k * width + i] *= factors[i];
   }
 }
 
@@ -135,7 +140,7 @@ void attend(const AttentionForward& args, int64_t b, int64_t h, const ForwardArr
   }
   weigh<Vectors>(a.scores, s.first, s.last, before, maximum, a.denominator + offset, rescale);
   if (p.dropout.probability > 0)
-    drop(PanelDropout<T>(p.dropout, b * p.shape.heads + h, panel.first), block.keys, s, a.scores, width);
+    drop<Vectors>(PanelDropout<T>(p.dropout, b * p.shape.heads + h, panel.first), block.keys, s, a.scores);
   T* const sums = a.sums + offset * a.value_stride;
   PanelState& state = a.state[offset / lanes<T>];
   MergeSums<T> merge = {sums, a.value_stride, state == PanelState::summed ? rescale : nullptr, sums, a.value_stride, nullptr};
@@ -209,7 +214,7 @@ void attend_block(const AttentionForward& args, int64_t b, int64_t h, const Forw
       block.nonfinite.count = find_nonfinite(block.value, keys.count, shape.value_size, a.nonfinite);
     Ahead ahead = rows_ahead(args, b, h, key_head, walk.following(), keys.count, queries);
     for_panels<T>(queries, [&](Queries panel) {
-      with_vectors<T>(panel.count, [&](auto n) { attend<n.value>(args, b, h, a, block, queries, panel, ahead); });
+      with_vectors<T, most_panel_vectors>(panel.count, [&](auto n) { attend<n.value>(args, b, h, a, block, queries, panel, ahead); });
     });
   }
   for_panels<T>(queries, [&](Queries panel) { finish_panel(args, b, h, a, queries, panel); });

@@ -8,7 +8,9 @@
 namespace cvfast {
 namespace {
 
-constexpr int panel_vectors = product_vectors;
+constexpr int panel_vectors = product_vectors;  // of a tile and, but for the last one, of a panel
+// Where that is two, the last panel has three vectors rather than one alone, whose few sums would wait for each other.
+constexpr int most_panel_vectors = max(3, panel_vectors);
 template <int Vectors>
 constexpr int rows_of_tile = min(tile_rows, panel_accumulators / Vectors);
 
@@ -57,8 +59,12 @@ class Ahead {
   int ranges_ = 0, next_ = 0;
 };
 
-// A by rows, each of them contiguous: of a tile, pointers to every third one, since address modes reach the two that follow, and
-// the compiler would keep a register for each row, more than there are.
+// Hides from the compiler where a pointer comes from: it would keep each address that is used in a loop in a register of its own,
+// more than there are, instead of using address modes.
+template <class T>
+[[gnu::always_inline]] inline void hide_origin(const T*& pointer) { asm("" : "+r"(pointer)); }
+
+// A by rows, each of them contiguous: of a tile, pointers to every third one, since address modes reach the two that follow.
 template <class T>
 struct RowsOfA {
   const T* data;
@@ -72,16 +78,17 @@ struct RowsOfA {
 #pragma GCC unroll 4
       for (int i = 0; i < Rows; i += group) {
         start_[i / group] = a.data + i * stride_;
-        asm("" : "+r"(start_[i / group]));
+        hide_origin(start_[i / group]);
       }
     }
     // Elements of column `step` from here.
     [[gnu::always_inline]] T get(int row, int step) const { return start_[row / group][row % group * stride_ + step]; }
+    [[gnu::always_inline]] void next() {}
     [[gnu::always_inline]] void move(int steps) {
 #pragma GCC unroll 4
       for (const T*& start : start_) {
         start += steps;
-        asm("" : "+r"(start));
+        hide_origin(start);
       }
     }
 
@@ -103,8 +110,13 @@ struct ColumnsOfA {
   class Tile {
    public:
     explicit Tile(ColumnsOfA a) : data_(a.data), stride_(a.stride) {}
-    [[gnu::always_inline]] T get(int row, int step) const { return data_[step * stride_ + row]; }
-    [[gnu::always_inline]] void move(int steps) { data_ += steps * stride_; }
+    // Elements of the column that next() has come to.
+    [[gnu::always_inline]] T get(int row, int) const { return data_[row]; }
+    [[gnu::always_inline]] void next() {
+      data_ += stride_;
+      hide_origin(data_);
+    }
+    [[gnu::always_inline]] void move(int) {}
 
    private:
     const T* data_;
@@ -216,18 +228,17 @@ struct MergeSums {
   }
 };
 
-// sum (+)= column `step` of A times row `step` of B.
-template <bool add, class T, class A, int Rows, int Vectors>
-[[gnu::always_inline]] inline void multiply(const A& a, const T* b, int step, Vector<T> (&sum)[Rows][Vectors]) {
-  Vector<T> y[Vectors];
-#pragma GCC unroll 4
-  for (int j = 0; j < Vectors; ++j) y[j] = load_as<Vector<T>>(b + j * lanes<T>);
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-    const T x = a.get(i, step);
-#pragma GCC unroll 4
-    for (int j = 0; j < Vectors; ++j) sum[i][j] = add ? sum[i][j] + x * y[j] : x * y[j];
-  }
+// sum += x * y. The compiler would let the sum move from register to register, with copies each time around a loop.
+template <class T>
+[[gnu::always_inline]] inline void multiply_add(Vector<T> x, Vector<T> y, Vector<T>& sum) {
+#if defined(__FMA__) && CVFAST_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y));
+  else
+    asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(y));
+#else
+  sum += x * y;
+#endif
 }
 
 // What a tile has yet to multiply.
@@ -237,13 +248,14 @@ struct TileSteps {
   const T* b;
   const int64_t b_stride;
 
-  // sum = the next `steps` steps. A chain begins with two products: setting all sums to 0 took twenty cycles more.
+  // sum = the next `steps` steps. A chain begins with products: setting all sums to 0 took twenty cycles more.
   [[gnu::always_inline]] void chain(int64_t steps, const char*& ahead, int64_t ahead_step, Vector<T> (&sum)[Rows][Vectors]) {
-    if (steps >= 2) {
-      two<false>(sum);
-      for (steps -= 2; steps >= 2; steps -= 2, ahead += ahead_step) {
-        __builtin_prefetch(ahead, 0, 2);
-        two<true>(sum);
+    if (steps >= 4) {
+      multiply<4, false>(sum);
+      for (steps -= 4; steps >= 4; steps -= 4) {
+        ask(ahead, ahead_step);
+        ask(ahead, ahead_step);
+        multiply<4, true>(sum);
       }
     } else {
 #pragma GCC unroll 16
@@ -251,18 +263,38 @@ struct TileSteps {
 #pragma GCC unroll 4
         for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector<T>{};
     }
-    if (steps > 0) {
-      multiply<true, T>(a, b, 0, sum);
-      a.move(1), b += b_stride;
-    }
+    for (; steps > 0; --steps) multiply<1, true>(sum);
   }
 
  private:
-  template <bool add>
-  [[gnu::always_inline]] void two(Vector<T> (&sum)[Rows][Vectors]) {
-    multiply<add, T>(a, b, 0, sum);
-    multiply<true, T>(a, b + b_stride, 1, sum);
-    a.move(2), b += 2 * b_stride;
+  [[gnu::always_inline]] static void ask(const char*& ahead, int64_t ahead_step) {
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += ahead_step;
+  }
+
+  // sum (+)= the next `Steps` columns of A times as many rows of B.
+  template <int Steps, bool add>
+  [[gnu::always_inline]] void multiply(Vector<T> (&sum)[Rows][Vectors]) {
+#pragma GCC unroll 4
+    for (int step = 0; step < Steps; ++step) {
+      Vector<T> y[Vectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j) y[j] = load_as<Vector<T>>(b + j * lanes<T>);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const Vector<T> x = a.get(i, step) - Vector<T>{};  // in all lanes
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j)
+          if (add || step > 0)
+            multiply_add<T>(x, y[j], sum[i][j]);
+          else
+            sum[i][j] = x * y[j];
+      }
+      a.next();
+      b += b_stride;
+      hide_origin(b);
+    }
+    a.move(Steps);
   }
 };
 

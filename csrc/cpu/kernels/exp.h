@@ -73,19 +73,66 @@ Vector<T> exp2(Vector<T> x) {
   return E::scaled(p, x);
 }
 
+// 2^x of all of them.
+template <class T, int N>
+[[gnu::always_inline]] inline void exp2(Vector<T> (&x)[N]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = exp2<T>(x[i]);
+}
+
 #else
 
-// 2^x for x < 128 (double: 1024), error at most 2 ulp; 0 below the normal numbers' range, exactly 1 at 0; a NaN stays one.
+// Splits x into n + f, n whole and f in [-1/2, 1/2], which it leaves, and returns what `scaled` takes to multiply by 2^n.
+template <class T>
+struct Whole {
+  static Vector<T> split(Vector<T>& x) {
+    using E = Exp2<T>;
+    const Vector<T> shifted = x + E::magic;
+    x -= shifted - E::magic;
+    return bit_cast<Vector<T>>(bit_cast<Vector<typename E::Bits>>(shifted) << E::fraction_bits);
+  }
+  static Vector<T> scaled(Vector<T> p, Vector<T> power) { return p * power; }
+};
+#if CVFAST_VECTOR_BYTES == 32 && defined(__AVX2__)
+// n is added to p's exponent: the units that multiply have enough to do. 0 where x is not a number.
+template <>
+struct Whole<float> {
+  static FloatVector split(FloatVector& x) {
+    const UintVector n = (UintVector)_mm256_cvtps_epi32((__m256)x);
+    x -= (FloatVector)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return bit_cast<FloatVector>(n << Exp2<float>::fraction_bits);
+  }
+  static FloatVector scaled(FloatVector p, FloatVector n) {
+    return bit_cast<FloatVector>(bit_cast<UintVector>(p) + bit_cast<UintVector>(n));
+  }
+};
+#endif
+
+// 2^x for x < 128 (double: 1024) of all of them, error at most 2 ulp; below the normal numbers' range less than the least of
+// them, 0 where x <= -127 (-1023); exactly 1 at 0; a NaN stays one. Step by step: each of them waits for its last step.
+template <class T, int N>
+[[gnu::always_inline]] inline void exp2(Vector<T> (&x)[N]) {
+  using E = Exp2<T>;
+  Vector<T> n[N], p[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    x[i] = greater_of(Vector<T>{} + E::least, x[i]);  // in this order, which lets a NaN through
+    n[i] = Whole<T>::split(x[i]);
+    p[i] = Vector<T>{} + E::coefficients[0];
+  }
+#pragma GCC unroll 16
+  for (unsigned k = 1; k < sizeof E::coefficients / sizeof(T); ++k)
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + E::coefficients[k];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) x[i] = Whole<T>::scaled(p[i], n[i]);
+}
+
 template <class T>
 Vector<T> exp2(Vector<T> x) {
-  using E = Exp2<T>;
-  x = greater_of(Vector<T>{} + E::least, x);  // in this order, which lets a NaN through
-  const Vector<T> shifted = x + E::magic;
-  const Vector<T> f = x - (shifted - E::magic);
-  Vector<T> p = Vector<T>{} + E::coefficients[0];
-#pragma GCC unroll 16
-  for (unsigned i = 1; i < sizeof E::coefficients / sizeof(T); ++i) p = p * f + E::coefficients[i];
-  return p * bit_cast<Vector<T>>(bit_cast<Vector<typename E::Bits>>(shifted) << E::fraction_bits);
+  Vector<T> one[] = {x};
+  exp2<T>(one);
+  return one[0];
 }
 
 #endif
