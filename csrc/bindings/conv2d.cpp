@@ -94,6 +94,12 @@ Tensor forward_with_epilogue(const Tensor& input, const Tensor& weight, const st
   return output;
 }
 
+// The same of no more than these arguments.
+template <bool lasting>
+Tensor forward_plainly(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t bits) {
+  return forward_with_epilogue(input, weight, bias, bits, std::nullopt, std::nullopt, 0, lasting);
+}
+
 // From one row of `t` [*, I] to the next, where rows are evenly spaced.
 std::optional<int64_t> row_stride(const Tensor& t) {
   std::optional<int64_t> step;
@@ -247,6 +253,8 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement_conv2d<Operators>(m); }
 STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   implement_conv2d<Operators>(m);
   m.impl("conv2d_epilogue", TORCH_BOX(&forward_with_epilogue));
+  m.impl("conv2d_epilogue.plain", TORCH_BOX(&forward_plainly<false>));
+  m.impl("conv2d_epilogue.lasting", TORCH_BOX(&forward_plainly<true>));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("conv2d_gradients", TORCH_BOX(&gradients));
   m.impl("conv2d_packed_form", TORCH_BOX(&packed_form));

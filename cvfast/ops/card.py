@@ -54,22 +54,28 @@ def register(cards: Sequence[Card]) -> None:
         _libraries.extend((library, twin))
         for card in cards:
             op = _define(card, library)
-            _kernels[op] = _define(card, twin)
+            _kernels[op] = _called(_define(card, twin))
             twin.impl(card.name, torch.library.fallthrough_kernel, "Autograd")
             _transformations(card, op, library)
 
 
 _libraries: list[torch.library.Library] = []  # a Library takes its registrations back when it is collected
-_kernels: dict[torch._ops.OpOverload, torch._ops.OpOverload] = {}  # operator -> its twin
+_kernels: dict[torch._ops.OpOverload, Callable] = {}  # operator -> its twin
 
 
-def define_kernel(namespace: str, schema: str) -> torch._ops.OpOverload:
+def define_kernel(namespace: str, schema: str) -> Callable:
     """An operator of the twin of `namespace` alone: for calls that are not `watched` and need no derivative."""
     library, name = torch.library.Library(f"{namespace}_kernels", "FRAGMENT"), schema.partition("(")[0]
     _libraries.append(library)
     library.define(schema)
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    return getattr(getattr(torch.ops, library.ns), name).default
+    packet, _, overload = name.partition(".")
+    return _called(getattr(getattr(getattr(torch.ops, library.ns), packet), overload or "default"))
+
+
+def _called(op: torch._ops.OpOverload) -> Callable:
+    """The operator for whoever just calls it: without the Python in front of it (0.3 µs)."""
+    return op._op
 
 
 kernel = partial(define_kernel, "cvfast")  # an operator of the compiled libraries alone

@@ -108,11 +108,11 @@ inline int64_t ahead_bytes() {
   const int64_t with_avx512 = int64_t{halves_avx512() ? 2 : 8} << 20;
   return CVFAST_VECTOR_BYTES < 64 ? int64_t{5} << 20 : with_avx512;
 }
+// Of both images of a depthwise convolution.
 template <class S>
-bool asks_ahead(const Correlation<S>& c) {
-  const Conv2dShape& s = c.shape;
+int64_t image_bytes(const Conv2dShape& s) {
   const int64_t pixels = s.in_height * s.in_width + s.out_height * s.out_width;
-  return c.batch * c.groups * pixels * static_cast<int64_t>(sizeof(S)) >= ahead_bytes();
+  return s.batch * s.groups * pixels * static_cast<int64_t>(sizeof(S));
 }
 
 // Step 0: line.step.
@@ -161,7 +161,7 @@ void depthwise_tile(const DepthwiseLine<S>& line, int64_t pixel) {
   }
 }
 
-// With AVX-512 the tiles of square kernels do without asking ahead.
+// With AVX-512 the tiles of square kernels and those of gradients do without asking ahead.
 constexpr bool square_tiles_ask = CVFAST_VECTOR_BYTES < 64;
 
 // Pixels of `Lines` neighbouring lines with a square kernel: a pixel that is loaded serves the taps of all kernel lines. Each
@@ -258,8 +258,19 @@ void depthwise_phases_tile(const DepthwiseLine<S>& line, int64_t pixel) {
   const bool last_column = pixel > 0 || line.last_column;
   const Compute<S>*const line_weights = line.weights, *const bias = line.bias;
   const auto bounds = line.bounds;
+  const bool another = pixel + 2 * Positions <= line.pixels;
   for (int64_t c = begin; c < end; c += L) {
     const int64_t channel = min(c, end - L);  // the last vector may overlap the one before
+    if (square_tiles_ask && line.ahead && (c - begin) % line_elements<S> < L) {
+#pragma GCC unroll 16
+      for (int j = 0; j < Positions; ++j) __builtin_prefetch(line.next_rows[0][pixel + j] + channel);
+      if (another)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h)
+#pragma GCC unroll 16
+          for (int p = 0; p < 2 * Positions; ++p)
+            __builtin_prefetch(to + h * to_line_stride + (2 * Positions + p) * to_stride + channel, 1);
+    }
     const Compute<S>* weights = line_weights + channel;
     V sum[2][2][Positions] = {};
 #pragma GCC unroll 8
@@ -495,11 +506,13 @@ void depthwise_phases_lines(const Conv2dShape& s, const PixelTable<S>& table, co
                             DepthwiseLine<S> line, const PixelLines<S>& result, AfterLine&& after_line) {
   const auto run = depthwise_phases_kernel<S>(s);
   const S* const* rows[block_depth];
-  line.rows = rows;
+  const S* const* next_rows[1];
+  line.rows = rows, line.next_rows = next_rows;
   line.to_stride = -result.pixel_stride / 2, line.to_line_stride = result.line_stride / 2;
   line.last_column = s.in_width % 2 == 0;
   for (int64_t i = position; i < position + lines; ++i) {
     for (int64_t row = 0; row < y.taps; ++row) rows[row] = table.line(y.source(i, row));
+    next_rows[0] = table.line(y.source(i + 1, 0));
     line.phase_lines = min<int64_t>(2, s.in_height - 2 * i);
     line.to = result.at(i, line.pixels - 1);
     run(line);
@@ -543,7 +556,7 @@ void depthwise_in_place(const Correlation<S>& c, const DepthwisePlan& p, int64_t
       end = last - begin < p.block + L ? last : begin + p.block;
       const DepthwiseLine<S> line = {begin, end, nullptr, 0, phase.patches.x.positions, phase.patches.x.step, nullptr,
                                      weights + phase.taps_before * padded, padded, bias,
-                                     clamps ? bounds_of(c) : Bounds<T>{}, asks_ahead(c)};
+                                     clamps ? bounds_of(c) : Bounds<T>{}, image_bytes<S>(c.shape) >= ahead_bytes()};
       const auto finish = [&](int64_t i) {
         if (clamps) return;
         const int64_t lines = joined ? min<int64_t>(2, c.shape.in_height - 2 * i) : 1, step = joined ? 2 : 1;

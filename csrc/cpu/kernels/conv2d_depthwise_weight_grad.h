@@ -9,6 +9,10 @@ namespace {
 
 constexpr int64_t weight_grad_sums_bytes = 16 << 10;  // of the sums that pass through the L1 cache for each run of pixels
 
+// From this size of both images on they are asked for a line ahead (measured with AVX2: 8x192x28x28 takes half of the time; what
+// lies in the caches takes a sixth longer).
+constexpr int64_t weight_grad_ahead_bytes = 8 << 20;
+
 inline bool depthwise_applies(const Conv2dWeightGrad& p) { return is_depthwise(p.shape); }
 
 // Pixels [first, first + pixels) of a line: of row i of the kernel's taps, pixel p's begin at rows[i][p * step].
@@ -18,6 +22,9 @@ struct WeightGradLine {
   int64_t row_count, first, pixels, step;
   const S* grads;  // pixel `first`
   int64_t grad_stride;
+  bool ahead;  // what the next line is the first to read, of next_rows and of next_grads, is asked for
+  const S* const* next_rows[2];
+  const S* next_grads;
 };
 
 // sum[row, tap] += sum over Pixels * tiles pixels of source * gradient, for `lanes` channels from `channel` on.
@@ -33,7 +40,19 @@ void weight_grad_tiles(const WeightGradLine<S>& line, int64_t row, int64_t pixel
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
     for (int t = 0; t < Taps; ++t) sum[r][t] = load_as<V>(sums + (r * Taps + t) * L);
+  const bool asks = square_tiles_ask && line.ahead && row + Rows == line.row_count && channel % line_elements<S> < L;
   for (int64_t tile = 0; tile < tiles; ++tile, pixel += Pixels) {
+    if (asks) {
+#pragma GCC unroll 16
+      for (int j = 0; j < Pixels * spacing; ++j) {
+        const int64_t column = (line.first + pixel) * spacing + j;
+        __builtin_prefetch(line.next_rows[0][column] + channel, 0, 2);
+        if (spacing > 1) __builtin_prefetch(line.next_rows[1][column] + channel, 0, 2);
+      }
+#pragma GCC unroll 16
+      for (int p = 0; p < Pixels; ++p)
+        __builtin_prefetch(line.next_grads + (pixel + p) * line.grad_stride + channel, 0, 2);
+    }
     V grad[Pixels];
 #pragma GCC unroll 8
     for (int p = 0; p < Pixels; ++p) grad[p] = load_vector(line.grads + (pixel + p) * line.grad_stride + channel);
@@ -129,13 +148,13 @@ constexpr int64_t weight_grad_run = 8;
 // Adds pixels [begin, end) of the band of lines that starts with `position` in one sample, counted from the band's start.
 template <class S>
 void add_band(const Axis& y, const Axis& x, const PixelTable<S>& table, const PixelLines<const S>& grads, int64_t position,
-              int64_t begin, int64_t end, const ChannelVectors& channels, DepthwiseSums<Compute<S>>& sums) {
+              int64_t begin, int64_t end, const ChannelVectors& channels, bool ahead, DepthwiseSums<Compute<S>>& sums) {
   constexpr int64_t L = lanes<Compute<S>>;
   const WeightGradLineKernel<S> kernel = weight_grad_line_kernel<S>(x);
   const int64_t run = kernel.row_taps == 3 ? weight_grad_run : x.positions;
   const int64_t rows_per_line = x.taps / kernel.row_taps, taps = y.taps * x.taps;
   const S* const* rows[block_depth];
-  WeightGradLine<S> line = {rows, y.taps * rows_per_line, 0, 0, x.step, nullptr, grads.pixel_stride};
+  WeightGradLine<S> line = {rows, y.taps * rows_per_line, 0, 0, x.step, nullptr, grads.pixel_stride, ahead, {}, nullptr};
   for (int64_t pixel = begin; pixel < end; pixel += line.pixels) {
     const int64_t i = position + pixel / x.positions;
     line.first = pixel % x.positions;
@@ -143,6 +162,8 @@ void add_band(const Axis& y, const Axis& x, const PixelTable<S>& table, const Pi
     line.grads = grads.at(i, line.first);
     for (int64_t row = 0; row < line.row_count; ++row)
       rows[row] = table.line(y.source(i, row / rows_per_line)) + row % rows_per_line * x.tap_offset;
+    for (int64_t row = 0; row < 2; ++row) line.next_rows[row] = table.line(y.source(i + 1, y.taps - 1 - row));
+    line.next_grads = grads.at(i + 1, line.first);
     for (int64_t v = 0; v < channels.count; ++v) kernel.run(line, channels.at(v, L), sums.chain + v * taps * L);
     sums.add(line.pixels);
   }
@@ -181,6 +202,7 @@ void weight_grad_depthwise(const Conv2dWeightGrad& problem, const ThreadPool& po
   const int64_t most = max<int64_t>(1, weight_grad_sums_bytes / (w.rows * CVFAST_VECTOR_BYTES));
   const int64_t wanted = pool.threads > 1 ? ceil_div(4 * pool.threads, slices.count) : 1;  // pieces of a slice
   const int64_t vectors = even_block(whole, min(most, ceil_div(whole, wanted)), 1), blocks = ceil_div(w.groups, vectors * L);
+  const bool ahead = image_bytes<S>(problem.shape) >= weight_grad_ahead_bytes;
   const Columns columns(x);
   const int64_t line_bytes = (x.inputs + x.positions) * L * static_cast<int64_t>(sizeof(T));
   const int64_t span = (y.taps - 1) * y.tap_offset + 1;
@@ -216,7 +238,7 @@ void weight_grad_depthwise(const Conv2dWeightGrad& problem, const ThreadPool& po
           table.fill(columns, PixelLines<const S>{input, 0, w.input.y_stride, w.input.x_stride},
                      reinterpret_cast<const S*>(zeros));
           add_band(y, x, table, PixelLines<const S>{grad, 0, w.grad_output.y_stride, w.grad_output.x_stride}, position,
-                           first, stop, in, sums);
+                           first, stop, in, ahead, sums);
         } else {
           copy_planes(Block<const S>{input + channel * w.input.channel_stride + from.begin * w.input.y_stride,
                                      w.input.channel_stride, w.input.y_stride, w.input.x_stride},
@@ -227,7 +249,7 @@ void weight_grad_depthwise(const Conv2dWeightGrad& problem, const ThreadPool& po
           PixelTable<T> table = {static_cast<const T**>(pixels), from.begin, from.end - from.begin, columns.count};
           table.fill(columns, PixelLines<const T>{source, from.begin, x.inputs * L, L}, zeros);
           add_band(y, x, table, PixelLines<const T>{grads, first_line, x.positions * L, L}, position, first, stop,
-                           ChannelVectors{0, 1, 0}, sums);
+                           ChannelVectors{0, 1, 0}, false, sums);
         }
       }
       sums.close();

@@ -21,6 +21,7 @@ from cvfast.ops.conv2d import (
     output_size,
     pack_kernel,
     packed_form_kernel,
+    plain_kernel,
     result_format,
     rows_as_pixels,
 )
@@ -293,6 +294,13 @@ def packed_for_rows(rows: int, weight: Tensor, how: int) -> Tensor | None:
     return packed((rows, how), lambda: packed_form_kernel(*operands()), lambda: pack_kernel(*operands()), weight)
 
 
+def _run_plainly(input: Tensor, weight: Tensor, bias: Tensor | None, how: int) -> Tensor:
+    kept = packed_weight(input, weight, how)
+    if kept is None:
+        return plain_kernel(input, weight, bias, how)
+    return epilogue_kernel(input, weight, bias, how, kept)
+
+
 def run_unasked(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups) -> Tensor | None:
     """conv2d of arguments as a caller gave them, checked by the kernel alone; None for what needs another look."""
     plain = type(input) is Tensor and type(weight) in (Tensor, Parameter) and input.is_cpu and input.dim() == 4
@@ -304,7 +312,7 @@ def run_unasked(input: Tensor, weight: Tensor, bias: Tensor | None, stride, padd
     try:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(input, weight, bias):
             return differentiable_epilogue(input, weight, bias, how, (stride, padding, dilation, groups))
-        return epilogue_kernel(input, weight, bias, how, packed_weight(input, weight, how))
+        return _run_plainly(input, weight, bias, how)
     except RuntimeError:  # what does not fit: the checks of every call find better words
         return None
 
@@ -320,5 +328,5 @@ def run(input: Tensor, weight: Tensor, bias: Tensor | None, *options) -> Tensor:
     if plain and not watched(input) and not derives((input, weight, bias)):
         how = conv2d_how(*options)
         if how is not None:
-            return epilogue_kernel(input, weight, bias, how, packed_weight(input, weight, how))
+            return _run_plainly(input, weight, bias, how)
     return call(_operator, input, weight, bias, *options)
