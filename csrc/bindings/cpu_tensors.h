@@ -1,9 +1,6 @@
 // What the bindings of recurrent layers and of attention share: dtypes, and uninitialised tensors on the CPU.
 #pragma once
-#include <cstring>
-
-#include "../cpu/huge_pages.h"
-#include "../cpu/poison.h"
+#include "../cpu/fresh_result.h"
 #include "tensor_common.h"
 
 namespace cvfast {
@@ -23,9 +20,7 @@ inline int32_t compute_code(const Tensor& tensor) {
 inline Ints sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 inline Tensor prepared(const Tensor& result) {
-  const int64_t bytes = result.numel() * result.element_size();
-  prefer_huge_pages(result.mutable_data_ptr(), bytes);
-  if (results_are_poisoned()) std::memset(result.mutable_data_ptr(), 0xff, bytes);  // NaN in every dtype
+  prepare_result(result.mutable_data_ptr(), result.numel() * result.element_size());
   return result;
 }
 

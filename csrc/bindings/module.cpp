@@ -1,5 +1,5 @@
 // cvfast._C: what was built, which instruction sets there are, and the choice of one (for tests and CVFAST_ISA); comparisons
-// of Python objects.
+// of Python objects; calls of kernels that take less time than torch's dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include "../cpu/poison.h"
 #include "../cpu/precision.h"
 #include "conv2d_how.h"
+#include "recurrent_step.h"
 #include "unchanged.h"
 
 namespace py = pybind11;
@@ -76,6 +77,9 @@ PyMethodDef plain_functions[] = {
     {"conv2d_how", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(conv2d_how)), METH_FASTCALL,
      "(stride, padding, dilation, groups[, activation, pooling]) as the number that cvfast_kernels::conv2d_epilogue takes;\n"
      "None for what is too large for it or no int, pair of ints or known name."},
+    {"recurrent_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cvfast::recurrent_step)), METH_FASTCALL,
+     "(cell, input, h, c, w_ih, w_hh, b_ih, b_hh) as (h, c) after the step, (h,) of cells without c, for callers that nobody\n"
+     "watches; None for operands that are not dense tensors in the CPU's memory, or do not fit."},
     {}};
 
 }  // namespace
@@ -108,6 +112,8 @@ PYBIND11_MODULE(_C, m) {
         "number. ValueError if this machine cannot run it.");
   m.def("read", &read_buffer, py::arg("isa"), py::arg("data"), py::arg("passes"),
         "Reads the buffer `data`, whole multiples of 512 bytes of it, `passes` times with loads of `isa`.");
+  m.def("set_tensors", &cvfast::set_tensors, py::arg("api"), py::arg("tensor"), py::arg("parameter"), py::arg("is_neg"),
+        py::arg("empty_like"), "Torch's classes and functions, by which tensors are read here; False where they do not fit.");
   m.def("poison_results", &cvfast::poison_results, py::arg("on"),
         "For tests: results of CPU operators start as NaN instead of uninitialised memory.");
 }

@@ -5,20 +5,18 @@
 #include <cstring>
 #include <tuple>
 
+#include "../cpu/caller_threads.h"
 #include "../cpu/isa.h"
 #include "../cpu/sequence_order.h"
 #include "brief_result.h"
 #include "cpu_tensors.h"
+#include "recurrent_gates.h"
 #include "thread_pool.h"
 
 namespace {
 
 using namespace cvfast;
 using MaybeTensor = std::optional<Tensor>;
-
-constexpr int64_t gates_of(RecurrentCell cell) {
-  return cell == RecurrentCell::lstm ? 4 : cell == RecurrentCell::gru ? 3 : 1;
-}
 
 void check_size(const char* what, const Tensor& tensor, const Ints& expected) {
   STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(expected.size()), "cvfast recurrent: ", what, " must be ",
@@ -266,29 +264,17 @@ Tensor pack(std::vector<Tensor> tensors, bool biases, int64_t count) {
   return packed;
 }
 
-// h and c ([0] without) after one step; `saved` as forward() has it, or nullptr.
-std::tuple<Tensor, Tensor> take_step(const Operands& o, void* saved) {
-  const int32_t dtype = dtype_code(o.input.keep);
-  const RowTensor h(empty_contiguous({o.batch, o.outputs}, dtype));
-  const Tensor c = empty_contiguous(o.cell == RecurrentCell::lstm ? Ints{o.batch, o.outputs} : Ints{0}, dtype);
-  run(o, false, h, h.keep.mutable_data_ptr(), c.mutable_data_ptr(), saved, nullptr);
-  return {h.keep, c};
-}
-
+// h and c ([0] without) after one step; saved as forward() has it.
 template <RecurrentCell cell>
 std::tuple<Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& h, const MaybeTensor& c, const Tensor& w_ih,
                                         const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh, bool save) {
   const Operands o(Form::step, cell, input, {}, {}, h, c, w_ih, w_hh, b_ih, b_hh, {});
+  const int32_t dtype = dtype_code(o.input.keep);
+  const RowTensor new_h(empty_contiguous({o.batch, o.outputs}, dtype));
+  const Tensor new_c = empty_contiguous(cell == RecurrentCell::lstm ? Ints{o.batch, o.outputs} : Ints{0}, dtype);
   const Tensor saved = empty_contiguous(save ? o.saved_sizes() : Ints{0}, compute_code(input));
-  const auto [new_h, new_c] = take_step(o, save ? saved.mutable_data_ptr() : nullptr);
-  return {new_h, new_c, saved};
-}
-
-// Without derivatives.
-template <RecurrentCell cell>
-std::tuple<Tensor, Tensor> plain_step(const Tensor& input, const Tensor& h, const MaybeTensor& c, const Tensor& w_ih,
-                                      const Tensor& w_hh, const MaybeTensor& b_ih, const MaybeTensor& b_hh) {
-  return take_step(Operands(Form::step, cell, input, {}, {}, h, c, w_ih, w_hh, b_ih, b_hh, {}), nullptr);
+  run(o, false, new_h, new_h.keep.mutable_data_ptr(), new_c.mutable_data_ptr(), save ? saved.mutable_data_ptr() : nullptr, nullptr);
+  return {new_h.keep, new_c, saved};
 }
 
 template <RecurrentCell cell>
@@ -354,6 +340,9 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("rnn_relu_backward", TORCH_BOX(&backward<RecurrentCell::rnn_relu>));
 }
 
+// For what reaches the kernels without torch (recurrent_step.h).
+[[maybe_unused]] const bool has_set_caller_threads = (set_caller_threads(thread_pool), true);
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement(m); }
@@ -363,10 +352,6 @@ STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
   m.impl("gru_stack", TORCH_BOX(&stack<RecurrentCell::gru>));
   m.impl("rnn_tanh_stack", TORCH_BOX(&stack<RecurrentCell::rnn_tanh>));
   m.impl("rnn_relu_stack", TORCH_BOX(&stack<RecurrentCell::rnn_relu>));
-  m.impl("lstm_step", TORCH_BOX(&plain_step<RecurrentCell::lstm>));
-  m.impl("gru_step", TORCH_BOX(&plain_step<RecurrentCell::gru>));
-  m.impl("rnn_tanh_step", TORCH_BOX(&plain_step<RecurrentCell::rnn_tanh>));
-  m.impl("rnn_relu_step", TORCH_BOX(&plain_step<RecurrentCell::rnn_relu>));
   m.impl("lstm_pack", TORCH_BOX(&pack<RecurrentCell::lstm>));
   m.impl("gru_pack", TORCH_BOX(&pack<RecurrentCell::gru>));
   m.impl("rnn_tanh_pack", TORCH_BOX(&pack<RecurrentCell::rnn_tanh>));

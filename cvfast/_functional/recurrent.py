@@ -490,6 +490,11 @@ def _run_cell(
     b_hh: Tensor | None,
     backend: str | None,
 ) -> Sequence[Tensor]:
+    if hx is not None and _backend.is_certain("ext", backend):
+        h, c = hx if cell == "lstm" else (hx, None)
+        results = _EXT_CELL.run_unasked(cell, input, h, c, w_ih, w_hh, b_ih, b_hh)
+        if results is not None:
+            return results
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     if hx is None:
@@ -501,10 +506,6 @@ def _run_cell(
     if not batched:
         input, h, c = (None if t is None else t.unsqueeze(0) for t in (input, h, c))
     args = (cell, input, h, c, w_ih, w_hh, b_ih, b_hh)
-    if batched and not torch.is_grad_enabled() and _backend.is_certain("ext", backend):
-        results = _EXT_CELL.run_unasked(*args)
-        if results is not None:
-            return results
     try:
         results = _backend.select(name, backend, *args).run(*args)
     except RuntimeError:  # kernels refuse what does not fit; asking here before each call would take longer than a step

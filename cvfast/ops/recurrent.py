@@ -354,14 +354,6 @@ def _cards(cell: str) -> list[Card]:
 
 register([card for cell in CELLS for card in _cards(cell)])
 
-# A cell's step, without derivatives.
-STEP = {
-    cell: kernel(
-        f"{cell}_step(Tensor input, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh) "
-        "-> (Tensor, Tensor)"
-    )
-    for cell in CELLS
-}
 # All layers and directions at once, as csrc/bindings/recurrent.cpp says; h_0 and c_0 [layers * directions, B, ..].
 STACK = {
     cell: kernel(

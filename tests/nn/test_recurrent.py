@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 from torch.testing._internal.common_modules import module_db
 
 import cvfast
+from cvfast.backends.ext import recurrent_cell as ext_cell
 from cvfast.testing import relative_error
 
 LAYERS = ("LSTM", "GRU", "RNN")
@@ -437,3 +438,81 @@ def test_packed_weights_and_inference_mode():
         first = layer(x)[0]
         layer.weight_hh_l0.mul_(2)
         assert not torch.equal(layer(x)[0], first)
+
+
+# Steps without the dispatcher
+
+
+def step_operands(name: str, batch: int = 3, inputs: int = 5, hidden: int = 20):
+    """(cell, input, h, c, weights and biases), c None but for the lstm."""
+    torch.manual_seed(0)
+    cell = getattr(cvfast.nn, name)(inputs, hidden)
+    c = torch.randn(batch, hidden) if name == "LSTMCell" else None
+    operator = {"LSTMCell": "lstm", "GRUCell": "gru", "RNNCell": "rnn_tanh"}[name]
+    return operator, torch.randn(batch, inputs), torch.randn(batch, hidden), c, *cell.parameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CELLS)
+def test_direct_steps_are_the_operators(name, dtype):
+    """Bit by bit, with parameters and tensors, with and without biases."""
+    operator, *operands = step_operands(name)
+    operands = [None if t is None else t.to(dtype) for t in operands]
+    for given in (operands, [*operands[:5], None, None]):
+        with torch.no_grad():
+            direct = ext_cell.run_unasked(operator, *given)
+            *expected, _ = getattr(torch.ops.cvfast, f"{operator}_cell")(*given, False)
+        assert direct is not None and len(direct) == (2 if name == "LSTMCell" else 1)
+        assert all(torch.equal(d, e) for d, e in zip(direct, expected, strict=False))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_direct_steps_take_dense_tensors_that_fit(name):
+    operator, *operands = step_operands(name)
+
+    def taken(place: int, change) -> bool:
+        given = list(operands)
+        given[place] = change(given[place])
+        return ext_cell.run_unasked(operator, *given) is not None
+
+    class Subclass(torch.Tensor):
+        pass
+
+    with torch.no_grad():
+        assert taken(0, torch.clone)
+        for place in (0, 1, 3, 4):
+            assert not taken(place, lambda t: t.double())
+            assert not taken(place, lambda t: torch.cat([t, t])[:, ::2].contiguous())
+            assert not taken(place, lambda t: t.t().contiguous().t())
+            assert not taken(place, lambda t: t.to("meta"))
+            assert not taken(place, lambda t: t.to_sparse())
+            assert not taken(place, lambda t: t.as_subclass(Subclass))
+            assert not taken(place, torch._neg_view)
+            assert not taken(place, lambda t: t.flatten())
+            assert not taken(place, lambda t: t[:0])
+            assert not taken(place, lambda t: None)
+        assert not taken(5, lambda t: None)
+        assert not taken(6, lambda t: t[:-1])
+
+
+def test_direct_steps_are_seen_by_nobody():
+    """Whoever is to see operators' calls does."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    operator, *operands = step_operands("GRUCell")
+    taken = lambda: ext_cell.run_unasked(operator, *operands) is not None  # noqa: E731
+    assert not taken()
+    with torch.no_grad():
+        assert taken()
+        for watching in (
+            TorchFunctionMode(), TorchDispatchMode(), torch.autocast("cpu"), torch.profiler.profile(),
+            torch.autograd.forward_ad.dual_level(), torch.enable_grad(),
+        ):  # fmt: skip
+            with watching:
+                assert not taken()
+        seen = []
+        torch.func.vmap(lambda x: (seen.append(taken()), x)[1])(torch.zeros(2))
+        assert seen == [False] and taken()
+    with torch.inference_mode():
+        assert taken()

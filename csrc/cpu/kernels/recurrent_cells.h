@@ -5,8 +5,8 @@
 // `saved` is what the derivative will need; `grad` the derivative to the distinct ones among X's and R's gates: that of
 // R's gate g is number g, that of X's gate g number x_slot(g).
 //
-// The loops around do not know the cell: they call it through CellKind, whole rows or tiles at a time. forward takes N vectors
-// at once (see `interleaves`).
+// The loops around do not know the cell: they call it through CellKind, whole rows or tiles at a time. forward takes N vectors at
+// once (see `interleaves`), in two halves: `end` gets what `begin` leaves in `between`. Number `late` of `saved` is end's.
 #pragma once
 #include "cvfast/recurrent.h"
 #include "sigmoid_tanh.h"
@@ -19,25 +19,29 @@ struct LstmCell {
   using Element = T;
   using V = Vector<T>;
   static constexpr int gates = 4, vectors = 1, saved = 5, grads = 4, interleaved = 2;  // vectors: of hidden units in a panel
+  static constexpr int between = 1, late = -1;
   static constexpr bool has_c = true;
   static constexpr int x_slot(int gate) { return gate; }
 
   template <int N>
-  [[gnu::always_inline]] static void forward(const V (&x)[N][gates], const V (&h)[N][gates], V (&c)[N], V (&result)[N],
-                                             V (&keep)[N][saved]) {
-    V ifo[3 * N], g[N], t[N];
+  static void begin(const V (&x)[N][gates], const V (&h)[N][gates], V (&c)[N], V (&o)[N][between], V (&keep)[N][saved]) {
+    V ifo[3 * N], g[N];
     for (int n = 0; n < N; ++n) {
       ifo[3 * n] = x[n][0] + h[n][0], ifo[3 * n + 1] = x[n][1] + h[n][1], ifo[3 * n + 2] = x[n][3] + h[n][3];
       g[n] = x[n][2] + h[n][2];
     }
     sigmoids<T>(ifo, ifo);
     tanhs<T>(g, g);
-    for (int n = 0; n < N; ++n) c[n] = ifo[3 * n + 1] * c[n] + ifo[3 * n] * g[n];
-    tanhs<T>(c, t);
     for (int n = 0; n < N; ++n) {
-      result[n] = ifo[3 * n + 2] * t[n];
+      c[n] = ifo[3 * n + 1] * c[n] + ifo[3 * n] * g[n];
+      o[n][0] = ifo[3 * n + 2];
       keep[n][0] = ifo[3 * n], keep[n][1] = ifo[3 * n + 1], keep[n][2] = g[n], keep[n][3] = ifo[3 * n + 2], keep[n][4] = c[n];
     }
+  }
+  template <int N>
+  static void end(const V (&o)[N][between], const V (&c)[N], V (&result)[N], V (&)[N]) {
+    tanhs<T>(c, result);
+    for (int n = 0; n < N; ++n) result[n] = o[n][0] * result[n];
   }
 
   // The derivative to the previous h that does not go through R. dh: to h'; dc: to c', becomes that to the previous c.
@@ -58,21 +62,26 @@ struct GruCell {
   using Element = T;
   using V = Vector<T>;
   static constexpr int gates = 3, vectors = 1, saved = 4, grads = 4, interleaved = 2;
+  static constexpr int between = 2, late = 2;
   static constexpr bool has_c = false;
   static constexpr int x_slot(int gate) { return gate < 2 ? gate : 3; }
 
   template <int N>
-  [[gnu::always_inline]] static void forward(const V (&x)[N][gates], const V (&h)[N][gates], V (&previous_h)[N],
-                                             V (&result)[N], V (&keep)[N][saved]) {
-    V rz[2 * N], candidate[N];
-    for (int n = 0; n < N; ++n) rz[2 * n] = x[n][0] + h[n][0], rz[2 * n + 1] = x[n][1] + h[n][1];
-    sigmoids<T>(rz, rz);
-    for (int n = 0; n < N; ++n) candidate[n] = x[n][2] + rz[2 * n] * h[n][2];
-    tanhs<T>(candidate, candidate);
+  static void begin(const V (&x)[N][gates], const V (&h)[N][gates], V (&)[N], V (&z_and_n)[N][between],
+                    V (&keep)[N][saved]) {
+    for (int n = 0; n < N; ++n) z_and_n[n][0] = x[n][1] + h[n][1], z_and_n[n][1] = x[n][0] + h[n][0];
+    auto& z_and_r = reinterpret_cast<V(&)[2 * N]>(z_and_n);
+    sigmoids<T>(z_and_r, z_and_r);
     for (int n = 0; n < N; ++n) {
-      result[n] = candidate[n] + rz[2 * n + 1] * (previous_h[n] - candidate[n]);
-      keep[n][0] = rz[2 * n], keep[n][1] = rz[2 * n + 1], keep[n][2] = candidate[n], keep[n][3] = h[n][2];
+      keep[n][0] = z_and_n[n][1], keep[n][1] = z_and_n[n][0], keep[n][3] = h[n][2];
+      z_and_n[n][1] = x[n][2] + keep[n][0] * h[n][2];
     }
+  }
+  template <int N>
+  static void end(const V (&z_and_n)[N][between], const V (&previous_h)[N], V (&result)[N], V (&candidate)[N]) {
+    for (int n = 0; n < N; ++n) candidate[n] = z_and_n[n][1];
+    tanhs<T>(candidate, candidate);
+    for (int n = 0; n < N; ++n) result[n] = candidate[n] + z_and_n[n][0] * (previous_h[n] - candidate[n]);
   }
 
   [[gnu::always_inline]] static V backward(const V (&keep)[saved], V previous_h, V dh, V&, V (&grad)[grads]) {
@@ -91,17 +100,21 @@ struct RnnCell {
   using Element = T;
   using V = Vector<T>;
   static constexpr int gates = 1, vectors = 4, saved = 1, grads = 1, interleaved = 4;
+  static constexpr int between = 1, late = 0;
   static constexpr bool has_c = false;
   static constexpr int x_slot(int gate) { return gate; }
 
   template <int N>
-  [[gnu::always_inline]] static void forward(const V (&x)[N][gates], const V (&h)[N][gates], V (&)[N], V (&result)[N],
-                                             V (&keep)[N][saved]) {
-    for (int n = 0; n < N; ++n) result[n] = x[n][0] + h[n][0];
+  static void begin(const V (&x)[N][gates], const V (&h)[N][gates], V (&)[N], V (&sum)[N][between], V (&)[N][saved]) {
+    for (int n = 0; n < N; ++n) sum[n][0] = x[n][0] + h[n][0];
+  }
+  template <int N>
+  static void end(const V (&sum)[N][between], const V (&)[N], V (&result)[N], V (&keep)[N]) {
+    for (int n = 0; n < N; ++n) result[n] = sum[n][0];
     if constexpr (!Relu) tanhs<T>(result, result);
     for (int n = 0; n < N; ++n) {
       if constexpr (Relu) result[n] = result[n] < T{0} ? V{} : result[n];  // in this order a NaN stays one
-      keep[n][0] = result[n];
+      keep[n] = result[n];
     }
   }
 
@@ -141,62 +154,97 @@ struct ForwardStep {
   int64_t units, units_stride;  // those there are from the item's first one on: units - item * units_stride
 };
 
-// A vector of hidden units of a step.
+// A vector of hidden units of a step: where it finds what the step has pointers to.
+template <class T>
 struct Place {
-  int64_t item, unit;
+  const T *x, *r, *b_ih, *b_hh;
+  T *memory, *result, *saved;
+  int64_t vector, units;  // its number in its item; units from it on
+
+  explicit Place(const ForwardStep<T>& s) noexcept
+      : x(s.x), r(s.r), b_ih(s.b_ih), b_hh(s.b_hh), memory(s.memory), result(s.result), saved(s.saved), vector(0), units(s.units) {}
+
+  [[gnu::always_inline]] void go_on(const ForwardStep<T>& s) {
+    constexpr int64_t L = lanes<T>;
+    const bool same_item = ++vector < s.vectors;
+    const int64_t back = (s.vectors - 1) * L;  // to the item's first vector
+    x += same_item ? L : s.x_stride - back;
+    r += same_item ? L : s.r_stride - back;
+    b_ih += same_item ? L : s.b_stride - back;
+    b_hh += same_item ? L : s.b_stride - back;
+    memory += same_item ? L : s.memory_stride - back;
+    result += same_item ? L : s.result_stride - back;
+    if (saved) saved += same_item ? L : s.saved_stride - back;
+    units -= same_item ? L : s.units_stride - back;
+    if (!same_item) vector = 0;
+  }
+
+  [[gnu::always_inline]] void save(const ForwardStep<T>& s, int number, Vector<T> value) const {
+    if (saved && units > 0) store_units<T>(value, saved + number * s.hidden, units);
+  }
 };
 
 template <class Cell, int N, class T = typename Cell::Element>
-[[gnu::always_inline]] inline void take_forward(const ForwardStep<T>& s, const Place (&places)[N]) {
-  Vector<T> x[N][Cell::gates], r[N][Cell::gates], keep[N][Cell::saved], memory[N], result[N];
+[[gnu::always_inline]] inline void begin_forward(const ForwardStep<T>& s, Place<T>& place, Vector<T> (&between)[N][Cell::between]) {
+  Vector<T> x[N][Cell::gates], r[N][Cell::gates], keep[N][Cell::saved], memory[N];
+  Place<T> at = place;
 #pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) {
-    const auto [item, unit] = places[n];
+  for (int n = 0; n < N; ++n, at.go_on(s)) {
 #pragma GCC unroll 4
     for (int g = 0; g < Cell::gates; ++g) {
-      const int64_t at = g * s.gate_stride + unit;
-      x[n][g] = load_as<Vector<T>>(s.x + item * s.x_stride + at) + load_as<Vector<T>>(s.b_ih + item * s.b_stride + at);
-      r[n][g] = load_as<Vector<T>>(s.r + item * s.r_stride + at);
-      if (Cell::x_slot(g) != g) r[n][g] += load_as<Vector<T>>(s.b_hh + item * s.b_stride + at);
+      x[n][g] = load_as<Vector<T>>(at.x + g * s.gate_stride) + load_as<Vector<T>>(at.b_ih + g * s.gate_stride);
+      r[n][g] = load_as<Vector<T>>(at.r + g * s.gate_stride);
+      if (Cell::x_slot(g) != g) r[n][g] += load_as<Vector<T>>(at.b_hh + g * s.gate_stride);
     }
-    memory[n] = load_as<Vector<T>>(s.memory + item * s.memory_stride + unit);
+    if constexpr (Cell::has_c) memory[n] = load_as<Vector<T>>(at.memory);
   }
-  Cell::template forward<N>(x, r, memory, result, keep);
+  Cell::template begin<N>(x, r, memory, between, keep);
 #pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) {
-    const auto [item, unit] = places[n];
-    store_as(s.result + item * s.result_stride + unit, result[n]);
-    if constexpr (Cell::has_c) store_as(s.memory + item * s.memory_stride + unit, memory[n]);
-    const int64_t count = s.units - item * s.units_stride - unit;
-    if (s.saved && count > 0)
+  for (int n = 0; n < N; ++n, place.go_on(s)) {
+    if constexpr (Cell::has_c) store_as(place.memory, memory[n]);
 #pragma GCC unroll 8
-      for (int i = 0; i < Cell::saved; ++i)
-        store_units<T>(keep[n][i], s.saved + item * s.saved_stride + i * s.hidden + unit, count);
+    for (int i = 0; i < Cell::saved; ++i)
+      if (i != Cell::late) place.save(s, i, keep[n][i]);
   }
+}
+
+template <class Cell, int N, class T = typename Cell::Element>
+[[gnu::always_inline]] inline void end_forward(const ForwardStep<T>& s, Place<T>& place, const Vector<T> (&between)[N][Cell::between]) {
+  Vector<T> memory[N], result[N], late[N];
+  Place<T> at = place;
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n, at.go_on(s)) memory[n] = load_as<Vector<T>>(at.memory);
+  Cell::template end<N>(between, memory, result, late);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n, place.go_on(s)) {
+    store_as(place.result, result[n]);
+    if constexpr (Cell::late >= 0) place.save(s, Cell::late, late[n]);
+  }
+}
+
+// Takes N of `left` vectors at a time, as long as there are so many; returns how many are left. Several begin before the first of
+// them ends: half of a cell has so long a chain of instructions that a processor reaches the next vectors' meanwhile, a whole
+// cell's is too long for that.
+template <class Cell, int N, class T = typename Cell::Element>
+int64_t take_forward(const ForwardStep<T>& s, Place<T>& begun, Place<T>& ended, int64_t left) {
+  constexpr int together = interleaves<T> ? 1 : 8;
+  Vector<T> between[together][N][Cell::between];
+  while (left >= N) {
+    const int64_t count = together == 1 ? 1 : min<int64_t>(left, together);
+    for (int64_t i = 0; i < count; ++i) begin_forward<Cell>(s, begun, between[i]);
+    for (int64_t i = 0; i < count; ++i) end_forward<Cell>(s, ended, between[i]);
+    left -= count * N;
+  }
+  return left;
 }
 
 template <class Cell, class T = typename Cell::Element>
 void forward_step(const ForwardStep<T>& step) {
   constexpr int N = interleaves<T> ? Cell::interleaved : 1;
   const ForwardStep<T> s = step;
-  Place places[N], after = {0, 0};
-  auto next = [&]() -> Place {
-    const Place here = after;
-    after.unit += lanes<T>;
-    if (after.unit == s.vectors * lanes<T>) after = {after.item + 1, 0};
-    return here;
-  };
-  int64_t left = s.items * s.vectors;
-  for (; left >= N; left -= N) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) places[n] = next();
-    take_forward<Cell>(s, places);
-  }
-  Place last[1];
-  for (; left > 0; --left) {
-    last[0] = next();
-    take_forward<Cell>(s, last);
-  }
+  Place<T> begun(s), ended(s);
+  const int64_t left = take_forward<Cell, N>(s, begun, ended, s.items * s.vectors);
+  if constexpr (N > 1) take_forward<Cell, 1>(s, begun, ended, left);
 }
 
 // b_ih += b_hh [count] for a gate whose X and R enter as their sum.

@@ -54,22 +54,27 @@ struct IntegerOf<double> {
   typedef int64_t type __attribute__((vector_size(CVFAST_VECTOR_BYTES)));
 };
 
-// Sums of neighbours: a0 + a1, a2 + a3, ..., b0 + b1, ...
-template <class T>
+// Sums of neighbours, those of `a` before those of `b`: among the lanes of each 16 bytes, which processors shuffle with ease, or
+// (Blocks) among the 16 bytes as a whole.
+template <class T, bool Blocks>
 [[gnu::always_inline]] inline Vector<T> add_neighbours(Vector<T> a, Vector<T> b) {
+  constexpr int L = lanes<T>, block = min<int>(L, 16 / sizeof(T)), unit = Blocks ? block : 1, group = Blocks ? L : block;
   typename IntegerOf<T>::type even, odd;
-  for (int i = 0; i < lanes<T>; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+  for (int i = 0; i < L; ++i) {
+    const int place = i % group / unit, first = place * 2 * unit % group + i / group * group + i % unit;
+    even[i] = first + (place * 2 * unit >= group ? L : 0), odd[i] = even[i] + unit;
+  }
   return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
-// Lane by lane the sums of parts of the `count` vectors v, those of the first one first: with `count` a power of two, parts of
-// `count` lanes. Overwrites v.
-template <class T, int count>
+// Overwrites v, `count` vectors. The sum of each is that of its lanes; `width` sums stand side by side in each part of a vector, in
+// the end width * count of them.
+template <class T, int count, int width = 1>
 [[gnu::always_inline]] inline Vector<T> sum_parts(Vector<T>* v) {
   if constexpr (count > 1) {
 #pragma GCC unroll 8
-    for (int i = 0; i < count / 2; ++i) v[i] = add_neighbours<T>(v[2 * i], v[2 * i + 1]);
-    return sum_parts<T, count / 2>(v);
+    for (int i = 0; i < count / 2; ++i) v[i] = add_neighbours<T, width * sizeof(T) >= 16>(v[2 * i], v[2 * i + 1]);
+    return sum_parts<T, count / 2, 2 * width>(v);
   }
   return v[0];
 }
@@ -233,7 +238,7 @@ struct SingleStep {
       }
     };
     add_pieces(operands, operand_count, add);
-    for (int64_t i = 0; i < count; ++i) store_as(to + i * columns, sum_parts<T, parts>(partial + i * parts));
+    for (int64_t i = 0; i < count; ++i) store_as(to + i * columns, sum_parts<T, parts, dot_units<T>>(partial + i * parts));
   }
 
   // Calls add(DotPiece) for all operands: together, or where their rows would not stay in the first-level cache, in pieces.

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from cvfast.backends.ext.recurrent import reasons
-from cvfast.ops.card import call, derives, watched
-from cvfast.ops.recurrent import CELLS, STEP, wants_saved
+from cvfast.ops.card import call
+from cvfast.ops.direct import recurrent_step, unseen
+from cvfast.ops.recurrent import CELLS, wants_saved
 
 OPERATORS = {cell: getattr(torch.ops.cvfast, f"{cell}_cell").default for cell in CELLS}
+_NUMBERS = {cell: number for number, cell in enumerate(CELLS)}  # of csrc/include/cvfast/recurrent.h
 
 
 def why_not(cell: str, input: Tensor, *operands) -> list[str]:
@@ -34,19 +36,10 @@ def run(
 ) -> tuple[Tensor, ...]:
     """(h, c) or (h,) after the step; shapes as in cvfast.functional.lstm_cell."""
     operands = (input, h, c, w_ih, w_hh, b_ih, b_hh)
-    if watched(input) or derives(operands):
-        new_h, new_c, _ = call(OPERATORS[cell], *operands, wants_saved(*operands))
-    else:
-        new_h, new_c = STEP[cell](*operands)
+    new_h, new_c, _ = call(OPERATORS[cell], *operands, wants_saved(*operands))
     return (new_h,) if c is None else (new_h, new_c)
 
 
-def run_unasked(cell: str, input: Tensor, *operands: Tensor | None) -> tuple[Tensor, ...] | None:
-    """`run` of operands that nobody has looked at; None where somebody has to: the kernel checks them, too."""
-    if watched(input) or derives((input, *operands)):
-        return None
-    try:
-        new_h, new_c = STEP[cell](input, *operands)
-    except RuntimeError:
-        return None
-    return (new_h,) if operands[1] is None else (new_h, new_c)
+def run_unasked(cell: str, *operands: Tensor | None) -> tuple[Tensor, ...] | None:
+    """`run` of operands that nobody has looked at; None where somebody has to: C checks them, too."""
+    return recurrent_step(_NUMBERS[cell], *operands) if unseen() else None
