@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t feature_block = 128;
 // The keys that are summed in one chain in the backward pass, and that one piece of forward work takes.
 constexpr int64_t key_chain = 16, key_block_size = 32;
+// The keys that are scored together, so that no tanh waits for another one.
+constexpr int keys_together = 4;
 
 template <class S>
 struct AdditiveView {
@@ -37,26 +39,48 @@ struct TanhAndSlope {
 
 // tanh(x), error at most 3 ulp, and its derivative; a NaN stays one. With e = exp(2 x) and u = e - 1, of full accuracy near
 // 0: u / (u + 2) and 4 e / (u + 2)^2, which, unlike 1 - tanh^2, loses nothing where tanh is near 1.
-template <class T>
-[[gnu::always_inline]] inline TanhAndSlope<T> tanh_and_slope(Vector<T> x) {
+template <class T, int N>
+[[gnu::always_inline]] inline void tanhs_and_slopes(Vector<T> (&x)[N], TanhAndSlope<T> (&y)[N]) {
   constexpr T most = -Exponential<T>::least;
-  const ExpParts<T> e = exp_parts<T>(clamp<T>(x + x, -most, most));
-  const Vector<T> grown = e.scale * e.growth, u = grown + (e.scale - 1), inverse = 1 / (u + 2);
-  return {u / (u + 2), 4 * ((grown + e.scale) * inverse) * inverse};
+  ExpParts<T> e[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = clamp<T>(x[i] + x[i], -most, most);
+  exp_parts<T, N>(x, e);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const Vector<T> grown = e[i].scale * e[i].growth, u = grown + (e[i].scale - 1), inverse = 1 / (u + 2);
+    y[i] = {u * inverse, 4 * ((grown + e[i].scale) * inverse) * inverse};
+  }
 }
 
+template <class T>
+T sum_of_lanes(Vector<T> v) {
+  T total = 0;
+  for (int i = 0; i < lanes<T>; ++i) total += v[i];
+  return total;
+}
+
+// The scores of some keys, each the sum of a chain of its own.
 template <class S>
-Compute<S> additive_score(const S* query, const S* key, const S* weight, int64_t size) {
+void additive_scores(const S* query, const S* const (&keys)[keys_together], const S* weight, int64_t size,
+                     Compute<S>* const (&to)[keys_together]) {
   using T = Compute<S>;
   constexpr int L = lanes<T>;
-  Vector<T> sum = {};
-  for (int64_t a = 0; a < size; a += L) {
-    const int64_t count = size - a;  // the weight's missing lanes are 0
-    sum += load_first(weight + a, count) * tanh_and_slope<T>(load_first(query + a, count) + load_first(key + a, count)).tanh;
-  }
-  T total = 0;
-  for (int i = 0; i < L; ++i) total += sum[i];
-  return total;
+  Vector<T> sum[keys_together] = {};
+  const auto add = [&](int64_t a, auto load) {
+    const Vector<T> q = load(query + a), w = load(weight + a);
+    Vector<T> x[keys_together];
+    TanhAndSlope<T> y[keys_together];
+#pragma GCC unroll 8
+    for (int i = 0; i < keys_together; ++i) x[i] = q + load(keys[i] + a);
+    tanhs_and_slopes<T, keys_together>(x, y);
+#pragma GCC unroll 8
+    for (int i = 0; i < keys_together; ++i) sum[i] += w * y[i].tanh;
+  };
+  const int64_t whole = size / L * L;
+  for (int64_t a = 0; a < whole; a += L) add(a, [](const S* from) { return load_vector(from); });
+  if (whole < size) add(whole, [&](const S* from) { return load_first(from, size - whole); });  // the weight's are 0 beyond
+  for (int i = 0; i < keys_together; ++i) *to[i] = sum_of_lanes<T>(sum[i]);
 }
 
 template <class S>
@@ -65,17 +89,32 @@ Compute<S> dot_score(const S* query, const S* key, double scale, int64_t size) {
   constexpr int L = lanes<T>;
   Vector<T> sum = {};
   for (int64_t a = 0; a < size; a += L) sum += load_first(query + a, size - a) * load_first(key + a, size - a);
-  T total = 0;
-  for (int i = 0; i < L; ++i) total += sum[i];
-  return total * static_cast<T>(scale);
+  return sum_of_lanes<T>(sum) * static_cast<T>(scale);
 }
 
+// The scores of keys [first, last), -inf where hidden. to: [S].
 template <class S>
-Compute<S> score(const AdditiveView<S>& view, int64_t b, int64_t t, int64_t s) {
+void scores(const AdditiveView<S>& view, int64_t b, int64_t t, int64_t first, int64_t last, Compute<S>* to) {
+  using T = Compute<S>;
   const int64_t size = view.p.shape.size;
-  if (!view.seen(b, t, s)) return -static_cast<Compute<S>>(__builtin_inf());
-  return view.weight() ? additive_score(view.query(b, t), view.key(b, s), view.weight(), size)
-                       : dot_score(view.query(b, t), view.key(b, s), view.p.scale, size);
+  const S* keys[keys_together];
+  T* results[keys_together];
+  int waiting = 0;
+  for (int64_t s = first; s < last; ++s) {
+    if (!view.seen(b, t, s)) {
+      to[s] = -static_cast<T>(__builtin_inf());
+    } else if (!view.weight()) {
+      to[s] = dot_score(view.query(b, t), view.key(b, s), view.p.scale, size);
+    } else {
+      keys[waiting] = view.key(b, s), results[waiting] = to + s;
+      if (++waiting < keys_together) continue;
+      additive_scores<S>(view.query(b, t), keys, view.weight(), size, results);
+      waiting = 0;
+    }
+  }
+  if (!waiting) return;
+  for (int i = waiting; i < keys_together; ++i) keys[i] = keys[0], results[i] = results[0];  // the same once more
+  additive_scores<S>(view.query(b, t), keys, view.weight(), size, results);
 }
 
 // Scores, -inf where hidden, become weights.
@@ -144,7 +183,7 @@ void additive_weights(const AdditiveWeights& args, const ThreadPool& pool) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / blocks, b = row / shape.queries, t = row % shape.queries;
       const int64_t first = unit % blocks * key_block_size, last = min(first + key_block_size, shape.keys);
-      for (int64_t s = first; s < last; ++s) weights[row * shape.keys + s] = score(view, b, t, s);
+      scores(view, b, t, first, last, weights + row * shape.keys);
     }
   });
   parallel_for(pool, rows, [&](int64_t begin, int64_t end) {
@@ -170,6 +209,56 @@ void score_grads(const AdditiveWeightsBackward& args, const AdditiveView<S>& vie
     to[s] = view.seen(b, t, s) ? static_cast<T>(weights[s] * (grads[s] - mean)) : T{};
 }
 
+// A number for a template, told by an argument's type.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+// Sums of a vector of features that one query's backward pass forms over a chain of keys.
+template <class T>
+struct ChainGrads {
+  Vector<T> query = {}, weight = {};
+};
+
+// One query, keys [first, last), one vector of features: what they give to the keys is added to key_sums, rows of
+// feature_block, or replaces them where this is the first query.
+template <class T, class Seen, class Load>
+ChainGrads<T> chain_grads(Vector<T> query, const T* grad_scores, int64_t first, int64_t last, bool replaces, Seen seen,
+                          Load key, T* key_sums) {
+  ChainGrads<T> sums;
+  const auto add = [&](int64_t s, auto together) {
+    constexpr int N = decltype(together)::value;
+    Vector<T> x[N];
+    TanhAndSlope<T> y[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = query + key(s + i);
+    tanhs_and_slopes<T, N>(x, y);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Vector<T> share = grad_scores[s + i] * y[i].slope;
+      T* const to = key_sums + (s + i) * feature_block;
+      store_as(to, replaces ? share : load_as<Vector<T>>(to) + share);
+      sums.query += share;
+      sums.weight += grad_scores[s + i] * y[i].tanh;
+    }
+  };
+  for (int64_t s = first; s < last;) {
+    int seen_together = 0;
+    while (seen_together < min<int64_t>(keys_together, last - s) && seen(s + seen_together)) ++seen_together;
+    if (seen_together == keys_together) {
+      add(s, Constant<keys_together>{});
+      s += keys_together;
+    } else if (seen_together) {
+      add(s++, Constant<1>{});
+    } else {
+      if (replaces) store_as(key_sums + s * feature_block, Vector<T>{});
+      ++s;
+    }
+  }
+  return sums;
+}
+
 // The gradients of one sample for features [first, first + count). key_sums: [S][feature_block]; grad_scores: [S].
 template <class S>
 void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int64_t first, int64_t count,
@@ -180,9 +269,9 @@ void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int
   const AdditiveView<S> view = {args.problem};
   const S* const weight = view.weight() + first;
   const int64_t size = shape.size;
-  const bool masked = args.problem.mask != nullptr;
   T weight_sums[feature_block] = {};
-  for (int64_t i = 0; i < shape.keys * feature_block; ++i) key_sums[i] = T{};
+  if (!shape.queries)
+    for (int64_t i = 0; i < shape.keys * feature_block; ++i) key_sums[i] = T{};
   for (int64_t t = 0; t < shape.queries; ++t) {
     score_grads(args, view, b, t, grad_scores);
     T query_sums[feature_block] = {};
@@ -190,21 +279,22 @@ void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int
     for (int64_t s = 0, last; s < shape.keys; s = last) {
       last = min(s + key_chain, shape.keys);
       for (int64_t a = 0; a < count; a += L) {
-        const Vector<T> query = load_first(view.query(b, t) + first + a, count - a);
-        Vector<T> of_query = {}, of_weight = {};
-        const S* key = view.key(b, s) + first + a;
-        for (int64_t k = s; k < last; ++k, key += size) {
-          __builtin_prefetch(key + key_chain * size);  // of the next chain
-          if (masked && !view.seen(b, t, k)) continue;
-          const auto [h, slope] = tanh_and_slope<T>(query + load_first(key, count - a));
-          const Vector<T> share = grad_scores[k] * slope;
-          T* const sums = key_sums + k * feature_block + a;
-          store_as(sums, load_as<Vector<T>>(sums) + share);
-          of_query += share;
-          of_weight += grad_scores[k] * h;
-        }
-        store_as(query_sums + a, load_as<Vector<T>>(query_sums + a) + of_query);
-        store_as(weight_sums + a, load_as<Vector<T>>(weight_sums + a) + of_weight);
+        const S* const keys = view.key(b, 0) + first + a;
+        const auto chain = [&](auto seen, auto load) {
+          return chain_grads<T>(load(view.query(b, t) + first + a), grad_scores, s, last, t == 0, seen,
+                                [&](int64_t k) { return load(keys + k * size); }, key_sums + a);
+        };
+        const auto seen = [&](int64_t k) { return view.seen(b, t, k); };
+        const auto load_some = [&](const S* from) { return load_first(from, count - a); };
+        const auto load_whole = [&](const S* from) {
+          __builtin_prefetch(from + key_chain * size);  // of the next chain
+          return load_vector(from);
+        };
+        const bool masked = args.problem.mask != nullptr;
+        const ChainGrads<T> sums = count - a < L || masked ? chain(seen, load_some)
+                                                           : chain([](int64_t) { return true; }, load_whole);
+        store_as(query_sums + a, load_as<Vector<T>>(query_sums + a) + sums.query);
+        store_as(weight_sums + a, load_as<Vector<T>>(weight_sums + a) + sums.weight);
       }
     }
     S* const grad_query = static_cast<S*>(args.grad_query) + (b * shape.queries + t) * shape.size + first;

@@ -32,22 +32,39 @@ struct Exponential<double> {
       1.3888888917213717e-3, 8.3333333333300618e-3, 4.1666666666624128e-2, 1.6666666666666667e-1, 0.5000000000000001};
 };
 
-// e^x = scale + scale * growth, with scale = 2^n and growth = e^r - 1; for x between `least` and `most`, or NaN.
+// e^x = scale + scale * growth, with scale = 2^n and growth = e^r - 1; for x between `least` and `most`, or NaN. Of `N`
+// vectors step by step: one after the other, a core's scheduler would be full of instructions that wait for each other.
 template <class T>
 struct ExpParts {
   Vector<T> scale, growth;
 };
+template <class T, int N>
+[[gnu::always_inline]] inline void exp_parts(const Vector<T> (&x)[N], ExpParts<T> (&e)[N]) {
+  using E = Exponential<T>;
+  Vector<T> shifted[N], r[N], q[N];
+#pragma GCC unroll 8
+  for (int k = 0; k < N; ++k) shifted[k] = x[k] * E::log2_e + E::magic;
+#pragma GCC unroll 8
+  for (int k = 0; k < N; ++k) {
+    const Vector<T> n = shifted[k] - E::magic;
+    r[k] = (x[k] - n * E::ln2_high) - n * E::ln2_low;
+    q[k] = Vector<T>{} + E::coefficients[0];
+  }
+#pragma GCC unroll 16
+  for (unsigned i = 1; i < sizeof E::coefficients / sizeof(T); ++i)
+#pragma GCC unroll 8
+    for (int k = 0; k < N; ++k) q[k] = q[k] * r[k] + E::coefficients[i];
+#pragma GCC unroll 8
+  for (int k = 0; k < N; ++k) {
+    const auto bits = bit_cast<Vector<typename E::Bits>>(shifted[k]) << E::fraction_bits;
+    e[k] = {bit_cast<Vector<T>>(bits), r[k] * r[k] * q[k] + r[k]};
+  }
+}
 template <class T>
 [[gnu::always_inline]] inline ExpParts<T> exp_parts(Vector<T> x) {
-  using E = Exponential<T>;
-  const Vector<T> shifted = x * E::log2_e + E::magic;
-  const Vector<T> n = shifted - E::magic;
-  const Vector<T> r = (x - n * E::ln2_high) - n * E::ln2_low;
-  Vector<T> q = Vector<T>{} + E::coefficients[0];
-#pragma GCC unroll 16
-  for (unsigned i = 1; i < sizeof E::coefficients / sizeof(T); ++i) q = q * r + E::coefficients[i];
-  const auto bits = bit_cast<Vector<typename E::Bits>>(shifted) << E::fraction_bits;
-  return {bit_cast<Vector<T>>(bits), r * r * q + r};
+  ExpParts<T> e[1];
+  exp_parts<T, 1>({x}, e);
+  return e[0];
 }
 
 // A NaN stays one.
