@@ -20,28 +20,29 @@ V activate(V x, V slope) {
   if constexpr (activation == Activation::hardsigmoid) return clamp<T>(x + 3, 0, 6) / 6;
 }
 template <Activation activation, class T>
-void activate_run(T* x, int64_t count, T slope) {
-  for (int64_t i = 0; i < count; i += lanes<T>, x += lanes<T>)
-    store_first(activate<activation>(load_first(x, count - i), Vector<T>{} + slope), x, count - i);
+void activate_runs(T* x, int64_t stride, int64_t runs, int64_t count, T slope) {
+  for (int64_t run = 0; run < runs; ++run, x += stride)
+    for (int64_t i = 0; i < count; i += lanes<T>)
+      store_first(activate<activation>(load_first(x + i, count - i), Vector<T>{} + slope), x + i, count - i);
 }
 
-// The activation of neighbours in memory; nullptr where it is no more than bounds.
+// The activation of `count` neighbours in memory, `runs` times; nullptr where it is no more than bounds.
 template <class T>
-using ActivateRun = void (*)(T* x, int64_t count, T slope);
+using ActivateRuns = void (*)(T* x, int64_t stride, int64_t runs, int64_t count, T slope);
 template <class T>
-ActivateRun<T> activation_of_runs(Activation activation) {
+ActivateRuns<T> activation_of_runs(Activation activation) {
   switch (activation) {
     case Activation::none:
     case Activation::relu:
     case Activation::relu6: return nullptr;
-    case Activation::leaky_relu: return activate_run<Activation::leaky_relu, T>;
-    case Activation::silu: return activate_run<Activation::silu, T>;
-    case Activation::sigmoid: return activate_run<Activation::sigmoid, T>;
-    case Activation::tanh: return activate_run<Activation::tanh, T>;
-    case Activation::gelu: return activate_run<Activation::gelu, T>;
-    case Activation::gelu_tanh: return activate_run<Activation::gelu_tanh, T>;
-    case Activation::hardswish: return activate_run<Activation::hardswish, T>;
-    case Activation::hardsigmoid: return activate_run<Activation::hardsigmoid, T>;
+    case Activation::leaky_relu: return activate_runs<Activation::leaky_relu, T>;
+    case Activation::silu: return activate_runs<Activation::silu, T>;
+    case Activation::sigmoid: return activate_runs<Activation::sigmoid, T>;
+    case Activation::tanh: return activate_runs<Activation::tanh, T>;
+    case Activation::gelu: return activate_runs<Activation::gelu, T>;
+    case Activation::gelu_tanh: return activate_runs<Activation::gelu_tanh, T>;
+    case Activation::hardswish: return activate_runs<Activation::hardswish, T>;
+    case Activation::hardsigmoid: return activate_runs<Activation::hardsigmoid, T>;
   }
   return nullptr;
 }
@@ -49,7 +50,7 @@ ActivateRun<T> activation_of_runs(Activation activation) {
 template <class T>
 struct ActivationOf {
   Bounds<T> bounds;
-  ActivateRun<T> run;  // or nullptr
+  ActivateRuns<T> run;  // or nullptr
   T slope;
 
   explicit ActivationOf(const Epilogue& e)
@@ -77,7 +78,7 @@ void finish_run(T* to, const R* residual, int64_t step, int64_t count, const Act
       if (residual) x += load_spaced(residual + i * step, step, some);
       store_first(bounds.clamp(x), to + i, some);
     }
-  if (activation.run) activation.run(to, count, activation.slope);
+  if (activation.run) activation.run(to, 0, 1, count, activation.slope);
 }
 
 // Four neighbouring pixels, as a tile of Winograd's has them, of as many channels as fill a vector at a time.
@@ -94,7 +95,7 @@ void finish_quads(Block<float> block, Block<R> residual, int64_t channels, int64
       if (activation.run) {
         float elements[lanes<float>];
         store_vector(x, elements);
-        activation.run(elements, lanes<float>, activation.slope);
+        activation.run(elements, 0, 1, lanes<float>, activation.slope);
         x = load_vector(elements);
       }
       store_quads(x, to, block.channel_stride);

@@ -55,6 +55,8 @@ constexpr int64_t most_channels = 1024;
 constexpr int64_t few_pixels = 256;
 // Pixels along an edge, in all samples, that are worth a cell of their own.
 constexpr int64_t edge_pixels = 48;
+// Rows of a block of pixels that is read in place: it stays in L2, and weights, which pass by, are read once for all of them.
+constexpr int64_t most_rows_in_place = 204;
 // Patches of few pixels are gathered as a whole up to this many elements.
 constexpr int64_t most_gathered = int64_t{1} << 20;
 
@@ -114,10 +116,9 @@ struct CorrelationPlan {
 // Threads share the pixels of `units` equal parts of the problem first; what is missing to four pieces for each thread is cut
 // from the channels, at last from the pixels again.
 template <class T>
-void cut_into_pieces(CorrelationPlan& p, int64_t pixels, int64_t channels, int64_t units, int64_t threads) {
+void cut_into_pieces(CorrelationPlan& p, int64_t pixels, int64_t most_pixels, int64_t channels, int64_t units, int64_t threads) {
   const int64_t channel_multiple = p.channels_are_cols ? p.panel_channels : tile_rows;
   const int64_t pixel_multiple = p.channels_are_cols ? tile_rows : panel_cols<T>;
-  const int64_t most_pixels = p.channels_are_cols ? block_rows : conv_cols<T>;
   const int64_t wanted = threads == 1 ? 1 : ceil_div(4 * threads, units);
   p.pixel_block = even_block(pixels, most_pixels, pixel_multiple);
   const int64_t ranges = ceil_div(wanted, ceil_div(pixels, p.pixel_block));
@@ -166,10 +167,13 @@ CorrelationPlan plan(const Correlation<S>& c, int64_t threads, bool weights_kept
   p.weights_used_once = p.channels_are_cols && cells == 1 && pixels <= block_rows &&
                         kernel_depth * max<int64_t>(pixels, panel_cols<T>) <= most_gathered &&
                         !(weights_kept && patches_in_place(c, phase));
-  if (p.weights_used_once)
+  if (p.weights_used_once) {
     p.pixel_block = pixels;
-  else
-    cut_into_pieces<T>(p, pixels, c.out_channels, units, threads);
+  } else {
+    const int64_t most_rows = patches_in_place(c, phase) ? most_rows_in_place : block_rows;
+    const int64_t most_pixels = p.channels_are_cols ? most_rows : conv_cols<T>;
+    cut_into_pieces<T>(p, pixels, most_pixels, c.out_channels, units, threads);
+  }
   return p;
 }
 
@@ -369,44 +373,42 @@ Matrix<Compute<S>> results_in_place(const Correlation<S>& c, const CorrelationPl
   return {};
 }
 
-// What a product with channels as columns does to its results before it stores them: the bias, and bounds where the epilogue
-// is no more than these. The bias of `channels` output channels from `channel` of all on is copied into `bias`, up to a whole
-// vector.
-template <class S>
-Finish<Compute<S>> bias_and_bounds(const Correlation<S>& c, int64_t channel, int64_t channels, Compute<S>* bias) {
-  using T = Compute<S>;
+// What a product with channels as columns does to its results before it stores them: all that is left. The bias of `channels`
+// output channels from `channel` of all on is copied into `bias`, up to a whole vector. `residual`: what is added, or nullptr.
+template <class S, class T>
+Finish<T> finish_of(const Correlation<S>& c, int64_t channel, int64_t channels, T* bias, const T* residual) {
   if (c.bias) {
     zero_matrix(Matrix<T>{bias + channels, 0, 1}, 1, round_up(channels, lanes<T>) - channels);
     copy_contiguous(c.bias + channel, bias, channels);
   }
-  return {c.bias ? bias : nullptr, epilogue_clamps(c) ? bounds_of(c) : Bounds<T>{}, false};
+  const ActivationOf<T> activation(c.epilogue);
+  return {c.bias ? bias : nullptr, residual, activation.bounds.some(), activation.bounds, activation.run, activation.slope};
 }
 
 // Stores the results of output channels [channel, channel + channels), if they are not in place. Before that adds the bias and
-// then applies the epilogue, but for what the product has done already (`bounded`).
+// then applies the epilogue, if the products didn't.
 template <class S>
 void finish_results(const Correlation<S>& c, const CorrelationPiece<S>& piece, int64_t channel, int64_t channels,
-                    Matrix<Compute<S>> result, bool in_place, bool bounded) {
+                    Matrix<Compute<S>> result, bool in_place, bool finished) {
   using T = Compute<S>;
   const Phase<S>& phase = piece.phase;
   const int64_t first_channel = piece.group * c.out_channels + channel;
-  const bool done = bounded && epilogue_clamps(c);
-  if (in_place && done) return;
-  if (c.bias && !bounded) add_bias(c.bias + first_channel, result, piece.pixels, channels);
+  if (in_place && finished) return;
+  if (c.bias && !finished) add_bias(c.bias + first_channel, result, piece.pixels, channels);
   for_each_line(phase.patches.y, phase.patches.x, piece.pixel, piece.pixels,
                 [&](int64_t n, int64_t y, int64_t x, int64_t count, int64_t index) {
     S* to = phase.result + n * phase.result_batch_stride + y * phase.result_y_stride + x * phase.result_x_stride +
             first_channel * phase.result_channel_stride;
     T* from = result.data + index * result.row_stride;
     const Block<S> block = {to, phase.result_channel_stride, 0, phase.result_x_stride};
-    const bool first = !in_place && !done && finish_in_scratch(c, block, channels);
+    const bool first = !in_place && !finished && finish_in_scratch(c, block, channels);
     if (first)
       apply_epilogue(c.epilogue, Block<T>{from, result.col_stride, 0, result.row_stride}, residual_of(c, block), channels, 1,
                      count);
     if (!in_place)
       copy_block(Matrix<const T>{from, result.row_stride, result.col_stride},
                  Matrix<S>{to, phase.result_x_stride, phase.result_channel_stride}, count, channels);
-    if (!first && !done) finish_with_epilogue(c, block, channels, 1, count);
+    if (!first && !finished) finish_with_epilogue(c, block, channels, 1, count);
   });
 }
 
@@ -433,7 +435,7 @@ Matrix<const Compute<S>> piece_patches(const Correlation<S>& c, const Correlatio
   return {to.data, to.row_stride, to.col_stride};
 }
 
-// `skip_padding`: taps that meet only padding may be passed over. `far`: the weights are not in the caches yet.
+// `skip_padding`: taps that meet only padding may be passed over. `far`: the weights may not be in the second-level cache.
 template <class S>
 void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const CorrelationPiece<S>& piece,
                      const PackedWeights<Compute<S>>& weights, bool far, bool skip_padding,
@@ -443,7 +445,11 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
   const int64_t scratch_stride = round_up(p.channels_are_cols ? piece.channels : piece.pixels, tile_cols<T>);
   const Matrix<T> block = p.channels_are_cols ? Matrix<T>{blocks.c, scratch_stride, 1} : Matrix<T>{blocks.c, 1, scratch_stride};
   const Matrix<T> result = in_place.data ? in_place : block;
-  const bool bounded = p.channels_are_cols && !skip_padding && weights.depth > 0;
+  const T* residual = nullptr;
+  if constexpr (__is_same(S, T))
+    if (c.residual && in_place.data) residual = c.residual + (in_place.data - c.result);
+  // Whether products finish their results.
+  const bool finished = p.channels_are_cols && !skip_padding && weights.depth > 0 && (residual || !c.residual);
   T bias[conv_cols<T>];
   bool add = false;
   for (int64_t start = 0; start < weights.depth; start += block_depth) {
@@ -460,8 +466,9 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
       panels.far = far;
       T* to = result.data + first * result.col_stride;
       Finish<T> finish;
-      if (bounded && start + whole == weights.depth)
-        finish = bias_and_bounds(c, piece.group * c.out_channels + piece.channel + first, channels, bias);
+      if (finished && start + whole == weights.depth)
+        finish = finish_of(c, piece.group * c.out_channels + piece.channel + first, channels, bias,
+                           residual ? residual + first : nullptr);
       if (p.channels_are_cols)
         block_product(piece.pixels, channels, depth, patches, panels, to, result.row_stride, add, finish);
       else
@@ -474,7 +481,7 @@ void correlate_piece(const Correlation<S>& c, const CorrelationPlan& p, const Co
     const int64_t channels = min(piece.channels - first, p.channel_block);
     const Matrix<T> part = {result.data + first * result.col_stride, result.row_stride, result.col_stride};
     if (!add) zero_matrix(part, piece.pixels, channels);
-    finish_results(c, piece, piece.channel + first, channels, part, in_place.data != nullptr, bounded);
+    finish_results(c, piece, piece.channel + first, channels, part, in_place.data != nullptr, finished);
   }
 }
 
@@ -634,9 +641,8 @@ void correlate_by_gemm(const Problem& problem, const ThreadPool& pool) {
       const int64_t pixels = min(phase.pixels(unit_batch) - first, p.pixel_block);
       const int64_t channel = range * p.channel_range, channels = min(c.out_channels - channel, p.channel_range);
       const CorrelationPiece<S> piece = {phase, group, pixel, pixels, channel, channels};
-      const bool far = kept && i - begin < p.channel_ranges * c.groups;  // kept since the last call, and met first
       if (pixels <= 0) continue;
-      correlate_piece(c, p, piece, weights, far, skip_padding, blocks);
+      correlate_piece(c, p, piece, weights, kept != nullptr, skip_padding, blocks);
       if (around) zero_around(c, piece);
     }
   });
