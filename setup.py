@@ -47,11 +47,17 @@ class CMakeBuild(build_ext):
             f"-DCVFAST_EMULATED512={options['emulated512']}",
         ]
         jobs = str(options["max_jobs"] or os.cpu_count() or 1)
-        # --fresh: an earlier isolated build left paths of its vanished environment in the cache.
-        self.call(cmake, "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure)
+        self.forget_configuration(build)
+        self.call(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure)
         self.call(cmake, "--build", str(build), "--parallel", jobs)
         shutil.rmtree(target / "cvfast" / "lib", ignore_errors=True)  # an earlier build's, perhaps with a CUDA part
         self.call(cmake, "--install", str(build), "--prefix", str(target))
+
+    def forget_configuration(self, build):
+        """An isolated build leaves paths of its vanished environment. Objects stay: Ninja makes anew what differs."""
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for compilers in (build / "CMakeFiles").glob("[0-9]*"):
+            shutil.rmtree(compilers)
 
     def call(self, *command):
         print("+", *command, flush=True)  # pip shows it with -v

@@ -1,6 +1,6 @@
-"""cvfast installs in fresh environments: isolated from an sdist, from a wheel, editable, CUDA or not.
+"""cvfast installs in fresh environments from what an sdist holds: isolated, from a wheel, editable, CUDA or not.
 
-They take minutes, hence run only with --install-tests.
+They take minutes, hence run only with --install-tests. The first builds everything, the others what differs for them.
 """
 
 from __future__ import annotations
@@ -48,14 +48,17 @@ def check(python: Path, cwd: Path, editable: bool = False, cuda: bool = False) -
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A copy of the sources as a clone has them: tracked files and new ones, nothing built."""
-    target = tmp_path_factory.mktemp("clone") / "cvfast"
+def source(tmp_path_factory, plain):
+    """What an sdist holds of the sources as a clone has them: tracked files and new ones, nothing built."""
+    folder = tmp_path_factory.mktemp("source")
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
     for name in filter(lambda n: (ROOT / n).is_file(), listed):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, target / name)
-    return target
+        (folder / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "clone" / name)
+    run(plain, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, cwd=folder / "clone")
+    (sdist,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, folder, filter="data")
+    return folder / sdist.name.removesuffix(".tar.gz")
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +81,6 @@ def plain(environment):
     python = environment("plain")
     run(python, "-m", "pip", "install", "-q", *BUILD_TOOLS, "build", cwd=ROOT)
     return python
-
-
-def test_isolated_from_an_sdist(source, plain, environment, tmp_path):
-    """`pip install` as pip does it by default, of the sdist, CUDA as found; then `cvfast info` works anywhere."""
-    run(plain, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, cwd=source)
-    (sdist,) = tmp_path.glob("*.tar.gz")
-    python = environment("isolated")
-    run(python, "-m", "pip", "install", sdist, cwd=tmp_path)
-    check(python, tmp_path, cuda=nvcc_is_there())
-    assert "instruction set" in run(python.parent / "cvfast", "info", cwd=tmp_path)
-    assert "instruction set" in run(python, "-c", "import cvfast; cvfast.info()", cwd=tmp_path)
 
 
 def nvcc_is_there() -> bool:
@@ -161,6 +153,15 @@ def cpu_seconds() -> float:
     """Processor time of all finished child processes: what a build costs, however busy the machine is."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def test_isolated(source, environment, tmp_path):
+    """`pip install` as pip does it by default, CUDA as found; then `cvfast info` works anywhere."""
+    python = environment("isolated")
+    run(python, "-m", "pip", "install", ".", cwd=source)
+    check(python, tmp_path, cuda=nvcc_is_there())
+    assert "instruction set" in run(python.parent / "cvfast", "info", cwd=tmp_path)
+    assert "instruction set" in run(python, "-c", "import cvfast; cvfast.info()", cwd=tmp_path)
 
 
 def test_jobs_and_architectures_are_obeyed(source, plain, tmp_path):
