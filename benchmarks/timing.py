@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 class Effort:
     """How long one call is timed. It runs until `seconds` are spent, but from `least` to `most` times.
 
-    A call of up to 20 ms runs at least 20 times: 0.4 s / 20 ms.
+    A minimum of fewer than 20 runs says little on a machine that others share.
     """
 
     seconds: float = 0.4
-    least: int = 4
+    least: int = 20
     most: int = 60
 
     def repeats(self, call_seconds: float) -> int:
