@@ -15,14 +15,14 @@ constexpr int64_t backward_queries = 128, backward_keys = 128;  // of a block
 
 template <class T>
 struct BackwardArrays {
-  int64_t queries, keys, key_stride, value_stride;
+  int64_t queries, keys, key_stride, value_stride, stride;
   int64_t *index, *nonfinite;           // [keys]
   T *key, *value;                       // [keys][key_stride], [keys][value_stride]
   T *query_panels, *grad_panels;        // panels [D][panel_width], [Dv][panel_width]
   T* output_panel;                      // one [Dv][panel_queries]
   T *query, *grad;                      // [queries][key_stride], [queries][value_stride]
   T *log_sum, *delta;                   // [queries], log_sum in units of log 2, +inf where no key was seen
-  T *weights, *score_grads;             // [keys][queries]
+  T *weights, *score_grads;             // [keys][stride]
   T* query_sums;                        // [queries][key_stride], as the next two for gradients that are not summed in place
   T* product;                           // [keys or panel_queries][key_stride or value_stride]
   T *key_sums, *value_sums;             // [S][key_stride], [S][value_stride]; not with_sums: nothing
@@ -30,7 +30,8 @@ struct BackwardArrays {
   BackwardArrays(Arena& arena, const AttentionShape& shape, bool with_sums)
       : queries(query_block<T>(shape.queries, backward_queries)),
         key_stride(padded_row<T>(shape.size)),
-        value_stride(padded_row<T>(shape.value_size)) {
+        value_stride(padded_row<T>(shape.value_size)),
+        stride(padded_row<T>(queries)) {
     keys = key_block<T>(key_stride + value_stride, backward_keys);
     index = arena.take<int64_t>(keys);
     nonfinite = arena.take<int64_t>(keys);
@@ -43,8 +44,8 @@ struct BackwardArrays {
     grad = arena.take<T>(queries * value_stride);
     log_sum = arena.take<T>(queries);
     delta = arena.take<T>(queries);
-    weights = arena.take<T>(keys * queries);
-    score_grads = arena.take<T>(keys * queries);
+    weights = arena.take<T>(keys * stride);
+    score_grads = arena.take<T>(keys * stride);
     query_sums = arena.take<T>(queries * key_stride);
     product = arena.take<T>(max(keys, panel_queries<T>) * max(key_stride, value_stride));
     key_sums = arena.take<T>(with_sums ? shape.keys * key_stride : 0);
@@ -56,16 +57,19 @@ struct BackwardArrays {
   }
 };
 
-// to[i] = left[:, i] . right[:, i] for the queries of two panels, added up in the order of panel_product: a query that sees
-// one key then has g . value = g . output to the last bit, and gradient 0.
-template <class T>
-void panel_dot(const T* left, const T* right, int64_t width, int64_t size, T* to) {
+// to[i] = left[:, i] . right[:, i] for the queries of two panels of `Vectors` vectors, added up in the order of panel_product: a
+// query that sees one key then has g . value = g . output to the last bit, and gradient 0.
+template <int Vectors, class T>
+void panel_dot(const T* left, const T* right, int64_t size, T* to) {
   using V = Vector<T>;
-  for (int64_t i = 0; i < width; i += lanes<T>) {
-    V sum = {};
-    for (int64_t d = 0; d < size; ++d) sum += load_as<V>(left + d * width + i) * load_as<V>(right + d * width + i);
-    store_as(to + i, sum);
-  }
+  constexpr int width = Vectors * lanes<T>;
+  V sum[Vectors] = {};
+  for (int64_t d = 0; d < size; ++d)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j)
+      sum[j] += load_as<V>(left + d * width + j * lanes<T>) * load_as<V>(right + d * width + j * lanes<T>);
+#pragma GCC unroll 4
+  for (int j = 0; j < Vectors; ++j) store_as(to + j * lanes<T>, sum[j]);
 }
 
 // A block of queries and their output's gradient, as rows.
@@ -111,7 +115,8 @@ QueryRows<T> read_queries(const AttentionBackward& args, int64_t b, int64_t h, c
       output = {a.product, a.value_stride, 1};
     }
     pack_panel(output.data, output.row_stride, panel, shape.value_size, T{1}, a.output_panel);
-    panel_dot(grad_panel, a.output_panel, panel_width<T>(panel), shape.value_size, a.delta + offset);
+    with_vectors<T, most_panel_vectors>(
+        panel.count, [&](auto n) { panel_dot<n.value>(grad_panel, a.output_panel, shape.value_size, a.delta + offset); });
   });
   for (int64_t i = 0; i < a.queries; ++i) a.log_sum[i] = infinity<T>;
   for (int64_t i = 0; i < block.count; ++i) {
@@ -156,42 +161,52 @@ void differentiate(const KeyBlock& keys, const Seen& s, const PanelDropout<T>* d
   }
 }
 
-// What a panel has of the keys that it doesn't see.
-template <class T>
-void zero_columns(T* to, int64_t stride, const Seen& s, int64_t keys, int64_t width) {
-  zero_matrix(Matrix<T>{to, stride, 1}, s.first, width);
-  zero_matrix(Matrix<T>{to + s.last * stride, stride, 1}, keys - s.last, width);
+// Keys that are multiplied together where the window hides some: with the queries that see one of them.
+constexpr int64_t keys_together = 2 * rows_of_tile<panel_vectors>;
+
+// What a panel has of keys [first, last).
+template <int Vectors, class T>
+void zero_columns(T* to, int64_t stride, int64_t first, int64_t last) {
+  for (int64_t k = first; k < last; ++k)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vectors; ++j) store_as(to + k * stride + j * lanes<T>, Vector<T>{});
 }
 
-// The weights and score_grads of a panel of `Vectors` vectors with one block of keys; 0 where the panel sees nothing.
+// The weights and score_grads of a panel of `Vectors` vectors with one block of keys; 0 for the `around` keys before and after
+// those that it sees.
 template <int Vectors, class T>
 void differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a,
-                         const KeysAndValues<T>& block, const Seen& s, Queries queries, Queries panel, Ahead& ahead) {
+                         const KeysAndValues<T>& block, const Seen& s, int64_t around, Queries queries, Queries panel,
+                         Ahead& ahead) {
   const KeyBlock& keys = block.keys;
   const AttentionShape& shape = p.shape;
   const int64_t offset = panel.first - queries.first;
   T *const weights = a.weights + offset, *const grads = a.score_grads + offset;
-  zero_columns(weights, a.queries, s, keys.count, Vectors * lanes<T>);
-  zero_columns(grads, a.queries, s, keys.count, Vectors * lanes<T>);
+  auto zero_around = [&](T* to) {
+    zero_columns<Vectors>(to, a.stride, max<int64_t>(0, s.first - around), s.first);
+    zero_columns<Vectors>(to, a.stride, s.last, min(keys.count, s.last + around));
+  };
+  zero_around(weights), zero_around(grads);
   if (s.first == s.last) return;
-  panel_scores<Vectors>(block.key, a.query_panels + offset * shape.size, panel.count, shape.size, s, weights, a.queries,
+  panel_scores<Vectors>(block.key, a.query_panels + offset * shape.size, panel.count, shape.size, s, weights, a.stride,
                         static_cast<T*>(nullptr), ahead);
   panel_products<Vectors>(block.value, a.grad_panels + offset * shape.value_size, Vectors * lanes<T>, shape.value_size,
-                          s.last_of, s.first, StoreSums<T>{grads, a.queries, false}, ahead);
-  finish_scores(p, b, h, keys, s, panel, weights, a.queries);
+                          s.last_of, s.first, StoreSums<T>{grads, a.stride, false}, ahead);
+  finish_scores(p, b, h, keys, s, panel, weights, a.stride);
   if (p.dropout.probability > 0) {
     const PanelDropout<T> dropout(p.dropout, b * shape.heads + h, panel.first);
-    differentiate<Vectors, true>(keys, s, &dropout, a.log_sum + offset, a.delta + offset, weights, grads, a.queries);
+    differentiate<Vectors, true>(keys, s, &dropout, a.log_sum + offset, a.delta + offset, weights, grads, a.stride);
   } else {
-    differentiate<Vectors, false, T>(keys, s, nullptr, a.log_sum + offset, a.delta + offset, weights, grads, a.queries);
+    differentiate<Vectors, false, T>(keys, s, nullptr, a.log_sum + offset, a.delta + offset, weights, grads, a.stride);
   }
 }
 
 template <class T>
 Seen differentiate_panel(const AttentionProblem& p, int64_t b, int64_t h, const BackwardArrays<T>& a,
-                         const KeysAndValues<T>& block, Queries queries, Queries panel, Ahead& ahead) {
+                         const KeysAndValues<T>& block, int64_t around, Queries queries, Queries panel, Ahead& ahead) {
   const Seen s = seen<T>(p.visible, block.keys, panel);
-  with_vectors<T, most_panel_vectors>(panel.count, [&](auto n) { differentiate_panel<n.value>(p, b, h, a, block, s, queries, panel, ahead); });
+  with_vectors<T, most_panel_vectors>(
+      panel.count, [&](auto n) { differentiate_panel<n.value>(p, b, h, a, block, s, around, queries, panel, ahead); });
   return s;
 }
 
@@ -217,12 +232,12 @@ void add_to_keys(const AttentionVisibility& visible, const KeyBlock& keys, const
   const int64_t end = keys.index[keys.count - 1] + 1;
   sums.write_until(in_place ? keys.index[0] : end);
   const int64_t added = in_place ? min(keys.count, sums.written - keys.index[0]) : 0;  // the first ones; others are stored
-  const int64_t step = seen<T>(visible, keys, queries).partly() ? 2 * rows_of_tile<panel_vectors> : keys.count;
+  const int64_t step = seen<T>(visible, keys, queries).partly() ? keys_together : keys.count;
   for (int64_t k = 0, count; k < keys.count; k += count) {
     count = even_piece((k < added ? added : keys.count) - k, step);
     const int64_t first = max<int64_t>(0, keys.index[k] - visible.right - queries.first);
     const int64_t last = min(queries.count, keys.index[k + count - 1] + visible.left + 1 - queries.first);
-    const TileOperands<T, RowsOfA<T>> operands = {{factors + k * a.queries + first, a.queries}, rows.data + first * rows.row_stride,
+    const TileOperands<T, RowsOfA<T>> operands = {{factors + k * a.stride + first, a.stride}, rows.data + first * rows.row_stride,
                                                   rows.row_stride, max<int64_t>(0, last - first)};
     const StoreSums<T> store = in_place ? StoreSums<T>{sums.at(keys.index[k]), sums.rows.row_stride, k < added}
                                         : StoreSums<T>{a.product + k * stride, stride, false};
@@ -294,10 +309,10 @@ void backward_block(const AttentionBackward& args, int64_t b, int64_t h, const B
   for_key_blocks(p, b, h, a, block, [&](const KeysAndValues<T>& keys, int64_t next_key) {
     Ahead ahead = rows_ahead(args, b, h, key_head, keys.keys, next_key, block);
     for_panels<T>(block, [&](Queries panel) {
-      const Seen s = differentiate_panel(p, b, h, a, keys, block, panel, ahead);
+      const Seen s = differentiate_panel(p, b, h, a, keys, keys_together, block, panel, ahead);
       const int64_t offset = panel.first - block.first;
       if (s.first < s.last || !add)
-        add_seen_rows(p.visible, keys.keys, s, panel, a.score_grads + offset, a.queries, keys.key, keys.nonfinite, shape.size,
+        add_seen_rows(p.visible, keys.keys, s, panel, a.score_grads + offset, a.stride, keys.key, keys.nonfinite, shape.size,
                       StoreSums<T>{sums.data + offset * sums.row_stride, sums.row_stride, add}, ahead);
     });
     add_to_keys(p.visible, keys.keys, a.weights, a, block, rows.grad, a.value_stride, value_sums, ahead);
@@ -350,10 +365,12 @@ void add_to_bias(const AttentionBackward& args, int64_t b, int64_t h, const Back
   for_key_blocks(args.problem, b, h, a, block, [&](const KeysAndValues<T>& keys_and_values, int64_t) {
     const KeyBlock& keys = keys_and_values.keys;
     Ahead ahead;
-    for_panels<T>(block, [&](Queries panel) { differentiate_panel(args.problem, b, h, a, keys_and_values, block, panel, ahead); });
+    for_panels<T>(block, [&](Queries panel) {
+      differentiate_panel(args.problem, b, h, a, keys_and_values, keys.count, block, panel, ahead);
+    });
     for (int64_t i = 0; i < block.count; ++i)
       for (int64_t k = 0; k < keys.count; ++k)
-        grad[(block.first + i) * query_step + keys.index[k] * key_step] += a.score_grads[k * a.queries + i];
+        grad[(block.first + i) * query_step + keys.index[k] * key_step] += a.score_grads[k * a.stride + i];
   });
 }
 

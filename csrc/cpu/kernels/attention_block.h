@@ -4,6 +4,7 @@
 // so that softmax works lane by lane, and both the keys (for the scores) and the weights (for the output) are the broadcast operand of
 // the matrix product. Scores are kept in units of log 2: the query takes scale * log2(e).
 #pragma once
+#include "../cache_size.h"
 #include "../scratch.h"
 #include "attention_dropout.h"
 #include "attention_few_queries.h"
@@ -96,12 +97,10 @@ void write_rows(const T* from, int64_t from_stride, const Tensor4& to, DType dty
   });
 }
 
-// Operands and results from this size on are fetched ahead; smaller ones are likely to lie in the second-level cache.
-constexpr int64_t bytes_to_fetch_ahead = int64_t{2} << 20;
-
+// Whether operands and results are fetched ahead: not if they, and what comes with them, are likely to lie in the second-level cache.
 inline bool fetches_ahead(const AttentionShape& shape) {
   const int64_t rows = shape.batch * (shape.heads * shape.queries + shape.key_heads * shape.keys);
-  return rows * (shape.size + shape.value_size) * static_cast<int64_t>(sizeof(float)) >= bytes_to_fetch_ahead;
+  return rows * (shape.size + shape.value_size) * static_cast<int64_t>(sizeof(float)) >= l2_cache_bytes() / 4;
 }
 
 // Adds rows [first, first + count) of a head, if it lies densely: also those behind its last one, `rows` in all, if the next
@@ -300,7 +299,13 @@ template <class T>
 void pack_panel(const T* rows, int64_t row_stride, Queries panel, int64_t size, T factor, T* to) {
   const int64_t width = panel_width<T>(panel), count = panel.count;
   if (count < width) zero_matrix(Matrix<T>{to + width - lanes<T>, width, 1}, size, lanes<T>);
-  if (min(count, size) >= lanes<T>) return copy_transposed(rows, row_stride, to, width, size, count, factor);
+  if (min(count, size) >= lanes<T>) {
+    for (int64_t i = 0, first; i < count; i += lanes<T>) {  // whole rows: they come in the order of memory
+      first = min(i, count - lanes<T>);
+      copy_transposed(rows + first * row_stride, row_stride, to + first, width, size, lanes<T>, factor);
+    }
+    return;
+  }
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < size; ++d) to[d * width + i] = factor * rows[i * row_stride + d];
 }
