@@ -143,6 +143,18 @@ def is_certain(name: str, requested: str | None = None) -> bool:
     return wanted in ("auto", name) and not _choices.torchs and unwatched
 
 
+def note_certain(state) -> None:
+    """Notes in an `Unchanged` when `is_certain` says so of "ext": less often, only where all is as it mostly is."""
+    state.result(globals().get, ("_current",), "auto")
+    state.item(globals(), "select")
+    state.result(torch._C._is_tracing, (), False)
+    state.item(vars(_choices), "torchs")
+    if _choices.torchs:
+        state.result(bool, (), True)  # never
+    else:
+        state.empty(_choices.torchs)
+
+
 def is_free() -> bool:
     """Whether calls go to the fastest backend, and nobody watches the choice."""
     return _current == "auto" and select is _select and not _jit_traces()

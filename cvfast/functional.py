@@ -23,6 +23,7 @@ from cvfast._functional.encoder import prepared_encoder as prepared_encoder
 from cvfast._functional.encoder import self_attention as self_attention  # cvfast.nn's
 from cvfast._functional.packed_attention import packed_attention
 from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from cvfast._functional.recurrent import prepared_cell as prepared_cell  # cvfast.nn's
 
 __all__ = [
     "AttentionStatistics",

@@ -183,3 +183,19 @@ def test_what_cannot_be_noted():
     with pytest.raises(TypeError):
         state.item([], "key")
     assert state.holds()
+
+
+def test_results_are_compared_with_what_they_shall_be():
+    entries = {"number": 1}
+    state = _library.C.Unchanged()
+    state.result(torch.is_grad_enabled, (), False)
+    state.result(entries.get, ("number",), 1)
+    assert not state.holds()
+    with torch.no_grad():
+        assert state.holds()
+        entries["number"] = 2
+        assert not state.holds()
+        entries["number"] = 1
+        assert state.holds()
+        state.result(entries.__getitem__, ("missing",), None)
+        assert not state.holds()

@@ -78,8 +78,10 @@ PyMethodDef plain_functions[] = {
      "(stride, padding, dilation, groups[, activation, pooling]) as the number that cvfast_kernels::conv2d_epilogue takes;\n"
      "None for what is too large for it or no int, pair of ints or known name."},
     {"recurrent_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cvfast::recurrent_step)), METH_FASTCALL,
-     "(cell, input, h, c, w_ih, w_hh, b_ih, b_hh) as (h, c) after the step, (h,) of cells without c, for callers that nobody\n"
-     "watches; None for operands that are not dense tensors in the CPU's memory, or do not fit."},
+     "(unseen, cell, input, h, c, w_ih, w_hh, b_ih, b_hh) as (h, c) after the step, h of cells without c, where the Unchanged\n"
+     "`unseen` holds; None elsewhere, and for operands that are not dense tensors in the CPU's memory, or do not fit."},
+    {"recurrent_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cvfast::recurrent_cell)), METH_FASTCALL,
+     "(unseen, cell, parameters, input, hx) as recurrent_step, with a module's parameters; hx is (h, c) or h."},
     {}};
 
 }  // namespace

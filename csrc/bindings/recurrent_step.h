@@ -11,6 +11,7 @@
 #include "../cpu/isa.h"
 #include "dlpack.h"
 #include "recurrent_gates.h"
+#include "unchanged.h"
 
 namespace cvfast {
 
@@ -19,6 +20,7 @@ struct TensorFunctions {
   const dlpack::ExchangeApi* api;
   PyObject *tensor, *parameter;  // the classes
   PyObject *is_neg, *empty_like;
+  PyObject* cell_weights[4];  // their names in a module
 };
 inline TensorFunctions tensors = {};
 
@@ -27,7 +29,9 @@ inline bool set_tensors(const pybind11::capsule& api, const pybind11::type& tens
   const auto* functions = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), dlpack::ExchangeApi::capsule));
   if (!functions) throw pybind11::error_already_set();
   if (functions->version != dlpack::ExchangeApi::known_version || !functions->view) return false;
-  tensors = {functions, Py_NewRef(tensor.ptr()), Py_NewRef(parameter.ptr()), Py_NewRef(is_neg.ptr()), Py_NewRef(empty_like.ptr())};
+  tensors = {functions, Py_NewRef(tensor.ptr()), Py_NewRef(parameter.ptr()), Py_NewRef(is_neg.ptr()), Py_NewRef(empty_like.ptr()),
+             {PyUnicode_InternFromString("weight_ih"), PyUnicode_InternFromString("weight_hh"),
+              PyUnicode_InternFromString("bias_ih"), PyUnicode_InternFromString("bias_hh")}};
   return true;
 }
 
@@ -91,6 +95,11 @@ struct StepOperands {
   }
 };
 
+inline bool holds(PyObject* unchanged) {
+  const pybind11::handle handle(unchanged);
+  return pybind11::isinstance<Unchanged>(handle) && pybind11::cast<const Unchanged&>(handle).holds();
+}
+
 // An uninitialised tensor like one that is dense, or nothing, with an exception.
 inline pybind11::object result_like(PyObject* like, DenseView& result) {
   auto made = pybind11::reinterpret_steal<pybind11::object>(PyObject_CallOneArg(tensors.empty_like, like));
@@ -99,20 +108,17 @@ inline pybind11::object result_like(PyObject* like, DenseView& result) {
   return made;
 }
 
-// (cell, input, h, c, w_ih, w_hh, b_ih, b_hh) -> (h, c), of other cells than the lstm (h,); None for operands that are not
-// dense tensors in the CPU's memory or do not fit.
-inline PyObject* recurrent_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// (input, h, c, w_ih, w_hh, b_ih, b_hh) -> (h, c), or, of other cells than the lstm, h; None for operands that are not dense
+// tensors in the CPU's memory or do not fit.
+inline PyObject* take_step(RecurrentCell cell, PyObject* const* given) {
   StepOperands o;
-  const long number = count == 8 ? PyLong_AsLong(args[0]) : -1;
-  const auto cell = static_cast<RecurrentCell>(number);
-  const bool is_cell = number >= 0 && cell <= RecurrentCell::rnn_relu;
-  if (!tensors.api || !is_cell || !o.shows(cell, args + 1)) {
+  if (!tensors.api || !o.shows(cell, given)) {
     PyErr_Clear();
     Py_RETURN_NONE;
   }
   const bool lstm = cell == RecurrentCell::lstm;
   DenseView h, c;
-  const pybind11::object new_h = result_like(args[2], h), new_c = new_h && lstm ? result_like(args[3], c) : pybind11::object();
+  const pybind11::object new_h = result_like(given[1], h), new_c = new_h && lstm ? result_like(given[2], c) : pybind11::object();
   if (!new_h || (lstm && !new_c)) return nullptr;
   const int64_t inputs = o.input.view.sizes[1], hidden = o.h.view.sizes[1];
   const RecurrentForward call = {cell, *o.input.dtype(), {1, o.h.view.sizes[0], nullptr, nullptr, nullptr, false, false},
@@ -127,7 +133,39 @@ inline PyObject* recurrent_step(PyObject*, PyObject* const* args, Py_ssize_t cou
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
-  return lstm ? PyTuple_Pack(2, new_h.ptr(), new_c.ptr()) : PyTuple_Pack(1, new_h.ptr());
+  return lstm ? PyTuple_Pack(2, new_h.ptr(), new_c.ptr()) : Py_NewRef(new_h.ptr());
+}
+
+inline std::optional<RecurrentCell> cell_of(PyObject* number) {
+  const long value = PyLong_AsLong(number);
+  if (value < 0 || value > static_cast<long>(RecurrentCell::rnn_relu)) return PyErr_Clear(), std::nullopt;
+  return static_cast<RecurrentCell>(value);
+}
+
+// (unseen, cell, input, h, c, w_ih, w_hh, b_ih, b_hh), `unseen` an Unchanged: take_step, or None if that does not hold.
+inline PyObject* recurrent_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const std::optional<RecurrentCell> cell = count == 9 ? cell_of(args[1]) : std::nullopt;
+  if (!cell || !holds(args[0])) Py_RETURN_NONE;
+  return take_step(*cell, args + 2);
+}
+
+// (unseen, cell, parameters, input, hx): the same with a module's parameters, and the states as a module takes and gives them.
+inline PyObject* recurrent_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  const std::optional<RecurrentCell> cell = count == 5 ? cell_of(args[1]) : std::nullopt;
+  if (!cell || !tensors.api || !holds(args[0]) || !PyDict_CheckExact(args[2])) Py_RETURN_NONE;
+  PyObject* given[7] = {args[3], args[4], Py_None};
+  if (*cell == RecurrentCell::lstm) {
+    if (!PyTuple_CheckExact(args[4]) || PyTuple_GET_SIZE(args[4]) != 2) Py_RETURN_NONE;
+    given[1] = PyTuple_GET_ITEM(args[4], 0), given[2] = PyTuple_GET_ITEM(args[4], 1);
+  }
+  for (int i = 0; i < 4; ++i) {
+    given[3 + i] = PyDict_GetItemWithError(args[2], tensors.cell_weights[i]);
+    if (!given[3 + i]) {  // a parametrized weight, say
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+  }
+  return take_step(*cell, given);
 }
 
 }  // namespace cvfast

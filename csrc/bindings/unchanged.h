@@ -38,6 +38,10 @@ class Unchanged {
   void attribute(const pybind11::object& owner, const pybind11::str& name) {
     note(Kind::attribute, owner.ptr(), name.ptr(), pybind11::object(owner.attr(name)).ptr());
   }
+  // That function(*args) gives `value`, compared as an entry is.
+  void result(const pybind11::object& function, const pybind11::tuple& args, const pybind11::object& value) {
+    note(Kind::result, function.ptr(), args.ptr(), value.ptr());
+  }
   // How often a tensor was written to, and where it lies.
   void tensor(const pybind11::object& owner) {
     const pybind11::object version = pybind11::type::of(owner).attr("_version"), address = pybind11::type::of(owner).attr("data_ptr");
@@ -70,7 +74,7 @@ class Unchanged {
   }
 
  private:
-  enum class Kind { object, item, empty, values, attribute, tensor };
+  enum class Kind { object, item, empty, values, attribute, result, tensor };
   struct State {
     long long version, address;
   };
@@ -93,6 +97,10 @@ class Unchanged {
       case Kind::values: return has_values(fact.owner, fact.value);
       case Kind::attribute: {
         const auto now = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(fact.owner, fact.key));
+        return now && is_same(now.ptr(), fact.value);
+      }
+      case Kind::result: {
+        const auto now = pybind11::reinterpret_steal<pybind11::object>(PyObject_Call(fact.owner, fact.key, nullptr));
         return now && is_same(now.ptr(), fact.value);
       }
       case Kind::tensor: {
@@ -172,6 +180,7 @@ inline void add_unchanged(pybind11::module_& m) {
       .def("empty", &Unchanged::empty, "Notes that a dictionary is empty; ValueError if it is not.")
       .def("values", &Unchanged::values, "Notes the objects in a dictionary and their order.")
       .def("attribute", &Unchanged::attribute, "Notes what getattr gives, as `item` does.")
+      .def("result", &Unchanged::result, "Notes what function(*args) gives where it holds, compared as `item` does.")
       .def("tensor", &Unchanged::tensor, "Notes a tensor's _version and data_ptr().")
       .def("holds", &Unchanged::holds, "Whether all that was noted is still so.");
 }

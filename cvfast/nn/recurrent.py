@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from cvfast import functional
@@ -19,6 +20,8 @@ def _weights(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor | Non
 
 
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_lstm_cell, _gru_cell = functional.prepared_cell("lstm"), functional.prepared_cell("gru")
+_rnn_cells = {nonlinearity: functional.prepared_cell(f"rnn_{nonlinearity}") for nonlinearity in ("tanh", "relu")}
 
 
 class _Layer(torch.nn.RNNBase):
@@ -143,6 +146,8 @@ class LSTMCell(torch.nn.LSTMCell):
     """torch.nn.LSTMCell on cvfast's kernels; see cvfast.functional.lstm_cell."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if not is_compiling() and (state := _lstm_cell(self._parameters, input, hx)) is not None:
+            return state
         if is_recorded(self, input):
             return node(self, input, hx)
         return functional.lstm_cell(input, hx, *_weights(self, _CELL_WEIGHTS))
@@ -152,6 +157,8 @@ class GRUCell(torch.nn.GRUCell):
     """torch.nn.GRUCell on cvfast's kernels; see cvfast.functional.gru_cell."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if not is_compiling() and (state := _gru_cell(self._parameters, input, hx)) is not None:
+            return state
         if is_recorded(self, input):
             return node(self, input, hx)
         return functional.gru_cell(input, hx, *_weights(self, _CELL_WEIGHTS))
@@ -161,6 +168,9 @@ class RNNCell(torch.nn.RNNCell):
     """torch.nn.RNNCell on cvfast's kernels; see cvfast.functional.rnn_cell."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        cell = None if is_compiling() else _rnn_cells.get(self.nonlinearity)
+        if cell is not None and (state := cell(self._parameters, input, hx)) is not None:
+            return state
         if is_recorded(self, input):
             return node(self, input, hx)
         return functional.rnn_cell(input, hx, *_weights(self, _CELL_WEIGHTS), nonlinearity=self.nonlinearity)

@@ -18,22 +18,24 @@ def _connected() -> bool:
     return _library.C.set_tensors(api, Tensor, torch.nn.Parameter, Tensor.is_neg, torch.empty_like)
 
 
-recurrent_step = _library.C.recurrent_step if _connected() else lambda *args: None
+recurrent_step, recurrent_cell = (
+    (_library.C.recurrent_step, _library.C.recurrent_cell) if _connected() else (lambda *args: None,) * 2
+)
 
 
-def unseen() -> bool:
-    """Whether nobody is to see an operator's call: no autograd, tracer, mode, transform, autocast or profiler."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or transforms() is not None
-        or _dispatch_modes() > 0
-        or _function_modes() > 0
-        or torch.is_autocast_enabled("cpu")
-        or forward_ad._current_level >= 0
-        or _profiled()
-    )
+def unseen():
+    """Notes, for C to compare, that nobody is to see an operator's call; who is compiling has to be asked besides.
 
-
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_profiled = torch.autograd._profiler_enabled
+    No autograd, tracer, mode, transform, autocast or profiler. None where the compiled module is missing.
+    """
+    if _library.C is None:
+        return None
+    state = _library.C.Unchanged()
+    state.result(torch.is_grad_enabled, (), False)
+    state.result(transforms, (), None)
+    state.result(torch._C._len_torch_dispatch_stack, (), 0)
+    state.result(torch._C._len_torch_function_stack, (), 0)
+    state.result(torch.is_autocast_enabled, ("cpu",), False)
+    state.result(vars(forward_ad).get, ("_current_level",), -1)
+    state.result(torch.autograd._profiler_enabled, (), False)
+    return state

@@ -495,13 +495,30 @@ def test_direct_steps_take_dense_tensors_that_fit(name):
         assert not taken(6, lambda t: t[:-1])
 
 
-def test_direct_steps_are_seen_by_nobody():
+def prepared_step(name: str = "GRUCell"):
+    """A layer, its input and states, and what it calls before anything else."""
+    operator, input, h, c, *_ = step_operands(name)
+    layer = getattr(cvfast.nn, name)(input.shape[1], h.shape[1])
+    return layer, input, h if c is None else (h, c), cvfast.functional.prepared_cell(operator)
+
+
+def by_operator():
+    operator, *operands = step_operands("GRUCell")
+    return lambda: ext_cell.run_unasked(operator, *operands) is not None
+
+
+def by_layer():
+    layer, input, hx, prepared = prepared_step()
+    return lambda: prepared(layer._parameters, input, hx) is not None
+
+
+@pytest.mark.parametrize("way", [by_operator, by_layer])
+def test_direct_steps_are_seen_by_nobody(way):
     """Whoever is to see operators' calls does."""
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    operator, *operands = step_operands("GRUCell")
-    taken = lambda: ext_cell.run_unasked(operator, *operands) is not None  # noqa: E731
+    taken = way()
     assert not taken()
     with torch.no_grad():
         assert taken()
@@ -516,3 +533,42 @@ def test_direct_steps_are_seen_by_nobody():
         assert seen == [False] and taken()
     with torch.inference_mode():
         assert taken()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", CELLS)
+def test_prepared_steps_are_the_functions(name, bias):
+    layer, input, hx, prepared = prepared_step(name)
+    function = getattr(cvfast.functional, {"LSTMCell": "lstm_cell", "GRUCell": "gru_cell", "RNNCell": "rnn_cell"}[name])
+    if not bias:
+        layer.bias_ih = layer.bias_hh = None
+    with torch.no_grad():
+        found = prepared(layer._parameters, input, hx)
+        expected = function(input, hx, layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh)
+        assert type(found) is type(expected) is type(layer(input, hx))
+        for results in (found, layer(input, hx)):
+            assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_prepared_steps_are_left_to_the_functions(name):
+    """Where there is something to ask: no states, a weight elsewhere, another backend, measured choices."""
+    from cvfast import _choices
+
+    layer, input, hx, prepared = prepared_step(name)
+    taken = lambda state=hx: prepared(layer._parameters, input, state) is not None  # noqa: E731
+    with torch.no_grad():
+        assert taken()
+        assert not taken(None) and not taken(hx[:1]) and not taken([*hx]) and not taken("no state")
+        with cvfast.use_backend("native"):
+            assert not taken()
+        with _choices.ignored():  # the table is another one
+            assert not taken()
+        seen = []
+        torch.jit.trace(lambda x: (seen.append(taken()), x + 1)[1], input, check_trace=False)
+        assert seen == [False] and taken()
+        expected = layer(input, hx)
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight_hh", torch.nn.Identity())
+        assert not taken()
+        results = layer(input, hx)
+        assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))

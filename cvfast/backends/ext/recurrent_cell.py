@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from cvfast.backends.ext.recurrent import reasons
 from cvfast.ops.card import call
-from cvfast.ops.direct import recurrent_step, unseen
+from cvfast.ops.direct import recurrent_cell, recurrent_step, unseen
 from cvfast.ops.recurrent import CELLS, wants_saved
 
 OPERATORS = {cell: getattr(torch.ops.cvfast, f"{cell}_cell").default for cell in CELLS}
@@ -40,6 +43,23 @@ def run(
     return (new_h,) if c is None else (new_h, new_c)
 
 
+_unseen = unseen()
+
+
 def run_unasked(cell: str, *operands: Tensor | None) -> tuple[Tensor, ...] | None:
     """`run` of operands that nobody has looked at; None where somebody has to: C checks them, too."""
-    return recurrent_step(_NUMBERS[cell], *operands) if unseen() else None
+    if torch.compiler.is_compiling():
+        return None
+    state = recurrent_step(_unseen, _NUMBERS[cell], *operands)
+    return (state,) if isinstance(state, Tensor) else state
+
+
+def prepare(cell: str, certain: Callable) -> Callable:
+    """A function of a module's parameters, input and hx: the state after its step, or None where somebody has to ask.
+
+    certain: notes in a state of `unseen` what else has to hold. Not to be called where a compiler looks on.
+    """
+    state = unseen()
+    if state is not None:
+        certain(state)
+    return partial(recurrent_cell, state, _NUMBERS[cell])
