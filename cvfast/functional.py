@@ -24,6 +24,7 @@ from cvfast._functional.encoder import self_attention as self_attention  # cvfas
 from cvfast._functional.packed_attention import packed_attention
 from cvfast._functional.recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from cvfast._functional.recurrent import prepared_cell as prepared_cell  # cvfast.nn's
+from cvfast._functional.recurrent import prepared_layers as prepared_layers
 
 __all__ = [
     "AttentionStatistics",

@@ -8,6 +8,7 @@
 #include "../cpu/poison.h"
 #include "../cpu/precision.h"
 #include "conv2d_how.h"
+#include "recurrent_layers.h"
 #include "recurrent_step.h"
 #include "unchanged.h"
 
@@ -80,6 +81,9 @@ PyMethodDef plain_functions[] = {
     {"recurrent_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cvfast::recurrent_step)), METH_FASTCALL,
      "(unseen, cell, input, h, c, w_ih, w_hh, b_ih, b_hh) as (h, c) after the step, h of cells without c, where the Unchanged\n"
      "`unseen` holds; None elsewhere, and for operands that are not dense tensors in the CPU's memory, or do not fit."},
+    {"recurrent_layers", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cvfast::recurrent_layers)), METH_FASTCALL,
+     "(cell, input, h_0, c_0, weights, biases, directions, packed) as (output, h_n, c_n), as cvfast_kernels::<op>_stack has them, c_n\n"
+     "None of cells without it; None for operands that are not tensors in the CPU's memory, or do not fit."},
     {"recurrent_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cvfast::recurrent_cell)), METH_FASTCALL,
      "(unseen, cell, parameters, input, hx) as recurrent_step, with a module's parameters; hx is (h, c) or h."},
     {}};
@@ -115,7 +119,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("read", &read_buffer, py::arg("isa"), py::arg("data"), py::arg("passes"),
         "Reads the buffer `data`, whole multiples of 512 bytes of it, `passes` times with loads of `isa`.");
   m.def("set_tensors", &cvfast::set_tensors, py::arg("api"), py::arg("tensor"), py::arg("parameter"), py::arg("is_neg"),
-        py::arg("empty_like"), "Torch's classes and functions, by which tensors are read here; False where they do not fit.");
+        py::arg("empty_like"), py::arg("new_empty"), "Torch's classes and functions, by which tensors are read here; False where they do not fit.");
   m.def("poison_results", &cvfast::poison_results, py::arg("on"),
         "For tests: results of CPU operators start as NaN instead of uninitialised memory.");
 }

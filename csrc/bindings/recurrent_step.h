@@ -19,33 +19,37 @@ namespace cvfast {
 struct TensorFunctions {
   const dlpack::ExchangeApi* api;
   PyObject *tensor, *parameter;  // the classes
-  PyObject *is_neg, *empty_like;
+  PyObject *is_neg, *empty_like, *new_empty;
   PyObject* cell_weights[4];  // their names in a module
 };
 inline TensorFunctions tensors = {};
 
 inline bool set_tensors(const pybind11::capsule& api, const pybind11::type& tensor, const pybind11::type& parameter,
-                        const pybind11::function& is_neg, const pybind11::function& empty_like) {
+                        const pybind11::function& is_neg, const pybind11::function& empty_like,
+                        const pybind11::object& new_empty) {
   const auto* functions = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), dlpack::ExchangeApi::capsule));
   if (!functions) throw pybind11::error_already_set();
   if (functions->version != dlpack::ExchangeApi::known_version || !functions->view) return false;
   tensors = {functions, Py_NewRef(tensor.ptr()), Py_NewRef(parameter.ptr()), Py_NewRef(is_neg.ptr()), Py_NewRef(empty_like.ptr()),
+             Py_NewRef(new_empty.ptr()),
              {PyUnicode_InternFromString("weight_ih"), PyUnicode_InternFromString("weight_hh"),
               PyUnicode_InternFromString("bias_ih"), PyUnicode_InternFromString("bias_hh")}};
   return true;
 }
 
-// A dense matrix or vector in the CPU's memory, of one of the dtypes that kernels know.
+// A tensor in the CPU's memory.
 struct DenseView {
   dlpack::View view = {};
 
-  // Whether `object` is a tensor of that kind, and none that only torch's dispatcher understands.
-  bool shows(PyObject* object) {
+  // Whether `object` is one of up to three dimensions, dense, and none that only torch's dispatcher understands.
+  bool shows(PyObject* object) { return shows_rows(object) && is_dense(); }
+  // The same, of which the rows alone have to be dense.
+  bool shows_rows(PyObject* object) {
     PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != tensors.tensor && type != tensors.parameter) return false;
     PyObject* const negated = PyObject_CallOneArg(tensors.is_neg, object);
     Py_XDECREF(negated);
-    return negated == Py_False && tensors.api->view(object, &view) == 0 && view.device.type == dlpack::cpu && is_dense();
+    return negated == Py_False && tensors.api->view(object, &view) == 0 && view.device.type == dlpack::cpu && has_rows();
   }
   std::optional<DType> dtype() const {
     const auto [code, bits, lanes] = view.element;
@@ -59,14 +63,28 @@ struct DenseView {
   }
   bool has_sizes(int64_t rows, int64_t cols) const { return view.dims == 2 && view.sizes[0] == rows && view.sizes[1] == cols; }
   bool has_size(int64_t size) const { return view.dims == 1 && view.sizes[0] == size; }
-  int64_t bytes() const { return view.sizes[0] * view.sizes[1] * (view.element.bits / 8); }
+  bool has_sizes(int64_t layers, int64_t rows, int64_t cols) const {
+    return view.dims == 3 && view.sizes[0] == layers && view.sizes[1] == rows && view.sizes[2] == cols;
+  }
+  int64_t bytes() const {
+    int64_t bytes = view.element.bits / 8;
+    for (int32_t i = 0; i < view.dims; ++i) bytes *= view.sizes[i];
+    return bytes;
+  }
+  // From element number `index` on.
+  void* from(int64_t index) const { return static_cast<char*>(view.data) + index * (view.element.bits / 8); }
 
  private:
+  bool has_rows() const {
+    if (view.dims < 1 || view.dims > 3 || view.byte_offset != 0 || !view.strides) return false;
+    for (int32_t i = 0; i < view.dims; ++i)
+      if (view.sizes[i] == 0) return false;
+    return view.sizes[view.dims - 1] == 1 || view.strides[view.dims - 1] == 1;
+  }
   bool is_dense() const {
-    if (view.dims < 1 || view.dims > 2 || view.byte_offset != 0 || !view.strides) return false;
     int64_t stride = 1;
     for (int32_t i = view.dims; i-- > 0; stride *= view.sizes[i])
-      if (view.sizes[i] == 0 || (view.sizes[i] > 1 && view.strides[i] != stride)) return false;
+      if (view.sizes[i] > 1 && view.strides[i] != stride) return false;
     return true;
   }
 };
@@ -100,12 +118,27 @@ inline bool holds(PyObject* unchanged) {
   return pybind11::isinstance<Unchanged>(handle) && pybind11::cast<const Unchanged&>(handle).holds();
 }
 
-// An uninitialised tensor like one that is dense, or nothing, with an exception.
-inline pybind11::object result_like(PyObject* like, DenseView& result) {
-  auto made = pybind11::reinterpret_steal<pybind11::object>(PyObject_CallOneArg(tensors.empty_like, like));
-  if (!made || tensors.api->view(made.ptr(), &result.view) != 0) return {};
-  prepare_result(result.view.data, result.bytes());
-  return made;
+// `made`, a tensor without values that nobody else has, or nothing, with an exception.
+inline pybind11::object result(PyObject* made, DenseView& view) {
+  auto owned = pybind11::reinterpret_steal<pybind11::object>(made);
+  if (!owned || tensors.api->view(made, &view.view) != 0) return {};
+  prepare_result(view.view.data, view.bytes());
+  return owned;
+}
+inline pybind11::object result_like(PyObject* dense, DenseView& view) {
+  return result(PyObject_CallOneArg(tensors.empty_like, dense), view);
+}
+
+// Runs the kernel; false with an exception.
+inline bool run_forward(const RecurrentForward& call) {
+  try {
+    const pybind11::gil_scoped_release release;
+    kernels().recurrent.forward(call, caller_threads());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return false;
+  }
+  return true;
 }
 
 // (input, h, c, w_ih, w_hh, b_ih, b_hh) -> (h, c), or, of other cells than the lstm, h; None for operands that are not dense
@@ -126,13 +159,7 @@ inline PyObject* take_step(RecurrentCell cell, PyObject* const* given) {
                                  {o.w_ih.view.data, o.w_hh.view.data, o.b_ih.view.data, o.b_hh.view.data, nullptr},
                                  {o.input.view.data, 0, inputs}, o.h.view.data, o.c.view.data, {h.view.data, 0, hidden},
                                  h.view.data, c.view.data, nullptr, nullptr};
-  try {
-    const pybind11::gil_scoped_release release;
-    kernels().recurrent.forward(call, caller_threads());
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
+  if (!run_forward(call)) return nullptr;
   return lstm ? PyTuple_Pack(2, new_h.ptr(), new_c.ptr()) : Py_NewRef(new_h.ptr());
 }
 

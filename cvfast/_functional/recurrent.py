@@ -514,6 +514,14 @@ def _run_cell(
     return results if batched else [r.squeeze(0) for r in results]
 
 
+def prepared_layers(cell: str) -> Callable:
+    """As `prepared_cell`, of layers: a function of input [T, B, I], h_0, c_0, weights, biases and directions.
+
+    It gives output, h_n and c_n (None but of the lstm). Weights as in `lstm`, without a projection.
+    """
+    return _EXT.prepare(cell, _backend.note_certain)
+
+
 def prepared_cell(cell: str) -> Callable:
     """A function of a module's parameters, input and hx that gives the state after its step, in half of a call's time.
 

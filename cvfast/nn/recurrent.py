@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ def _weights(module: torch.nn.Module, names: Sequence[str]) -> list[Tensor | Non
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _lstm_cell, _gru_cell = functional.prepared_cell("lstm"), functional.prepared_cell("gru")
 _rnn_cells = {nonlinearity: functional.prepared_cell(f"rnn_{nonlinearity}") for nonlinearity in ("tanh", "relu")}
+_lstm, _gru = functional.prepared_layers("lstm"), functional.prepared_layers("gru")
+_rnns = {nonlinearity: functional.prepared_layers(f"rnn_{nonlinearity}") for nonlinearity in ("tanh", "relu")}
 
 
 class _Layer(torch.nn.RNNBase):
@@ -40,6 +42,22 @@ class _Layer(torch.nn.RNNBase):
             input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
             self.batch_first, lengths=lengths, **options,
         )  # fmt: skip
+
+    def _run_prepared(self, layers: Callable, input, hx, lstm: bool = False) -> tuple | None:
+        """Results of one of `functional.prepared_layers`; None where somebody has to ask."""
+        if torch.is_grad_enabled() or is_compiling() or type(input) is not Tensor or input.dim() != 3:
+            return None
+        if self.batch_first or self.proj_size or (self.dropout and self.training):
+            return None
+        directions = 2 if self.bidirectional else 1
+        if hx is None:
+            h_0 = input.new_zeros(directions * self.num_layers, input.size(1), self.hidden_size)
+            hx = (h_0, h_0) if lstm else h_0
+        if lstm and len(hx) != 2:
+            return None
+        h_0, c_0 = hx if lstm else (hx, None)
+        weights = _weights(self, self._flat_weights_names)
+        return layers(input, h_0, c_0, weights, self.bias, directions)
 
 
 class _Varied(_Layer):
@@ -77,8 +95,11 @@ class _Varied(_Layer):
                 text += f", {name}={getattr(self, name)}"
         return text
 
+    def _varies(self) -> bool:
+        return bool(self.layer_norm or self.recurrent_dropout or self.zoneout)
+
     def _variation(self) -> dict:
-        if not (self.layer_norm or self.recurrent_dropout or self.zoneout):
+        if not self._varies():
             return {}
         norms = [getattr(self, name) for name in self._norm_names] if self.layer_norm else None
         return {"layer_norm": norms, "recurrent_dropout": self.recurrent_dropout, "zoneout": self.zoneout}
@@ -104,6 +125,11 @@ class LSTM(_Varied, torch.nn.LSTM):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        if lengths is None and not self._varies():
+            results = self._run_prepared(_lstm, input, hx, lstm=True)
+            if results is not None:
+                output, h_n, c_n = results
+                return output, (h_n, c_n)
         if is_recorded(self, input):
             return node(self, input, hx, lengths=lengths)
         output, h_n, c_n = self._run(functional.lstm, input, hx, lengths, **self._variation())
@@ -122,6 +148,10 @@ class GRU(_Varied, torch.nn.GRU):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if lengths is None and not self._varies():
+            results = self._run_prepared(_gru, input, hx)
+            if results is not None:
+                return results[:2]
         if is_recorded(self, input):
             return node(self, input, hx, lengths=lengths)
         return self._run(functional.gru, input, hx, lengths, **self._variation())
@@ -137,6 +167,9 @@ class RNN(_Layer, torch.nn.RNN):
         *,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
+        layers = _rnns.get(self.nonlinearity) if lengths is None else None
+        if layers is not None and (results := self._run_prepared(layers, input, hx)) is not None:
+            return results[:2]
         if is_recorded(self, input):
             return node(self, input, hx, lengths=lengths)
         return self._run(functional.rnn, input, hx, lengths, nonlinearity=self.nonlinearity)

@@ -14,6 +14,7 @@ from torch import Tensor
 from cvfast.ops.card import Card, call, kernel, looped, register, transforms
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+NUMBERS = {cell: number for number, cell in enumerate(CELLS)}  # of csrc/include/cvfast/recurrent.h
 SAVED = {"lstm": 5, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}  # numbers kept per hidden unit and step
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 

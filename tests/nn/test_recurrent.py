@@ -572,3 +572,62 @@ def test_prepared_steps_are_left_to_the_functions(name):
         assert not taken()
         results = layer(input, hx)
         assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+
+
+# Layers without the dispatcher
+
+
+def prepared_run(layer, input, hx):
+    """What a layer calls before anything else, with all that it takes."""
+    cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[type(layer).__name__]
+    h_0, c_0 = hx if cell == "lstm" else (hx, None)
+    prepared = cvfast.functional.prepared_layers(cell)
+    return lambda: prepared(input, h_0, c_0, list(layer.parameters()), layer.bias, 1 + layer.bidirectional)
+
+
+def prepared_operands(name: str, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    layer = getattr(cvfast.nn, name)(5, 20, **options).to(dtype)
+    input = torch.randn(3, 4, 6, dtype=dtype).transpose(0, 1)[..., :5]  # of which the rows alone are dense
+    h_0 = torch.randn(layer.num_layers * (1 + layer.bidirectional), 3, 20, dtype=dtype)
+    return layer, input, (h_0, h_0.flip(0)) if name == "LSTM" else h_0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_prepared_layers_are_the_operators(name, options, dtype):
+    """Bit by bit, before and after the weights are packed."""
+    layer, input, hx = prepared_operands(name, dtype, **options)
+    run = prepared_run(layer, input, hx)
+    with cvfast.use_backend("ext"):  # that somebody chose: such calls ask
+        output, states = layer(input, hx)
+        assert run() is None
+    expected = [output, *(states if name == "LSTM" else (states,))]
+    with torch.no_grad():
+        for _ in range(3):
+            results = [r for r in run() if r is not None]
+            assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+            assert all(r.stride() == e.stride() for r, e in zip(results, expected, strict=True))
+        output, states = layer(input)
+        zeros = torch.zeros_like(expected[1])
+        assert torch.equal(output, layer(input, (zeros, zeros) if name == "LSTM" else zeros)[0])
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_prepared_layers_are_left_to_the_functions(name):
+    layer, input, hx = prepared_operands(name)
+    short = (hx[0], hx[1][:, :2]) if name == "LSTM" else hx[:, :2]
+    run = prepared_run(layer, input, hx)
+    assert run() is None
+    with torch.no_grad():
+        assert run() is not None
+        with torch.autocast("cpu"):
+            assert run() is None
+        for other in (input.double(), input[..., :4], input[:0], input[:, :0], input.to("meta")):
+            assert prepared_run(layer, other, hx)() is None
+        assert prepared_run(layer, input, short)() is None
+        with pytest.raises(RuntimeError):
+            layer(input, short)
+        layer.training = layer.batch_first = True
+        assert layer(input.transpose(0, 1), hx)[0].shape == (3, 4, 20)

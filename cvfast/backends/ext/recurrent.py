@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from cvfast import _library
 from cvfast._packed import packed
 from cvfast.ops.card import call as call_operator
 from cvfast.ops.card import derives, watched
-from cvfast.ops.recurrent import PACK, STACK, wants_saved
+from cvfast.ops.direct import recurrent_layers, unseen
+from cvfast.ops.recurrent import NUMBERS, PACK, STACK, wants_saved
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 
@@ -94,11 +95,16 @@ def _run_at_once(
         return None
     kept = None
     if input.size(0) > 1:  # of a single step the kernels read each weight once, where it lies
-        kept = packed(None, lambda: 1, lambda: PACK[cell](weights, biases, h_0.size(0)), *weights)
+        kept = _kept(cell, weights, biases, h_0.size(0))
     output, h_n, c_n = STACK[cell](input, lengths, batch_sizes, h_0, c_0, weights, biases, directions, kept)
     if h_n.numel() == 0 and h_n.size(0) == 1:  # the strides that `run` gives, and the fake
         h_n, c_n = h_n[0].unsqueeze(0), c_n if c_0 is None else c_n[0].unsqueeze(0)
     return output, h_n, None if c_0 is None else c_n
+
+
+def _kept(cell: str, weights: Sequence[Tensor], biases: bool, count: int) -> Tensor | None:
+    """What was packed of the weights of `count` layers and directions."""
+    return packed(None, lambda: 1, lambda: PACK[cell](weights, biases, count), *weights)
 
 
 def run_unasked(
@@ -112,3 +118,21 @@ def run_unasked(
         return _run_at_once(cell, input, None, None, h_0, c_0, weights, biases, directions)
     except RuntimeError:
         return None
+
+
+def prepare(cell: str, certain: Callable) -> Callable:
+    """A function of input [T, B, I] and the other operands of `run_unasked`, without projections, in this order.
+
+    Its results, or None where somebody has to ask. Not to be called where a compiler looks on.
+    certain: as `unseen` has it.
+    """
+    state, number = unseen(certain), NUMBERS[cell]
+
+    def run_prepared(input, h_0, c_0, weights, biases, directions):
+        if state is None or not state.holds():
+            return None
+        count = len(weights) // (4 if biases else 2)
+        kept = _kept(cell, weights, biases, count) if input.size(0) > 1 else None
+        return recurrent_layers(number, input, h_0, c_0, weights, biases, directions, kept)
+
+    return run_prepared

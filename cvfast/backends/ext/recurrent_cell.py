@@ -11,10 +11,9 @@ from torch import Tensor
 from cvfast.backends.ext.recurrent import reasons
 from cvfast.ops.card import call
 from cvfast.ops.direct import recurrent_cell, recurrent_step, unseen
-from cvfast.ops.recurrent import CELLS, wants_saved
+from cvfast.ops.recurrent import CELLS, NUMBERS, wants_saved
 
 OPERATORS = {cell: getattr(torch.ops.cvfast, f"{cell}_cell").default for cell in CELLS}
-_NUMBERS = {cell: number for number, cell in enumerate(CELLS)}  # of csrc/include/cvfast/recurrent.h
 
 
 def why_not(cell: str, input: Tensor, *operands) -> list[str]:
@@ -50,16 +49,13 @@ def run_unasked(cell: str, *operands: Tensor | None) -> tuple[Tensor, ...] | Non
     """`run` of operands that nobody has looked at; None where somebody has to: C checks them, too."""
     if torch.compiler.is_compiling():
         return None
-    state = recurrent_step(_unseen, _NUMBERS[cell], *operands)
+    state = recurrent_step(_unseen, NUMBERS[cell], *operands)
     return (state,) if isinstance(state, Tensor) else state
 
 
 def prepare(cell: str, certain: Callable) -> Callable:
     """A function of a module's parameters, input and hx: the state after its step, or None where somebody has to ask.
 
-    certain: notes in a state of `unseen` what else has to hold. Not to be called where a compiler looks on.
+    certain: as `unseen` has it. Not to be called where a compiler looks on.
     """
-    state = unseen()
-    if state is not None:
-        certain(state)
-    return partial(recurrent_cell, state, _NUMBERS[cell])
+    return partial(recurrent_cell, unseen(certain), NUMBERS[cell])
