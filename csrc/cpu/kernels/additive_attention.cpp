@@ -221,11 +221,9 @@ struct ChainGrads {
   Vector<T> query = {}, weight = {};
 };
 
-// One query, keys [first, last), one vector of features: what they give to the keys is added to key_sums, rows of
-// feature_block, or replaces them where this is the first query.
-template <class T, class Seen, class Load>
-ChainGrads<T> chain_grads(Vector<T> query, const T* grad_scores, int64_t first, int64_t last, bool replaces, Seen seen,
-                          Load key, T* key_sums) {
+// One query, keys [first, last), one vector of features: give(s, share) takes what they give to key s.
+template <class T, class Seen, class Load, class Give>
+ChainGrads<T> chain_grads(Vector<T> query, const T* grad_scores, int64_t first, int64_t last, Seen seen, Load key, Give give) {
   ChainGrads<T> sums;
   const auto add = [&](int64_t s, auto together) {
     constexpr int N = decltype(together)::value;
@@ -237,8 +235,7 @@ ChainGrads<T> chain_grads(Vector<T> query, const T* grad_scores, int64_t first, 
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       const Vector<T> share = grad_scores[s + i] * y[i].slope;
-      T* const to = key_sums + (s + i) * feature_block;
-      store_as(to, replaces ? share : load_as<Vector<T>>(to) + share);
+      give(s + i, share);
       sums.query += share;
       sums.weight += grad_scores[s + i] * y[i].tanh;
     }
@@ -252,14 +249,25 @@ ChainGrads<T> chain_grads(Vector<T> query, const T* grad_scores, int64_t first, 
     } else if (seen_together) {
       add(s++, Constant<1>{});
     } else {
-      if (replaces) store_as(key_sums + s * feature_block, Vector<T>{});
-      ++s;
+      give(s++, Vector<T>{});
     }
   }
   return sums;
 }
 
-// The gradients of one sample for features [first, first + count). key_sums: [S][feature_block]; grad_scores: [S].
+// to (+)= the first `count` elements of value.
+template <class T, class To>
+[[gnu::always_inline]] inline void put(Vector<T> value, To* to, int64_t count, bool add) {
+  if (count < lanes<T>)
+    store_first(add ? load_first(to, count) + value : value, to, count);
+  else if (add)
+    store_vector(load_vector(to) + value, to);
+  else
+    store_vector(value, to);
+}
+
+// The gradients of one sample for features [first, first + count). key_sums: [S][feature_block], which one query alone does
+// without; grad_scores: [S].
 template <class S>
 void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int64_t first, int64_t count,
                              Compute<S>* key_sums, Compute<S>* grad_scores) {
@@ -268,7 +276,9 @@ void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int
   const AdditiveShape& shape = args.problem.shape;
   const AdditiveView<S> view = {args.problem};
   const S* const weight = view.weight() + first;
+  S* const grad_keys = static_cast<S*>(args.grad_key) + b * shape.keys * shape.size + first;
   const int64_t size = shape.size;
+  const bool only_query = shape.queries == 1;
   T weight_sums[feature_block] = {};
   if (!shape.queries)
     for (int64_t i = 0; i < shape.keys * feature_block; ++i) key_sums[i] = T{};
@@ -280,9 +290,16 @@ void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int
       last = min(s + key_chain, shape.keys);
       for (int64_t a = 0; a < count; a += L) {
         const S* const keys = view.key(b, 0) + first + a;
-        const auto chain = [&](auto seen, auto load) {
-          return chain_grads<T>(load(view.query(b, t) + first + a), grad_scores, s, last, t == 0, seen,
-                                [&](int64_t k) { return load(keys + k * size); }, key_sums + a);
+        const auto chain = [&](auto seen, auto load, int64_t width) {
+          const auto walk = [&](auto give) {
+            return chain_grads<T>(load(view.query(b, t) + first + a), grad_scores, s, last, seen,
+                                  [&](int64_t k) { return load(keys + k * size); }, give);
+          };
+          if (only_query) {
+            const Vector<T> factor = load(weight + a);
+            return walk([&](int64_t k, Vector<T> share) { put<T>(share * factor, grad_keys + k * size + a, width, args.add); });
+          }
+          return walk([&](int64_t k, Vector<T> share) { put<T>(share, key_sums + k * feature_block + a, L, t > 0); });
         };
         const auto seen = [&](int64_t k) { return view.seen(b, t, k); };
         const auto load_some = [&](const S* from) { return load_first(from, count - a); };
@@ -291,8 +308,8 @@ void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int
           return load_vector(from);
         };
         const bool masked = args.problem.mask != nullptr;
-        const ChainGrads<T> sums = count - a < L || masked ? chain(seen, load_some)
-                                                           : chain([](int64_t) { return true; }, load_whole);
+        const ChainGrads<T> sums = count - a < L || masked ? chain(seen, load_some, count - a)
+                                                           : chain([](int64_t) { return true; }, load_whole, L);
         store_as(query_sums + a, load_as<Vector<T>>(query_sums + a) + sums.query);
         store_as(weight_sums + a, load_as<Vector<T>>(weight_sums + a) + sums.weight);
       }
@@ -301,16 +318,12 @@ void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int
     for (int64_t a = 0; a < count; a += L)  // of query + key, whose derivative is weight times the slope
       store_first(load_as<Vector<T>>(query_sums + a) * load_first(weight + a, count - a), grad_query + a, count - a);
   }
-  auto store = [&](Vector<T> value, auto* to, int64_t a) {
-    store_first(args.add ? load_first(to + a, count - a) + value : value, to + a, count - a);
-  };
-  for (int64_t s = 0; s < shape.keys; ++s) {
-    S* const grad_key = static_cast<S*>(args.grad_key) + (b * shape.keys + s) * shape.size + first;
+  for (int64_t s = 0; !only_query && s < shape.keys; ++s)
     for (int64_t a = 0; a < count; a += L)
-      store(load_as<Vector<T>>(key_sums + s * feature_block + a) * load_first(weight + a, count - a), grad_key, a);
-  }
+      put<T>(load_as<Vector<T>>(key_sums + s * feature_block + a) * load_first(weight + a, count - a),
+             grad_keys + s * size + a, count - a, args.add);
   T* const grad_weight = static_cast<T*>(args.grad_weight) + b * shape.size + first;
-  for (int64_t a = 0; a < count; a += L) store(load_as<Vector<T>>(weight_sums + a), grad_weight, a);
+  for (int64_t a = 0; a < count; a += L) put<T>(load_as<Vector<T>>(weight_sums + a), grad_weight + a, count - a, args.add);
 }
 
 template <class S>

@@ -22,6 +22,11 @@ Sample<T> sample(const BatchedProduct& p, int64_t b) {
   return {matrix(p.left), matrix(p.right), static_cast<T*>(p.result) + b * p.rows * p.cols};
 }
 
+template <int n>
+struct RowCount {
+  static constexpr int value = n;
+};
+
 template <class T>
 Matrix<const T> columns_from(Matrix<const T> m, int64_t first) {
   return {m.data + first * m.col_stride, m.row_stride, m.col_stride};
@@ -42,6 +47,46 @@ void product_of_vectors(const BatchedProduct& p, const Sample<T>& s, int64_t fir
     block_product<T>(p.rows, count, min(block_depth, p.depth - k), columns_from(s.left, k),
                      {s.right.data + k * s.right.row_stride + first, panel_cols<T>, panel_cols<T>, s.right.row_stride},
                      s.result + first, p.cols, p.add || k > 0);
+  }
+}
+
+// One row of left and `count` <= long_row columns: right is read row by row, as memory likes it best. The sums are those of
+// product_of_vectors, to the last bit.
+constexpr int64_t long_row = 1024;
+template <class T>
+void product_of_one_row(const BatchedProduct& p, const Sample<T>& s, int64_t first, int64_t count) {
+  alignas(64) T sums[long_row];
+  auto add_rows = [&](int64_t k, auto together) {
+    constexpr int Rows = decltype(together)::value;
+    for (int64_t j = 0; j < count; j += lanes<T>) {
+      Vector<T> sum = load_as<Vector<T>>(sums + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; ++i)
+        sum += s.left.data[(k + i) * s.left.col_stride] * load_vector(s.right.data + (k + i) * s.right.row_stride + first + j);
+      store_as(sums + j, sum);
+    }
+  };
+  for (int64_t k = 0; k < p.depth;) {
+    const bool add = p.add || k > 0;
+    for (int64_t j = 0; j < count; ++j) sums[j] = T{};
+    const int64_t stop = min(k + block_depth, p.depth);
+    for (; k + 4 <= stop; k += 4) add_rows(k, RowCount<4>{});
+    for (; k < stop; ++k) add_rows(k, RowCount<1>{});
+    for (int64_t j = 0; j < count; ++j) s.result[first + j] = add ? s.result[first + j] + sums[j] : sums[j];
+  }
+}
+
+// A depth of one: the result is written row by row.
+template <class T>
+void product_of_one_column(const BatchedProduct& p, const Sample<T>& s, int64_t first, int64_t count) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const T element = s.left.data[i * s.left.row_stride];
+    T* const to = s.result + i * p.cols + first;
+    const T* const right = s.right.data + first;
+    if (p.add)
+      for (int64_t j = 0; j < count; j += lanes<T>) store_vector(load_vector(to + j) + element * load_vector(right + j), to + j);
+    else
+      for (int64_t j = 0; j < count; j += lanes<T>) store_vector(element * load_vector(right + j), to + j);
   }
 }
 
@@ -135,7 +180,8 @@ void batched_product(const BatchedProduct& p, const ThreadPool& pool) {
     if (!p.add) zero_matrix(Matrix<T>{static_cast<T*>(p.result), p.cols, 1}, p.batch * p.rows, p.cols);
     return;
   }
-  const int64_t step = block_cols<T>, blocks = ceil_div(p.cols, step);
+  const bool one = !p.transposed && (p.rows == 1 || p.depth == 1);
+  const int64_t step = one ? long_row : block_cols<T>, blocks = ceil_div(p.cols, step);
   parallel_for(pool, p.batch * blocks, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const Sample<T> s = sample<T>(p, unit / blocks);
@@ -145,7 +191,12 @@ void batched_product(const BatchedProduct& p, const ThreadPool& pool) {
         continue;
       }
       const int64_t whole = (last - first) / lanes<T> * lanes<T>;
-      product_of_vectors(p, s, first, whole);
+      if (p.depth == 1)
+        product_of_one_column(p, s, first, whole);
+      else if (one)
+        product_of_one_row(p, s, first, whole);
+      else
+        product_of_vectors(p, s, first, whole);
       if (first + whole < last) product_of_tail(p, s, first + whole);
     }
   });
