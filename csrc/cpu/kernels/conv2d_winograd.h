@@ -284,11 +284,41 @@ void store_part_of_line(const FloatVector (&o)[4], S* to, int64_t channel_stride
   }
 }
 
+// What becomes of a tile's results before they are stored, if anything: the sum with `residual`, laid out as they are, or nullptr,
+// within bounds.
+template <class To>
+struct TileFinish {
+  bool some = false;
+  const To* residual = nullptr;
+  Bounds<float> bounds = {};
+};
+
+// Other epilogues follow the stored results.
+template <class S>
+bool finishes_in_registers(const Correlation<S>& c) { return c.finishes() && !activation_of_runs<float>(c.epilogue.activation); }
+
+// Of the line `offset` elements behind the first.
+template <class To, Access access>
+void finish_line(const TileFinish<To>& finish, int64_t offset, int64_t channel_stride, int64_t x_stride, bool whole,
+                 int64_t pixels, int64_t channels, FloatVector (&o)[4]) {
+  if (finish.residual) {
+    FloatVector added[4];
+    const To* from = finish.residual + offset;
+    whole ? load_line<To, access>(from, channel_stride, x_stride, added)
+          : load_part_of_line<To, access>(from, channel_stride, x_stride, 0, pixels, channels, added);
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; ++x) o[x] += added[x];
+  }
+#pragma GCC unroll 4
+  for (int x = 0; x < 4; ++x) o[x] = finish.bounds.clamp(o[x]);
+}
+
 // A^T m A + bias for one tile, lines x pixels results, and the output channels [out, out + lanes) of a group, of which
-// `channels` exist; `to` is theirs.
+// `channels` exist; `to` and `finish` are theirs.
 template <class S, int Taps, Access access, class To>
 void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile tile, int64_t out, int64_t channels,
-                      int64_t lines, int64_t pixels, const float* m, int64_t point_stride, Block<To> to) {
+                      int64_t lines, int64_t pixels, const float* m, int64_t point_stride, Block<To> to,
+                      const TileFinish<To>& finish) {
   constexpr int points = winograd_inputs<Taps>;
   const int64_t first = group * w.c.out_channels + out;
   channels = min<int64_t>(channels, lanes<float>);
@@ -311,6 +341,8 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile ti
     transform_products(line, o);
 #pragma GCC unroll 4
     for (int x = 0; x < 4; ++x) o[x] = (result_scale<Taps>[y] * result_scale<Taps>[x]) * o[x] + bias, sum += o[x];
+    if (finish.some && y < lines)
+      finish_line<To, access>(finish, y * to.line_stride, to.channel_stride, to.pixel_stride, whole, pixels, channels, o);
     if (whole)
       store_line<To, access>(o, to.data + y * to.line_stride, to.channel_stride, to.pixel_stride);
     else if (y < lines)
@@ -319,8 +351,14 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile ti
   const FloatVector zero = sum - sum;  // not 0 where something isn't finite
   for (int64_t i = 0; i < channels; ++i)
     if (zero[i] != 0) {
-      const Block<To> channel = {to.data + i * to.channel_stride, to.channel_stride, to.line_stride, to.pixel_stride};
+      const int64_t offset = i * to.channel_stride;
+      const Block<To> channel = {to.data + offset, to.channel_stride, to.line_stride, to.pixel_stride};
       store_exactly(w.c, w.phase, group, tile, out + i, lines, pixels, channel);
+      if constexpr (sizeof(To) == sizeof(float)) {
+        const To* residual = finish.residual ? finish.residual + offset : nullptr;
+        const Block<const To> added = {residual, to.channel_stride, to.line_stride, to.pixel_stride};
+        if (finish.some) apply_epilogue(w.c.epilogue, channel, added, 1, lines, pixels);
+      }
     }
 }
 
@@ -382,10 +420,12 @@ void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int6
     const int64_t lines = min(from_here(w.height(), y, dilation_y), tile.lines);
     const int64_t pixels = min(from_here(w.width(), x, dilation_x), tile.pixels);
     if (min(lines, pixels) <= 0) continue;  // parts of an image may be a line or a pixel shorter than others
-    const auto transform = [&]<Access to_access, class To>(Block<To> to) {
-      for (int64_t i = 0; i < outs; i += lanes<float>, to.data += lanes<float> * to.channel_stride)
+    const auto transform = [&]<Access to_access, class To>(Block<To> to, TileFinish<To> finish) {
+      for (int64_t i = 0; i < outs; i += lanes<float>, to.data += lanes<float> * to.channel_stride) {
         transform_result<S, Taps, to_access>(w, group, tile, out + i, outs - i, lines, pixels, m + t * winograd_width + i,
-                                             point_stride, to);
+                                             point_stride, to, finish);
+        if (finish.residual) finish.residual += lanes<float> * to.channel_stride;
+      }
     };
     S* result = phase.result + tile.n * phase.result_batch_stride +
                 (group * w.c.out_channels + out) * phase.result_channel_stride + y / unit * phase.result_y_stride +
@@ -394,10 +434,12 @@ void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int6
                          dilation_x * phase.result_x_stride};
     if (in_scratch) {
       const Block<float> from = {in_scratch, 1, winograd_outputs * winograd_width, winograd_width};
-      transform.template operator()<Access::channels>(from);
+      transform.template operator()<Access::channels>(from, TileFinish<float>{});
       store_results(w.c, from, to, outs, lines, pixels);
+    } else if (finishes_in_registers(w.c)) {
+      transform.template operator()<access>(to, TileFinish<S>{true, residual_of(w.c, to).data, bounds_of(w.c)});
     } else {
-      transform.template operator()<access>(to);
+      transform.template operator()<access>(to, TileFinish<S>{});
       finish_with_epilogue(w.c, to, outs, lines, pixels);
     }
   }
