@@ -165,6 +165,23 @@ def test_pooling_keeps_nan_and_infinity(case, memory_format, isa):
         torch.testing.assert_close(result, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", ["winograd", "winograd-groups", "winograd-dilated"])
+def test_winograd_finishes_what_is_not_finite(case, memory_format, isa):
+    """Channels of tiles that are computed again by the definition take the sum and the bounds, too."""
+    (input, weight, bias, residual), options = operands(case, torch.float32, FORMATS[memory_format])
+    input[0, 0, 0, 0], input[0, 1, 5, 5], input[0, 2, 8, 8] = float("nan"), float("inf"), -float("inf")
+    plain = cvfast.functional.conv2d(input, weight, bias, **options, backend="ext")
+    for activation in ("none", "relu", "relu6", "silu"):
+        result = cvfast.functional.conv2d(
+            input, weight, bias, **options, activation=activation, residual=residual, backend="ext"
+        )
+        expected = ACTIVATIONS[activation](plain + residual, 0.01)
+        assert expected.isnan().any() and expected.isfinite().any()
+        torch.testing.assert_close(result, expected, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", ["winograd", "winograd-dilated", "direct", "direct-columns", "1x1"])
 def test_pooling_same_bits(case, threads):
     """For any number of threads, a sample alone or in its batch, both memory formats and any strides."""
