@@ -36,8 +36,12 @@ cvfast.info()
 
 
 def run(*command: str | Path, cwd: Path, fails: bool = False, **env: str) -> str:
-    """Runs a command; its output. A failure is an error, or the other way round."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
+    """Runs a command, an environment's python as if that were activated; its output.
+
+    A failure is an error, or the other way round.
+    """
+    path = os.pathsep.join([str(Path(shutil.which(command[0])).parent), os.environ["PATH"]])
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": path} | env
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, text=True, stdout=-1, stderr=subprocess.STDOUT)
     assert (done.returncode != 0) == fails, done.stdout[-5000:]
     return done.stdout

@@ -291,15 +291,15 @@ void additive_backward_block(const AdditiveWeightsBackward& args, int64_t b, int
       for (int64_t a = 0; a < count; a += L) {
         const S* const keys = view.key(b, 0) + first + a;
         const auto chain = [&](auto seen, auto load, int64_t width) {
-          const auto walk = [&](auto give) {
-            return chain_grads<T>(load(view.query(b, t) + first + a), grad_scores, s, last, seen,
-                                  [&](int64_t k) { return load(keys + k * size); }, give);
+          const Vector<T> factor = load(weight + a);
+          const auto give = [&](int64_t k, Vector<T> share) {
+            if (only_query)
+              put<T>(share * factor, grad_keys + k * size + a, width, args.add);
+            else
+              put<T>(share, key_sums + k * feature_block + a, L, t > 0);
           };
-          if (only_query) {
-            const Vector<T> factor = load(weight + a);
-            return walk([&](int64_t k, Vector<T> share) { put<T>(share * factor, grad_keys + k * size + a, width, args.add); });
-          }
-          return walk([&](int64_t k, Vector<T> share) { put<T>(share, key_sums + k * feature_block + a, L, t > 0); });
+          return chain_grads<T>(load(view.query(b, t) + first + a), grad_scores, s, last, seen,
+                                [&](int64_t k) { return load(keys + k * size); }, give);
         };
         const auto seen = [&](int64_t k) { return view.seen(b, t, k); };
         const auto load_some = [&](const S* from) { return load_first(from, count - a); };
