@@ -20,28 +20,34 @@ inline FloatVector quotient(FloatVector a, FloatVector b) {
 inline FloatVector quotient(FloatVector a, FloatVector b) { return a / b; }
 #endif
 
+inline FloatVector magnitude(FloatVector x) { return bit_cast<FloatVector>(bit_cast<UintVector>(x) & 0x7fffffffu); }
+
+// What is known of x by a <= |x|, as far as float32 tells the rest from 0.
 struct Normal {
-  FloatVector phi, bell;  // Phi(x), exp(-x^2 / 2)
+  FloatVector a, bell, tail;  // exp(-x^2 / 2), Phi(-|x|): this loses nothing where it is near 0
 };
 
-// By Phi(-|x|), which loses nothing where it is near 0.
 inline Normal normal(FloatVector x) {
-  const FloatVector farthest = FloatVector{} + 14.2f, distance = bit_cast<FloatVector>(bit_cast<UintVector>(x) & 0x7fffffffu);
-  const FloatVector a = farthest < distance ? farthest : distance;  // in this order one instruction, which lets a NaN through
+  const FloatVector a = lesser_of(FloatVector{} + 14.2f, magnitude(x));  // in this order, which lets a NaN through
   FloatVector above = FloatVector{} + tail_above[0], below = FloatVector{} + tail_below[0];
 #pragma GCC unroll 8
   for (int i = 1; i < 5; ++i) above = above * a + tail_above[i];
 #pragma GCC unroll 8
   for (int i = 1; i < 6; ++i) below = below * a + tail_below[i];
-  const FloatVector bell = exp2<float>(x * (x * static_cast<float>(-log2_e / 2))), tail = bell * quotient(above, below);
-  return {x < 0 ? tail : 1 - tail, bell};  // -inf gives NaN by 0 times it, as torch's
+  const FloatVector bell = exp2<float>(x * (x * static_cast<float>(-log2_e / 2)));
+  return {a, bell, bell * quotient(above, below)};
 }
 
-inline FloatVector gelu(FloatVector x) { return x * normal(x).phi; }
+// x for x > 0, less |x| Phi(-|x|). The sum of halves is NaN for -inf, as torch's result is.
+inline FloatVector gelu(FloatVector x) {
+  const Normal n = normal(x);
+  const FloatVector half = x * 0.5f;
+  return half + magnitude(half) - n.a * n.tail;
+}
 // Phi(x) + x Phi'(x)
 inline FloatVector gelu_derivative(FloatVector x) {
   const Normal n = normal(x);
-  return n.phi + 0.398942280f * x * n.bell;
+  return (x < 0 ? n.tail : 1 - n.tail) + 0.398942280f * x * n.bell;
 }
 
 inline Vector<double> gelu(Vector<double> x) {
