@@ -39,11 +39,13 @@ void normalize_row(const LayerNormForward& p, const float* from, float* to) {
     return difference * difference;
   });
   const float scale = static_cast<float>(1 / __builtin_sqrt(squares / count + p.epsilon));
-  for (int64_t i = 0; i < p.size; i += L) {
-    const int64_t some = min(p.size - i, L);
+  const auto normalize = [&](int64_t i, int64_t some) {
     const FloatVector weight = load_first(p.weight + i, some), bias = load_first(p.bias + i, some);
     store_first((load_first(from + i, some) - mean) * scale * weight + bias, to + i, some);
-  }
+  };
+  int64_t i = 0;
+  for (; i + L <= p.size; i += L) normalize(i, L);
+  if (i < p.size) normalize(i, p.size - i);
 }
 
 void run_forward(const LayerNormForward& p, const ThreadPool& pool) {

@@ -190,7 +190,10 @@ inline void store_first(FloatVector v, float* to, int64_t count) { _mm512_mask_s
 inline __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(min<int64_t>(count, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-inline FloatVector load_first(const float* from, int64_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
+inline FloatVector load_first(const float* from, int64_t count) {
+  if (__builtin_constant_p(count >= 8) && count >= 8) return load_vector(from);
+  return _mm256_maskload_ps(from, first_lanes(count));
+}
 inline void store_first(FloatVector v, float* to, int64_t count) {
   if (count >= 8) return store_vector(v, to);  // masked, it is slow
   _mm256_maskstore_ps(to, first_lanes(count), v);
