@@ -367,7 +367,7 @@ def _linear_with_activation(
         output = chosen.run_with_activation(activation, negative_slope, input, weight, bias)
         if output is not None:
             return output
-    return ACTIVATIONS[activation](chosen.run(input, weight, bias), negative_slope)
+    return ACTIVATIONS[activation](linear(input, weight, bias, backend=backend), negative_slope)
 
 
 def conv2d_size(

@@ -115,7 +115,8 @@ std::optional<int64_t> row_stride(const Tensor& t) {
 // activation(input weight^T + bias + residual) for input [*, I] and weight [O, I]: a 1x1 convolution of one channels_last image
 // whose pixels are the rows. The result is contiguous.
 Tensor linear(const Tensor& given, const Tensor& weight, const std::optional<Tensor>& bias, int64_t bits,
-              const std::optional<Tensor>& packed, double negative_slope, const std::optional<Tensor>& residual) {
+              const std::optional<Tensor>& packed, double negative_slope, const std::optional<Tensor>& residual,
+              bool lasting) {
   const Conv2dHow how = Conv2dHow::unpacked(bits);
   check_how(how);
   const int64_t dims = given.dim();
@@ -130,7 +131,8 @@ Tensor linear(const Tensor& given, const Tensor& weight, const std::optional<Ten
   size[dims - 1] = out;
   for (int64_t d = dims - 1, next = 1; d >= 0; next *= size[d], --d) strides[d] = next;
   Tensor keep,
-      output = brief_tensor(dims, size.data(), strides.data(), dtype_code(given), rows * out * given.element_size());
+      output = lasting ? empty_contiguous(size, dtype_code(given))
+                       : brief_tensor(dims, size.data(), strides.data(), dtype_code(given), rows * out * given.element_size());
   STD_TORCH_CHECK(!residual.has_value() || (sizes_of(*residual) == size && residual->is_contiguous() &&
                                             residual->scalar_type() == given.scalar_type()),
                   "cvfast linear: the residual must be contiguous, of the result's sizes and dtype");

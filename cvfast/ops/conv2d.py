@@ -229,12 +229,41 @@ def _nohow(*options) -> None:
 conv2d_how: Callable[..., int | None] = _library.C.conv2d_how if _library.ops.loaded else _nohow
 
 # activation(input weight^T + bias + residual) for input [*, I] and weight [O, I], without derivatives; `how` of
-# `ONE_BY_ONE`, and `packed` of the rows as pixels.
+# `ONE_BY_ONE`, and `packed` of the rows as pixels; `lasting` as conv2d's.
 linear_kernel = define_kernel(
     "cvfast",
     "linear(Tensor input, Tensor weight, Tensor? bias, int how, Tensor? packed=None, float negative_slope=0.0, "
-    "Tensor? residual=None) -> Tensor",
+    "Tensor? residual=None, bool lasting=False) -> Tensor",
 )
+
+
+class _TrainedLinear(_SingleLevelFunction):
+    """linear for autograd alone, with torch's product for the gradient to the weight: that adds up over all rows, for
+    which both operands have to be copied, and torch does it faster without AVX-512."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, how):
+        ctx.how = how
+        ctx.save_for_backward(input, weight)
+        return linear_kernel(input, weight, bias, how, None, 0.0, None, True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        rows, grad_input = grad.reshape(-1, grad.shape[-1]), None
+        if needs_input:
+            parts = torch.is_grad_enabled() or watched(grad)  # somebody differentiates or looks on
+            grad_input = grad @ weight if parts else linear_kernel(grad, weight.t(), None, ctx.how)
+        return (
+            grad_input,
+            rows.t() @ input.reshape(-1, input.shape[-1]) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+            None,
+        )
+
+
+trained_linear = _TrainedLinear.apply
 
 # Activations whose result tells their derivative: (gradient of the result, result, slope) -> gradient of the argument.
 _aten = torch.ops.aten

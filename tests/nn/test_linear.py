@@ -21,6 +21,7 @@ def slow_mkl(monkeypatch):
     """As on a processor on which torch's product is slow: the rules of size decide."""
     monkeypatch.setattr(ext, "_INFERS_ON_MKL", False)
     monkeypatch.setattr(ext, "_TRAINS_ON_MKL", False)
+    monkeypatch.setattr(ext, "_WEIGHT_GRADS_ON_MKL", False)
     monkeypatch.setattr(ext, "_LEAST_PRODUCTS", 2_000_000)
     monkeypatch.setattr(ext, "_LEAST_ROWS_TO_TRAIN", ext._LEAST_ROWS)
 
@@ -74,6 +75,58 @@ def test_activation(activation, name):
     (grad,) = torch.autograd.grad(result.sum(), layer.weight)
     (expected,) = torch.autograd.grad(exact.sum(), layer.weight)
     assert (grad - expected).abs().max() < 1e-4
+
+
+def test_beside_torchs_gradients_to_weights_many_rows_of_few_weights_are_cvfasts(slow_mkl, monkeypatch):
+    monkeypatch.setattr(ext, "_WEIGHT_GRADS_ON_MKL", True)
+    for rows, inputs, outputs, gains in (1536, 192, 192, True), (1535, 192, 192, False), (1536, 64, 64, False):
+        assert ext.is_torchs(torch.empty(rows, inputs), torch.empty(outputs, inputs)) != gains
+    assert ext.is_torchs(torch.empty(4096, 768), torch.empty(3072, 768))
+    assert chosen(2000, 192, outputs=192) == "native"  # who watches sees torch's operator
+    with torch.no_grad():
+        assert chosen(2000, 192, outputs=192) == "ext"
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_training_with_torchs_product_for_the_weights_gradient(activation, slow_mkl, monkeypatch):
+    """Gradients, also second ones, of ordinary calls and of rows that do not lie side by side."""
+    monkeypatch.setattr(ext, "_WEIGHT_GRADS_ON_MKL", True)
+    monkeypatch.setattr(ext, "_LEAST_PRODUCTS_BESIDE_MKL", 2_000_000)
+    calls, kernel = [], ext.trained_linear
+    monkeypatch.setattr(ext, "trained_linear", lambda *args: (calls.append(1), kernel(*args))[1])
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(64, 40, 50).transpose(0, 1), torch.randn(72, 50), torch.randn(72)
+    grad = torch.randn(40, 64, 72)
+
+    def derivatives(dtype, linear, needed):
+        given = [t.to(dtype).requires_grad_(is_needed) for t, is_needed in zip((x, weight, bias), needed, strict=True)]
+        output = linear(*given)
+        first = torch.autograd.grad(output, [t for t in given if t.requires_grad], grad.to(dtype), create_graph=True)
+        total = sum((g * g).sum() for g in first)
+        inputs = [t for t in given if t.requires_grad]
+        second = torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else ()
+        return [output, *first, *(s for s in second if s is not None)]
+
+    def parts(*given):
+        return ACTIVATIONS[activation](nn.functional.linear(*given), 0)
+
+    for needed in (True, True, True), (False, True, True), (True, False, False), (True, True, False):
+        results = derivatives(
+            torch.float32, lambda *given: cvfast.functional.linear(*given, activation=activation), needed
+        )
+        exact = derivatives(torch.float64, parts, needed)
+        assert len(results) == len(exact)
+        for result, expected in zip(results, exact, strict=True):
+            assert (result.double() - expected).norm() <= 2e-6 * expected.norm()
+    assert len(calls) == 4
+
+    def gradients(dtype, linear):  # which nobody differentiates: that to the input is a kernel's
+        given = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        return torch.autograd.grad(linear(*given).sin().sum(), given)
+
+    own = gradients(torch.float32, lambda *given: cvfast.functional.linear(*given, activation=activation))
+    for result, exact in zip(own, gradients(torch.float64, parts), strict=True):
+        assert (result.double() - exact).norm() <= 3e-6 * exact.norm()
 
 
 def test_unknown_activation():

@@ -47,12 +47,16 @@ PackedHeader::Origin packed_origin(const Problem& p, PackedForm form, bool with_
   origin.dtype = static_cast<int64_t>(p.dtype), origin.groups = s.groups;
   const int64_t size[4] = {s.out_channels, s.in_channels / s.groups, s.kernel_height, s.kernel_width};
   int64_t count = 1;
+  bool dense = true;  // divisions take longer than all else
   note_phases(p, origin);
-  for (int d = 0; d < 4; ++d) origin.size[d] = size[d], origin.stride[d] = p.weight.stride[d], count *= size[d];
+  for (int d = 3; d >= 0; --d) {
+    dense &= size[d] == 1 || p.weight.stride[d] == count;
+    origin.size[d] = size[d], origin.stride[d] = p.weight.stride[d], count *= size[d];
+  }
   const int64_t bytes = element_bytes(p.dtype);
   for (int64_t i = 0; with_elements && i < PackedHeader::samples && count > 0; ++i) {
-    int64_t index = (count - 1) * i / (PackedHeader::samples - 1), at = 0;
-    for (int d = 3; d >= 0; index /= size[d], --d) at += index % size[d] * p.weight.stride[d];
+    int64_t index = (count - 1) * i / (PackedHeader::samples - 1), at = dense ? index : 0;
+    for (int d = 3; !dense && d >= 0; index /= size[d], --d) at += index % size[d] * p.weight.stride[d];
     __builtin_memcpy(origin.elements + i * bytes, static_cast<const char*>(p.weight.data) + at * bytes, bytes);
   }
   return origin;
