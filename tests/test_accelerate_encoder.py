@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import cvfast
+from cvfast._accelerate.encoder import Halves
 from cvfast.backends.ext import encoder, linear
 from cvfast.models.vit import Encoder, EncoderBlock
 from cvfast.ops.conv2d import ONE_BY_ONE, conv2d_how
@@ -206,3 +207,102 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(RuntimeError, match="cvfast encoder"):
             encoder_mlp(*args)
+
+
+class Tokens(nn.Module):
+    """Reads `read(results)` of an encoder's results."""
+
+    def __init__(self, read, batch_first: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = [EncoderBlock(WIDTH, HEADS, HIDDEN, 0.0, dropout) for _ in range(2)]
+        self.encoder, self.head, self.read = Encoder(LENGTH, WIDTH, 0.0, blocks), nn.Linear(WIDTH, 5), read
+        for name, parameter in self.named_parameters():
+            nn.init.normal_(parameter, std=0.1 if "weight" in name else 0.3)
+        for block in blocks:
+            block.self_attention.batch_first = batch_first
+
+
+class First(Tokens):
+    def forward(self, x):
+        return self.head(self.encoder(x)[:, 0])
+
+
+class Second(Tokens):
+    def forward(self, x):
+        return self.head(self.encoder(x)[:, 1])
+
+
+class FirstAndMean(Tokens):
+    def forward(self, x):
+        y = self.encoder(x)
+        return self.head(y[:, 0] + y.mean(1))
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """The positions of the results of each row of halves."""
+    sizes, call = [], Halves.__call__
+
+    def watched(self, input):
+        output = call(self, input)
+        sizes.append(output.shape[1])
+        return output
+
+    monkeypatch.setattr(Halves, "__call__", watched)
+    return sizes
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("model, kept", [(First, 1), (Second, LENGTH), (FirstAndMean, LENGTH)])
+def test_positions_that_nobody_reads_are_left_out(model, kept, train, results):
+    model = model(None).train(train)
+    wide, x = copy.deepcopy(model).double(), torch.randn(3, LENGTH, WIDTH)
+    cvfast.accelerate(model, fuse=True)
+    for grad in (False, False, False, True):
+        given, exact = x.clone().requires_grad_(grad), x.double().requires_grad_(grad)
+        with torch.set_grad_enabled(grad):
+            result, expected = model(given), wide(exact)
+        assert (result.double() - expected).norm() <= 2e-6 * expected.norm()
+    assert results == [kept] * 4
+    own, others = [given, *model.parameters()], [exact, *wide.parameters()]
+    gradients = [torch.autograd.grad(r.sin().sum(), t) for r, t in ((result, own), (expected, others))]
+    for gradient, exact in zip(*gradients, strict=True):
+        assert (gradient.double() - exact).norm() <= 1e-5 * exact.norm() + 1e-6  # keys' biases have none
+
+
+def test_positions_are_not_left_out_where_somebody_would_see_it(results):
+    model, x, seen = First(None), torch.randn(3, LENGTH, WIDTH), []
+    cvfast.accelerate(model, fuse=True)
+
+    def sizes() -> list[int]:
+        results.clear()
+        with torch.no_grad():
+            model(x), model(x)
+        model(x)
+        return results[:]
+
+    assert sizes() == [1] * 3
+    for name in ("ln_2", "self_attention", "mlp.0", "mlp.1"):
+        layer = model.encoder.layers[1].get_submodule(name)
+        handle = layer.register_forward_hook(lambda *args: seen.append(args[1][0].shape[1]))
+        sizes()
+        assert set(seen) == {LENGTH}
+        handle.remove()
+        seen.clear()
+    assert sizes() == [1] * 3
+    with nn.modules.module.register_module_forward_hook(lambda *args: None):
+        sizes()
+        assert 1 not in results
+
+
+@pytest.mark.parametrize("options", [{"batch_first": False}, {"dropout": 0.2}], ids=repr)
+def test_positions_that_another_order_or_dropout_needs_are_not_left_out(options, results):
+    model, x = First(None, **options).train(), torch.randn(3, LENGTH, WIDTH)
+    plain = copy.deepcopy(model)
+    cvfast.accelerate(model, fuse=True)
+    torch.manual_seed(1)
+    result = model(x)
+    assert results == [LENGTH]
+    torch.manual_seed(1)
+    assert torch.allclose(result, plain(x), atol=1e-4)

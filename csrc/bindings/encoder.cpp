@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "../cpu/isa.h"
 #include "brief_result.h"
@@ -16,14 +17,30 @@ namespace {
 using namespace cvfast;
 using MaybeTensor = std::optional<Tensor>;
 
-// Contiguous, of the dtype of `like` and its sizes but for the last one.
-Tensor brief_rows(const Tensor& like, int64_t features) {
-  Ints sizes = sizes_of(like), strides(sizes.size());
-  sizes.back() = features;
+// Contiguous, of the dtype of `like`.
+Tensor brief_result(const Tensor& like, const Ints& sizes) {
+  Ints strides(sizes.size());
   int64_t elements = 1;
   for (size_t d = sizes.size(); d-- > 0; elements *= sizes[d]) strides[d] = elements;
   return prepared(brief_tensor(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_code(like),
                                elements * like.element_size()));
+}
+
+// Of the sizes of `like` but for the last one.
+Tensor brief_rows(const Tensor& like, int64_t features) {
+  Ints sizes = sizes_of(like);
+  sizes.back() = features;
+  return brief_result(like, sizes);
+}
+
+// [N, 1, E] from contiguous x [N, L, E].
+Tensor first_positions(const Tensor& x) {
+  const int64_t batch = x.size(0), bytes = x.size(2) * x.element_size(), step = x.size(1) * bytes;
+  const Tensor result = brief_result(x, {batch, 1, x.size(2)});
+  for (int64_t n = 0; n < batch; ++n)
+    std::memcpy(static_cast<char*>(result.mutable_data_ptr()) + n * bytes,
+                static_cast<const char*>(x.const_data_ptr()) + n * step, bytes);
+  return result;
 }
 
 // A linear layer: weight [O, I], bias [O], the weight as conv2d_pack gave it.
@@ -55,8 +72,8 @@ Tensor projected(const Tensor& input, const Layer& layer, Activation activation 
   return result;
 }
 
-// [N, L, E] from query, key and value side by side [N, L, 3 E].
-Tensor attended(const Tensor& projections, int64_t heads) {
+// [N, L, E] from query, key and value side by side [N, L, 3 E]; or the results of the first `queries` positions alone.
+Tensor attended(const Tensor& projections, int64_t heads, int64_t queries) {
   const int64_t batch = projections.size(0), length = projections.size(1), width = projections.size(2), features = width / 3,
                 size = features / heads;
   auto operand = [&](int64_t which) -> ConstTensor4 {
@@ -64,14 +81,14 @@ Tensor attended(const Tensor& projections, int64_t heads) {
     return {data + which * features * projections.element_size(), {length * width, size, width, 1}};
   };
   AttentionProblem p = {};
-  p.shape = {batch, heads, heads, length, length, size, size};
+  p.shape = {batch, heads, heads, queries, length, size, size};
   p.dtype = dtype_of(projections);
   p.query = operand(0), p.key = operand(1), p.value = operand(2);
   p.scale = 1 / std::sqrt(static_cast<double>(size));
   p.visible.left = p.visible.right = length;
-  const Tensor result = brief_rows(projections, features);
-  const Tensor log_sum = empty_contiguous({batch, heads, length}, compute_code(projections));
-  kernels().attention.forward({p, {result.mutable_data_ptr(), {length * features, size, features, 1}},
+  const Tensor result = brief_result(projections, {batch, queries, features});
+  const Tensor log_sum = empty_contiguous({batch, heads, queries}, compute_code(projections));
+  kernels().attention.forward({p, {result.mutable_data_ptr(), {queries * features, size, features, 1}},
                                log_sum.mutable_data_ptr()},
                               thread_pool());
   return result;
@@ -108,34 +125,37 @@ Tensor self_attention(const Tensor& input, const Tensor& in_weight, const MaybeT
                       const MaybeTensor& out_bias, int64_t heads, const MaybeTensor& packed_in, const MaybeTensor& packed_out) {
   const Layer in = {in_weight, in_bias, packed_in}, out = {out_weight, out_bias, packed_out};
   check_attention(input, in, out, heads);
-  return projected(attended(projected(input, in), heads), out);
+  return projected(attended(projected(input, in), heads, input.size(1)), out);
 }
 
 // Half of a layer: its operands are those of a layer norm and of two linear layers.
 struct Half {
   const Tensor &norm_weight, &norm_bias;
   double epsilon;
-  Layer first, second;
+  Layer in, out;
   int64_t heads;  // 0: of an mlp
   Activation activation;
 
-  Tensor operator()(const Tensor& input) const {
+  // Of the first position alone, with `first`, where other positions matter to attention.
+  Tensor operator()(const Tensor& input, bool first) const {
     const Tensor normal = normalized(input, norm_weight, norm_bias, epsilon);
     const int64_t features = input.size(input.dim() - 1);
-    STD_TORCH_CHECK(second.weight.dim() == 2 && second.weight.size(0) == features,
+    STD_TORCH_CHECK(out.weight.dim() == 2 && out.weight.size(0) == features,
                     "cvfast encoder: the result does not fit the input");
     if (heads > 0) {
-      check_attention(normal, first, second, heads);
-      return projected(attended(projected(normal, first), heads), second, Activation::none, &input);
+      check_attention(normal, in, out, heads);
+      const Tensor residual = first ? first_positions(input) : input;
+      return projected(attended(projected(normal, in), heads, residual.size(1)), out, Activation::none, &residual);
     }
-    first.check(input, features);
-    second.check(input, first.weight.size(0));
-    STD_TORCH_CHECK(first.weight.size(0) > 0, "cvfast encoder: an mlp without features");
-    return projected(projected(normal, first, activation), second, Activation::none, &input);
+    in.check(input, features);
+    out.check(input, in.weight.size(0));
+    STD_TORCH_CHECK(in.weight.size(0) > 0, "cvfast encoder: an mlp without features");
+    return projected(projected(normal, in, activation), out, Activation::none, &input);
   }
 };
 
-// What `prepare` was given; behind the halves there may be a layer norm: its weight and bias, and its epsilon.
+// What `prepare` was given; behind the halves there may be a layer norm: its weight and bias, and its epsilon. From the half
+// `narrow` on, an attention's if there is one, only the first position is computed.
 struct Encoder {
   static constexpr char what[] = "encoder";
   OpaqueMark mark;
@@ -143,12 +163,13 @@ struct Encoder {
   std::vector<double> epsilons;
   Ints heads;
   std::vector<Activation> activations;
+  int64_t narrow;
 };
 
 constexpr size_t half_operands = 6;
 
 Tensor prepare(std::vector<MaybeTensor> operands, std::vector<MaybeTensor> packed, std::vector<double> epsilons, Ints heads,
-               Ints hows) {
+               Ints hows, int64_t narrow) {
   const size_t halves = heads.size(), last = epsilons.size() == halves + 1;
   STD_TORCH_CHECK(halves > 0 && operands.size() == half_operands * halves + 2 * last && packed.size() == 2 * halves &&
                       hows.size() == halves && epsilons.size() == halves + last,
@@ -156,13 +177,16 @@ Tensor prepare(std::vector<MaybeTensor> operands, std::vector<MaybeTensor> packe
   for (size_t i = 0; i < operands.size(); ++i)
     STD_TORCH_CHECK(operands[i].has_value() || (i < half_operands * halves && (i % half_operands == 3 || i % half_operands == 5)),
                     "cvfast encoder: a weight is missing");
+  const int64_t count = static_cast<int64_t>(halves);
+  STD_TORCH_CHECK(narrow == -1 || (narrow >= 0 && narrow < count && heads[narrow] > 0),
+                  "cvfast encoder: only attention leaves positions out, got half ", narrow);
   std::vector<Activation> activations;
   for (int64_t how : hows) {
     activations.push_back(Conv2dHow::unpacked(how).activation);
     STD_TORCH_CHECK(activations.back() <= Activation::hardsigmoid, "cvfast encoder: unknown activation");
   }
   return opaque(std::make_unique<Encoder>(Encoder{{}, std::move(operands), std::move(packed), std::move(epsilons),
-                                                  std::move(heads), std::move(activations)}));
+                                                  std::move(heads), std::move(activations), narrow}));
 }
 
 Tensor encoder(const Tensor& prepared, const Tensor& input) {
@@ -171,7 +195,8 @@ Tensor encoder(const Tensor& prepared, const Tensor& input) {
   Tensor x = input;
   for (size_t i = 0; i < halves; ++i) {
     const MaybeTensor *o = &e.operands[half_operands * i], *packed = &e.packed[2 * i];
-    x = Half{*o[0], *o[1], e.epsilons[i], {*o[2], o[3], packed[0]}, {*o[4], o[5], packed[1]}, e.heads[i], e.activations[i]}(x);
+    x = Half{*o[0], *o[1], e.epsilons[i], {*o[2], o[3], packed[0]}, {*o[4], o[5], packed[1]}, e.heads[i],
+             e.activations[i]}(x, static_cast<int64_t>(i) == e.narrow);
   }
   if (e.epsilons.size() == halves) return x;
   const MaybeTensor* norm = &e.operands[half_operands * halves];

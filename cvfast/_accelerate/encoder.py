@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 from torch.nn import LayerNorm, Module
+from torch.nn.modules.module import _has_any_global_hook
 
 from cvfast import functional, nn
 from cvfast._accelerate import chains, layers
@@ -32,6 +33,19 @@ class AttentionHalf:
     def __call__(self, input: Tensor) -> Tensor:
         normal = self.norm(input)
         return input + self.attention(normal, normal, normal, need_weights=False)[0]
+
+    def of_first(self, input: Tensor) -> Tensor:
+        """[N, 1, E], the first position's results from input [N, L, E]."""
+        normal = self.norm(input)
+        return input[:, :1] + self.attention(normal[:, :1], normal, normal, need_weights=False)[0]
+
+    def may_leave_out(self) -> bool:
+        """Whether positions of the result may be left out, as far as this half alone decides it."""
+        attention = self.attention
+        return attention.batch_first and not (attention.training and attention.dropout)  # drops from all in order
+
+    def modules(self) -> list[Module]:
+        return [self.norm, self.attention, self.attention.out_proj]
 
     def look(self, snapshot: Snapshot) -> None:
         """Notes all that `prepare` depends on."""
@@ -63,6 +77,10 @@ class MlpHalf:
 
     def __call__(self, input: Tensor) -> Tensor:
         return self.second(self.first(self.norm(input)), input)
+
+    def modules(self) -> list[Module]:
+        layers = (*self.first.layers, *self.second.layers)
+        return [self.norm, *(layer for layer in layers if isinstance(layer, Module))]
 
     def look(self, snapshot: Snapshot) -> None:
         """Notes all that `prepare` depends on."""
@@ -100,13 +118,18 @@ def _may_keep(norm: tuple[Tensor | None, ...], *layers: tuple[Tensor | None, ...
 
 
 class Halves:
-    """Halves in a row of which nobody else sees the results between, and a layer norm behind them if there is one."""
+    """Halves in a row of which nobody else sees the results between, and a layer norm behind them if there is one.
+
+    Where only the first position of the results is read, as a vision transformer reads its class token, `narrow` is the
+    number of the last half of attention: behind it the others are left out, of the results [N, 1, E], too.
+    """
 
     __name__ = __qualname__ = "halves"  # in the code that torch.fx writes
 
     def __init__(self, halves: list[AttentionHalf | MlpHalf]) -> None:
         self.halves = halves
         self.norm: LayerNorm | None = None
+        self.narrow = -1
         self._prepared: list[functional.Half] = []  # for which `calls` were prepared, by sizes of inputs
         self._state = None  # in which they were prepared
         self._calls: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
@@ -128,9 +151,18 @@ class Halves:
         self._state, self._prepared = (None, []) if None in prepared else (state, prepared)
 
     def _one_by_one(self, input: Tensor) -> Tensor:
-        for half in self.halves:
-            input = half(input)
+        narrow = self.narrow if self._may_leave_out(input) else -1
+        for number, half in enumerate(self.halves):
+            input = half.of_first(input) if number == narrow else half(input)
         return input if self.norm is None else self.norm(input)
+
+    def _may_leave_out(self, input: Tensor) -> bool:
+        """Whether nobody sees that positions are left out behind half `narrow`."""
+        if self.narrow < 0 or input.dim() != 3 or chains.observer is not None or torch.compiler.is_compiling():
+            return False
+        modules = [module for half in self.halves[self.narrow :] for module in half.modules()]
+        modules += [] if self.norm is None else [self.norm]
+        return self.halves[self.narrow].may_leave_out() and all(map(unwatched, modules)) and not _has_any_global_hook()
 
     def _look(self, snapshot: Snapshot) -> None:
         for half in self.halves:
@@ -147,7 +179,7 @@ class Halves:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
             norm = None if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps)
-            self._calls[size] = functional.prepared_encoder(self._prepared, norm, input)
+            self._calls[size] = functional.prepared_encoder(self._prepared, norm, input, self.narrow)
         call = self._calls[size]
         try:
             return None if call is None else call(input)
@@ -179,6 +211,16 @@ def join_halves(graph: fx.Graph, root: Module) -> None:
                 norm.replace_all_uses_with(end)
                 graph.erase_node(norm)
                 end = None
+    for node in graph.nodes:
+        if isinstance(node.target, Halves) and _only_first_is_read(node):
+            attentions = [number for number, half in enumerate(node.target.halves) if isinstance(half, AttentionHalf)]
+            node.target.narrow = max(attentions, default=-1)
+
+
+def _only_first_is_read(node: fx.Node) -> bool:
+    """Whether all that becomes of the results is their first position, result[:, 0]."""
+    user = _only_user(node)
+    return user is not None and user.target is operator.getitem and user.args == (node, (slice(None), 0))
 
 
 def _module(node: fx.Node, root: Module) -> Module | None:

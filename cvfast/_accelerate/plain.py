@@ -377,13 +377,14 @@ class _Proof:
             return None
         if isinstance(inspect.getattr_static(type(owner), name, None), property):
             self.refuse(node)
-        value = getattr(owner, name, NotPlain)
+        tensors = owner._parameters | owner._buffers  # while torch.fx traces, attributes are stand-ins for them
+        value = tensors[name] if name in tensors else getattr(owner, name, NotPlain)
         if isinstance(value, Module):
             self.facts.watch_children(owner)
             if isinstance(value, (ModuleList, Sequential)):
                 self.facts.watch_children(value)
         elif isinstance(value, Tensor):
-            if owner._parameters.get(name) is not value and owner._buffers.get(name) is not value:
+            if name not in tensors:
                 self.refuse(node)
         elif type(value) in _CONSTANTS or (type(value) is tuple and all(type(v) in _CONSTANTS for v in value)):
             self.facts.values.append((owner, name, value))

@@ -45,15 +45,17 @@ class Half(NamedTuple):
 
 
 def prepared_encoder(
-    halves: Sequence[Half], norm: tuple[Tensor, Tensor, float] | None, input: Tensor
+    halves: Sequence[Half], norm: tuple[Tensor, Tensor, float] | None, input: Tensor, narrow: int = -1
 ) -> Callable[[Tensor], Tensor | None] | None:
     """The halves one after the other for many inputs [N, L, E] of this one's size; None where they have to be called.
 
     norm: weight, bias and epsilon of a layer norm behind them, or None.
+    narrow: the number of a half of attention behind which only the first position is computed, so that the result is
+    [N, 1, E]; -1: none.
     The call gives None, too, where that is so of it, and raises LookupError once it has to be prepared anew.
     """
     try:
-        call = _ext.PreparedEncoder(halves, norm, input)
+        call = _ext.PreparedEncoder(halves, norm, input, narrow)
     except RuntimeError:
         return None
     return lambda input: call(input) if _backend.is_free() and _backend.is_certain("ext") else None

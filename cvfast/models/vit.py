@@ -62,6 +62,20 @@ class Encoder(nn.Module):
         return self.ln(self.layers(self.dropout(x + self.pos_embedding)))
 
 
+class OfSize(nn.Module):
+    """Hands on images of a size; ValueError for others. A layer, so that the model around it does the same for all."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[2:] != (self.size, self.size):
+            size = f"{self.size}x{self.size}"
+            raise ValueError(f"the model was made for images of {size} pixels, got {list(images.shape)}")
+        return images
+
+
 class VisionTransformer(nn.Module):
     """Patches of an image as a sequence, with torchvision's names and arguments, so its state_dicts load.
 
@@ -101,8 +115,9 @@ class VisionTransformer(nn.Module):
                 f"patch_size must divide image_size, and num_heads hidden_dim, got {patch_size} and {image_size}, "
                 f"{num_heads} and {hidden_dim}"
             )
-        self.image_size = image_size
+        self.images = OfSize(image_size)
         self.conv_proj = Conv2d(in_chans, hidden_dim, patch_size, patch_size)
+        self.hidden_dim = hidden_dim
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
         length = (image_size // patch_size) ** 2 + 1
         blocks = [EncoderBlock(hidden_dim, num_heads, mlp_dim, dropout, attention_dropout) for _ in range(num_layers)]
@@ -115,11 +130,9 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, num_classes]`` of images ``[N, in_chans, image_size, image_size]``; ValueError for others."""
-        if x.shape[2:] != (self.image_size, self.image_size):
-            size = f"{self.image_size}x{self.image_size}"
-            raise ValueError(f"the model was made for images of {size} pixels, got {list(x.shape)}")
-        patches = self.conv_proj(x).flatten(2).transpose(1, 2)  # [N, L - 1, D]
-        tokens = torch.cat((self.class_token.expand(x.shape[0], -1, -1), patches), dim=1)
+        patches = self.conv_proj(self.images(x)).flatten(2).transpose(1, 2)  # [N, L - 1, D]
+        token = torch.broadcast_to(self.class_token, (x.shape[0], 1, self.hidden_dim))
+        tokens = torch.cat((token, patches), dim=1)
         return self.heads(self.encoder(tokens)[:, 0])
 
 

@@ -4,8 +4,9 @@ encoder: halves of layers, one after the other: input + attention(layer_norm(inp
 input + linear_2(activation(linear_1(layer_norm(input)))), where `hows` are conv2d_how's numbers with the activation.
 Operands of each: weight and bias of the norm, then of the projection to query, key and value and of that of the output,
 or of the linear layers. Behind the halves there may be weight and bias of one more norm, and one more of the epsilons.
-input [N, L, E] -> [N, L, E]; [*, E] where there is no attention. Float32. encoder_prepare makes what `encoder` runs; it
-is opaque and holds the operands.
+input [N, L, E] -> [N, L, E]; [*, E] where there is no attention; [N, 1, E], the results of the first position, where
+`narrow` is the number of a half of attention, behind which nobody needs the others. Float32. encoder_prepare makes what
+`encoder` runs; it is opaque and holds the operands.
 
 self_attention: input [N, L, E], in_weight [3 E, E] and in_bias [3 E] of query, key and value, out_weight [E, E],
 out_bias [E] -> [N, L, E].
@@ -22,6 +23,7 @@ SELF_ATTENTION = kernel(
     "Tensor? packed_in, Tensor? packed_out) -> Tensor"
 )
 PREPARE_ENCODER = kernel(
-    "encoder_prepare(Tensor?[] operands, Tensor?[] packed, float[] epsilons, int[] heads, int[] hows) -> Tensor"
+    "encoder_prepare(Tensor?[] operands, Tensor?[] packed, float[] epsilons, int[] heads, int[] hows, int narrow=-1) "
+    "-> Tensor"
 )
 ENCODER = kernel("encoder(Tensor prepared, Tensor input) -> Tensor")

@@ -17,11 +17,13 @@ from cvfast.ops.encoder import ENCODER, PREPARE_ENCODER
 class PreparedEncoder:
     """Halves of layers in a row, and a norm behind them, for contiguous inputs of that size, without gradients.
 
-    halves: cvfast.functional.Half. norm: weight, bias and epsilon, or None.
+    halves: cvfast.functional.Half. norm: weight, bias and epsilon, or None. narrow: as `encoder_prepare` has it.
     RuntimeError: the kernels do not take them, or are not the fastest there are.
     """
 
-    def __init__(self, halves: Sequence[tuple], norm: tuple[Tensor, Tensor, float] | None, input: Tensor) -> None:
+    def __init__(
+        self, halves: Sequence[tuple], norm: tuple[Tensor, Tensor, float] | None, input: Tensor, narrow: int = -1
+    ) -> None:
         operands = [tensor for half in halves for tensor in (*half.norm, *half.first, *half.second)]
         operands += [] if norm is None else norm[:2]
         given = [t for t in operands if t is not None]
@@ -35,9 +37,11 @@ class PreparedEncoder:
         own = [conv2d_how(*ONE_BY_ONE, half.activation, "none") for half in halves]
         plain, rows = conv2d_how(*ONE_BY_ONE), input.numel() // max(1, input.shape[-1])
         hows = [how for first in own for how in (first, plain)]
-        packed = [conv2d.packed_for_rows(rows, *weight) for weight in zip(weights, hows, strict=True)]
+        wide = len(weights) if narrow < 0 else 2 * narrow + 1  # weights that meet all positions
+        counts = [rows] * wide + [input.shape[0]] * (len(weights) - wide)
+        packed = [conv2d.packed_for_rows(*weight) for weight in zip(counts, weights, hows, strict=True)]
         # Whoever frees what is kept beside weights frees it here, too.
-        self._prepared = [PREPARE_ENCODER(operands, packed, epsilons, heads, own)]
+        self._prepared = [PREPARE_ENCODER(operands, packed, epsilons, heads, own, narrow)]
         self._watch = when_dropped(weights, self._prepared.clear)
 
     def __call__(self, input: Tensor) -> Tensor | None:
