@@ -119,8 +119,8 @@ def test_instruction_sets():
         ((5, 3, 16, 16), {"stride": 16, "padding": 1}, False),
     ],
 )
-def test_large_patches_of_an_image_are_torchs_without_gradients(kernel, options, native):
-    x, weight = torch.randn(1, 3, 64, 64), torch.randn(kernel)
+def test_large_patches_of_images_are_torchs_without_gradients(kernel, options, native):
+    x, weight = torch.randn(2, 3, 64, 64), torch.randn(kernel)
     chosen = []
     with backend.watch(lambda operator, module, args: chosen.append(backend.name_of(operator, module))):
         with torch.no_grad():
@@ -129,6 +129,16 @@ def test_large_patches_of_an_image_are_torchs_without_gradients(kernel, options,
         with torch.no_grad():
             cvfast.functional.conv2d(x, weight, **options, backend="ext")
     assert chosen == ["native" if native else "ext", "ext", "ext"]
+
+
+def test_large_patches_of_one_contiguous_image_are_the_kernels_with_avx2_alone(monkeypatch):
+    x, weight, chosen = torch.randn(1, 3, 64, 64), torch.randn(5, 3, 16, 16), []
+    with torch.no_grad(), backend.watch(lambda name, module, args: chosen.append(backend.name_of(name, module))):
+        for avx2_alone in True, False:
+            monkeypatch.setattr(ext, "_AVX2_ALONE", avx2_alone)
+            for image in x, x.to(memory_format=torch.channels_last):
+                cvfast.functional.conv2d(image, weight, stride=16)
+    assert chosen == ["ext", "native", "native", "native"]
 
 
 @pytest.mark.parametrize("gradients", [True, False])

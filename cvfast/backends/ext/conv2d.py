@@ -30,6 +30,7 @@ from cvfast.ops.sequence import PREPARE_SEQUENCE, SEQUENCE, STEP_KINDS
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 CUDA_DTYPES = (torch.float32, torch.float64)
 SLOW_ON_CUDA = "the CUDA kernel is a first, simple one: on an H100 cuDNN is up to 90 times as fast"
+_AVX2_ALONE = _library.C is not None and _library.C.best_isa() == "avx2"
 LARGE_PATCH = 12  # pixels; measured: 12 to 32 with AVX2 and AVX-512. With 8 and less the kernels are faster
 
 
@@ -64,7 +65,7 @@ def why_slower(
 
 def _is_one_contiguous_image(input: Tensor) -> bool:
     """Of whose patches the kernels are 1.04 times as fast with AVX2, whose weights, kept, torch would lay out anew."""
-    return input.shape[0] == 1 and input.is_contiguous() and _library.C.best_isa() == "avx2"
+    return _AVX2_ALONE and input.shape[0] == 1 and input.is_contiguous()
 
 
 def _cuts_patches(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
