@@ -128,6 +128,11 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.heads.head.weight, std=0.02)
         nn.init.zeros_(self.heads.head.bias)
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.images.size
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, num_classes]`` of images ``[N, in_chans, image_size, image_size]``; ValueError for others."""
         patches = self.conv_proj(self.images(x)).flatten(2).transpose(1, 2)  # [N, L - 1, D]
