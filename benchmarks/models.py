@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import cvfast
@@ -25,14 +26,15 @@ ACCURATE_GRADIENTS = 1e-2
 
 @dataclass(frozen=True)
 class Inference:
-    """A network and the shape of its input, a batch of samples that do not meet."""
+    """A network, and what makes its data for so many samples, which do not meet."""
 
     name: str
     make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
+    data: Callable[[int], list[Tensor]]
+    batch: int = 1
 
     def inputs(self) -> list[Tensor]:
-        return [torch.randn(self.shape)]
+        return self.data(self.batch)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,29 @@ def converted(data: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in data]
 
 
+def settled(network: nn.Module, data: list[Tensor]) -> nn.Module:
+    """The network in eval mode with batch-norm's statistics of this data and no logits that are 0: its numbers have the
+    size of 1."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    for parameter in network.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    with torch.no_grad():
+        network(*data)
+    return network.eval()
+
+
+def flat(output: object) -> Tensor:
+    """A model's output; all tensors of several as one."""
+    if isinstance(output, Tensor):
+        return output
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 class InferenceWork(ModelWork):
     """A network in eval mode; cvfast's is accelerate(model, fuse=True)."""
 
@@ -122,17 +147,7 @@ class InferenceWork(ModelWork):
 
     @cached_property
     def network(self) -> nn.Module:
-        """With batch-norm's statistics of normal images and no logits that are 0: numbers have the size of 1."""
-        network = super().network.train()
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None
-        for parameter in network.parameters():
-            if parameter.dim() > 1 and not parameter.any():
-                nn.init.normal_(parameter, std=0.02)
-        with torch.no_grad():
-            network(torch.randn(4, *self.case.shape[1:], device=self.device))
-        return network.eval()
+        return settled(super().network, [tensor.to(self.device) for tensor in self.case.data(4)])
 
     def calls(self, who: str, memory_format: str, compile: bool = False) -> Calls:
         model = self.model if who == "torch" else cvfast.accelerate(self.network, copy=True, fuse=True)
@@ -140,16 +155,16 @@ class InferenceWork(ModelWork):
             model = copy.deepcopy(model).to(memory_format=torch.channels_last)
         data = self.in_format(memory_format)
 
-        def run() -> Tensor:
+        def run() -> object:
             with torch.no_grad(), use_backend("native" if who == "torch" else "auto"):
                 return model(*data)
 
-        return run, run
+        return run, lambda: flat(run())
 
     def judged_natively(self, dtype: torch.dtype) -> Tensor:
         model = copy.deepcopy(self.model).to(dtype)
         with torch.no_grad(), use_backend("native"):
-            return model(*converted([self.judged(tensor) for tensor in self.data], dtype))
+            return flat(model(*converted([self.judged(tensor) for tensor in self.data], dtype)))
 
     @cached_property
     def flops(self) -> int:

@@ -30,7 +30,7 @@ DIRECTIONS = ("forward", "training")
 BURSTS = 10  # of multiply-adds before each round: slow calls have few rounds, and a core is not always at its best
 INACCURATE = "less accurate than torch"  # fails the run, once all figures are kept
 WRONG = 1e-2  # a relative error from here on is no rounding error
-SUBJECTS = [*SPECS, "model"]  # operators, and whole models
+SUBJECTS = [*SPECS, "model", "accelerate"]  # operators, and whole models
 OTHERS = {"memory": memory.main, "overhead": overhead.main}
 
 
@@ -93,6 +93,7 @@ def measure_subject(
 ) -> list[Row]:  # fmt: skip
     """The figures of all cases, with a bar that shows how far it is."""
     torch.set_num_threads(threads)
+    providers = tuple(p for p in providers if subject.competitors is None or p.name in subject.competitors)
     wanted = [(g, c, d) for g in groups for d in directions for c in subject.cases(d).get(g, ())]
     rows: list[Row] = []
     for group, case, direction in track(wanted, f"{subject.name}, {threads} thread(s)", console=console):

@@ -42,6 +42,7 @@ class Subject(ABC):
     by_sample: tuple[str, ...] = ()  # constants that may differ from sample to sample, broadcast against data
     formats: tuple[str, ...] = ("contiguous",)  # memory formats in which torch and cvfast compete
     batch_first: bool = False  # samples are independent along the first dimension of data and result
+    competitors: tuple[str, ...] | None = None  # the providers that it is about, if not all
 
     def cases(self, direction: str) -> dict[str, list[Any]]:
         """The cases by group."""
@@ -55,7 +56,7 @@ class Subject(ABC):
 def load(name: str) -> Subject:
     """The subject of this name: an operator's, or of the kind that its cases file calls SUBJECT."""
     module = importlib.import_module(f"benchmarks.cases.{name}")
-    optional = ("training_groups", "goals", "data", "by_sample", "formats", "batch_first")
+    optional = ("training_groups", "goals", "data", "by_sample", "formats", "batch_first", "competitors")
     given = {key: getattr(module, key.upper()) for key in optional if hasattr(module, key.upper())}
     return getattr(module, "SUBJECT", Operator)(name, module.GROUPS, **given)
 

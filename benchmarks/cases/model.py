@@ -20,7 +20,11 @@ RIVALS = ("torch contiguous", "torch channels_last", "torch.compile", "onnxrunti
 
 def inference(model: str, *shape: int, **options) -> Inference:
     """A model of the zoo in eval mode."""
-    return Inference(f"{model}-{'x'.join(map(str, shape))}", partial(create_model, model, **options), shape)
+
+    def data(batch: int) -> list[Tensor]:
+        return [torch.randn(batch, *shape[1:])]
+
+    return Inference(f"{model}-{'x'.join(map(str, shape))}", partial(create_model, model, **options), data, shape[0])
 
 
 def classification(model: str, *shape: int, classes: int = 1000, **options) -> Training:

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import limits, memory, plot, providers, report, results, run
+from benchmarks import architectures, limits, memory, plot, providers, report, results, run
+from benchmarks.cases.accelerate import of_torchvision, zoo
 from benchmarks.cases.conv2d import GROUPS, MEMORY_GOAL_MB
 from benchmarks.cases.model import gan, inference
 from benchmarks.goals import Goal, judge
@@ -321,6 +323,23 @@ def test_every_provider_measures_a_model_or_says_why_not(provider):
         assert measured.note == providers.NOT_INSTALLED or provider.name == "torch.compile"
         return
     assert measured.relative_error < 1e-4 and measured.gflops > 0 and not measured.note
+
+
+@pytest.mark.parametrize("name", ["cnn", "show_attend_tell"])  # one input and output, and two of each
+def test_accelerated_models_compete_with_torch_alone(name):
+    subject = replace(load("accelerate"), groups={"zoo": [zoo(name)]})
+    rows = run.measure_subject(
+        subject, ["zoo"], ["forward", "training"], 1, EFFORT, providers.PROVIDERS, "cpu", Console()
+    )
+    assert [r.provider for r in rows] == [*results.CVFAST, *results.TORCH]
+    assert all(r.min_ms > 0 and r.relative_error < 1e-5 and not r.note for r in rows)
+
+
+@pytest.mark.skipif(not architectures.INSTALLED, reason="needs torchvision")
+def test_torchvisions_architectures_are_named_and_made():
+    assert len(set(architectures.names())) == len(architectures.names()) >= 60
+    work = load("accelerate").work(of_torchvision("squeezenet1_1"), "forward", 1)
+    assert 0.01 < work.exact.std() < 100
 
 
 def test_a_training_step_is_measured_and_judged_by_its_gradients():
