@@ -17,7 +17,10 @@ from benchmarks.subject import Calls, Subject, Unable, Work
 from cvfast.backend import use_backend
 from cvfast.testing import assert_as_accurate
 
-TORCHS = {getattr(cvfast.nn, name): getattr(nn, name) for name in ("Conv2d", "ConvTranspose2d", "MultiheadAttention")}
+TORCHS = {
+    getattr(cvfast.nn, name): getattr(nn, name)
+    for name in ("Conv2d", "ConvTranspose2d", "Linear", "MultiheadAttention")
+}
 ACCURATE = 1e-5  # relative error that a whole model's result may have where torch's has less
 # And its gradients: units that rounding switches, and maxima that another pixel wins, change them by about the root of
 # their share; torch's own error, 1e-6 where there are none, reaches 8e-3.
@@ -80,12 +83,8 @@ class ModelWork(Work):
 
     @cached_property
     def model(self) -> nn.Module:
-        """The network on torch's layers; recurrent ones, which also take lengths, and what torch does not have stay
-        cvfast's, and run on torch's operators."""
-        model = copy.deepcopy(self.network)
-        for module in model.modules():
-            module.__class__ = TORCHS.get(type(module), type(module))
-        return model
+        """The network on torch's layers; what stays cvfast's runs on torch's operators."""
+        return on_torchs_layers(copy.deepcopy(self.network))
 
     def check(self, result: Tensor, who: str) -> None:
         native = self.judged_natively(torch.float32)
@@ -115,6 +114,14 @@ def channels_last(images: Tensor) -> Tensor:
 
 def converted(data: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in data]
+
+
+def on_torchs_layers(network: nn.Module) -> nn.Module:
+    """The network, whose layers become torch's; recurrent ones, which also take lengths, and what torch does not have
+    stay cvfast's."""
+    for module in network.modules():
+        module.__class__ = TORCHS.get(type(module), type(module))
+    return network
 
 
 def settled(network: nn.Module, data: list[Tensor]) -> nn.Module:

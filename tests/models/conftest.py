@@ -1,2 +1,2 @@
 def pytest_addoption(parser):
-    parser.addoption("--all-models", action="store_true", help="export every model of the zoo, at its own size")
+    parser.addoption("--all-models", action="store_true", help="also the large models of the zoo, at their own size")
