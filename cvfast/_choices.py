@@ -26,15 +26,20 @@ NAME = "choices.json"
 
 @dataclass(frozen=True)
 class Choice:
-    """Seconds of one call, the least of several, on the backend that `auto` would take and on torch's operator."""
+    """Seconds of one call, the least of several, on the backend that `auto` would take and on torch's operator.
+
+    pays: whether the model that it was measured in was faster, too: layers that torch runs cannot run in one call with
+    their neighbours.
+    """
 
     backend: str
     seconds: float
     torch_seconds: float
+    pays: bool = True
 
     @property
     def torch_wins(self) -> bool:
-        return self.torch_seconds < self.seconds
+        return self.pays and self.torch_seconds < self.seconds
 
 
 Table = dict[tuple, Choice]  # by `key`
@@ -60,12 +65,27 @@ def ignored() -> Iterator[None]:
         torchs = before
 
 
+@contextmanager
+def also(choices: Table) -> Iterator[None]:
+    """Within the block these measurements decide, beside those that did before."""
+    global torchs
+    before, torchs = torchs, {kind: dict(calls) for kind, calls in torchs.items()}
+    _take(choices)
+    try:
+        yield
+    finally:
+        torchs = before
+
+
 def _take(choices: Table) -> None:
     for call, choice in choices.items():
+        kind = call[0], _first_shape(call)
+        calls = torchs.pop(kind, {})
+        calls.pop(call, None)
         if choice.torch_wins:
-            torchs.setdefault((call[0], _first_shape(call)), {})[call] = choice
-        else:
-            torchs.get((call[0], _first_shape(call)), {}).pop(call, None)
+            calls[call] = choice
+        if calls:
+            torchs[kind] = calls
 
 
 def _first_shape(part: tuple) -> tuple | None:

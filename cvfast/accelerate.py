@@ -33,8 +33,8 @@ def accelerate(model: Module, *, copy: bool = False, fuse: bool | None = None) -
             activation as one, where the source of a module's forward proves that nothing else changes. Batch-norm that
             trains is not folded, but runs as one with what follows it; layers with hooks run one by one. None: if the
             model is in eval mode and gradients are off (torch.no_grad, torch.inference_mode). Folded weights are made
-            anew when a parameter changes; a change in place that autograd does not see (`parameter.data.mul_`, NumPy)
-            is missed: accelerate the model again after it.
+            anew when a parameter changes. One in place that autograd does not see (`parameter.data.mul_`, NumPy) is
+            seen by a few elements at both ends and between: accelerate the model again after one that spares them.
 
     Returns:
         The model (with `copy`, the copy).

@@ -375,6 +375,19 @@ def swapped_data(model):
     model.conv1.weight.data = model.conv1.weight.data * 2
 
 
+def data_in_place(model):
+    model.conv1.weight.data.mul_(2)
+
+
+def averaged_by_data(model):
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.copy_(tensor * 0.5)
+
+
+def by_numpy(model):
+    model.bn1.running_mean.numpy()[:] += 1
+
+
 def new_parameter(model):
     model.conv1.weight = nn.Parameter(model.conv1.weight * 2)
 
@@ -428,8 +441,8 @@ def cast(model):
 
 
 CHANGES = [
-    changed_weight, swapped_data, new_parameter, loaded, other_statistics, other_eps, other_options, hook, pre_hook,
-    replaced_layer, no_norm, a_shortcut, parametrized, norm_in_training, cast,
+    changed_weight, swapped_data, data_in_place, averaged_by_data, by_numpy, new_parameter, loaded, other_statistics,
+    other_eps, other_options, hook, pre_hook, replaced_layer, no_norm, a_shortcut, parametrized, norm_in_training, cast,
 ]  # fmt: skip
 
 
@@ -1103,11 +1116,20 @@ def no_choices():
     _choices.clear()
 
 
+def torch_is_faster(*, whole):
+    """Instead of least_seconds: of one call cvfast's, then torch's time; of a model: is it less with choices?"""
+
+    def least_seconds(*calls):
+        return [2e-3, 1e-3] if len(calls) == 2 else [1e-3 if bool(_choices.torchs) == whole else 2e-3]
+
+    return least_seconds
+
+
 @pytest.mark.usefixtures("no_choices")
 def test_tune_measures_and_decides(tmp_path, monkeypatch):
     """A call for which torch was faster goes to torch, with that reason, until gradients are wanted."""
     model, file = cvfast.accelerate(nn.Conv2d(3, 4, 3)), tmp_path / "folder" / "choices.json"
-    monkeypatch.setattr(measure, "least_seconds", lambda *calls: [2e-3, 1e-3])
+    monkeypatch.setattr(measure, "least_seconds", torch_is_faster(whole=True))
     assert cvfast.tune(model, X, file=file) == 1
     args = (X, model.weight, model.bias, (1, 1), (0, 0), (1, 1), 1)
     for _ in range(2):
@@ -1122,7 +1144,23 @@ def test_tune_measures_and_decides(tmp_path, monkeypatch):
         assert cvfast.load_choices(file) == 1
     monkeypatch.setattr(measure, "least_seconds", lambda *calls: [1e-3, 2e-3])
     assert cvfast.tune(model, X, file=file) == 0
-    assert not any(_choices.torchs.values())
+    assert not _choices.torchs
+
+
+@pytest.mark.usefixtures("no_choices")
+def test_choices_by_which_the_whole_model_loses_are_not_made(tmp_path, monkeypatch):
+    """Alone torch is faster for both convolutions; both in one call are faster than torch."""
+    model, file = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval(), tmp_path / "choices.json"
+    cvfast.accelerate(model, fuse=True)
+    monkeypatch.setattr(measure, "least_seconds", torch_is_faster(whole=False))
+    assert cvfast.tune(model, X, file=file) == 0 and not _choices.torchs
+    choices, _ = _choices.read(file)
+    assert len(choices) == 2 and all(c.torch_seconds < c.seconds and not c.pays for c in choices.values())
+    assert cvfast.load_choices(file) == 2 and not _choices.torchs
+    with torch.no_grad():
+        assert {row.backend for row in cvfast.explain(model, X).rows} == {"ext"}
+    monkeypatch.setattr(measure, "least_seconds", torch_is_faster(whole=True))
+    assert cvfast.tune(model, X, file=file) == 2 and len(_choices.torchs) == 2
 
 
 @pytest.mark.usefixtures("no_choices")
@@ -1131,7 +1169,7 @@ def test_choices_under_compile_and_export(tmp_path, monkeypatch):
     exporting = torch.compile(lambda x: x + torch.compiler.is_exporting(), fullgraph=True, backend="eager")
     never = bool(exporting(torch.zeros(1)))
     model = cvfast.accelerate(nn.Conv2d(3, 4, 3))
-    monkeypatch.setattr(measure, "least_seconds", lambda *calls: [2e-3, 1e-3])
+    monkeypatch.setattr(measure, "least_seconds", torch_is_faster(whole=True))
     cvfast.tune(model, X, file=tmp_path / "choices.json")
     with torch.no_grad():
         for x, operator in ((X, "convolution"), (X.clone(), "conv2d")):

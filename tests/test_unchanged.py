@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cvfast import _library
-from cvfast._accelerate.unchanged import Answer
+from cvfast._accelerate.unchanged import Answer, sample
 
 pytestmark = pytest.mark.skipif(_library.C is None, reason="cvfast._C was not built")
 
@@ -62,6 +62,14 @@ def in_place(asked):
         asked.norm.weight.add_(1)
 
 
+def in_place_past_the_version(asked):
+    asked.norm.weight.data.mul_(2)
+
+
+def by_numpy(asked):
+    asked.norm.running_mean.numpy()[-1] = 7
+
+
 def other_data(asked):
     asked.norm.weight.data = torch.ones(3)
 
@@ -89,6 +97,8 @@ CHANGES = {
     "a __dict__": other_dict,
     "an attribute of the class": class_attribute,
     "in place": in_place,
+    "in place past the version": in_place_past_the_version,
+    "by NumPy": by_numpy,
     "other data": other_data,
     "loaded": load,
 }
@@ -129,6 +139,22 @@ def test_what_is_equal_or_elsewhere_is_no_change():
     asked.norm.another = 1
     asked.norm.running_var.add_(1)
     assert not asked.asks_again()
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_sample_is_of_both_ends_and_between(size, dtype):
+    tensor = (torch.arange(size) % 7).to(dtype)
+    samples = [sample(tensor)]
+    for place in range(0, size, max(1, size // 4)) if size <= 5 else (0, -1):
+        tensor[place] += 1
+        samples.append(sample(tensor))
+    assert len(set(samples)) == len(samples)
+    assert sample(tensor[::2].clone()) == sample(tensor.clone()[::2].contiguous())
+    if size > 5:
+        tensor *= 2
+        assert sample(tensor) not in samples
+        assert sample(tensor[::2]) == sample(tensor[1::2])  # apart from each other: out of reach
 
 
 def test_the_answer_no_is_not_kept():

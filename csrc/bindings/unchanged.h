@@ -3,6 +3,9 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace cvfast {
@@ -42,21 +45,35 @@ class Unchanged {
   void result(const pybind11::object& function, const pybind11::tuple& args, const pybind11::object& value) {
     note(Kind::result, function.ptr(), args.ptr(), value.ptr());
   }
-  // How often a tensor was written to, and where it lies.
-  void tensor(const pybind11::object& owner) {
+  // How often a tensor was written to, where it lies, and some of the `bytes` that lie there: writes past torch's counter
+  // leave the version alone.
+  void tensor(const pybind11::object& owner, int64_t bytes) {
     const pybind11::object version = pybind11::type::of(owner).attr("_version"), address = pybind11::type::of(owner).attr("data_ptr");
     if (!Py_TYPE(version.ptr())->tp_descr_get) throw pybind11::value_error("no tensor");
     note(Kind::tensor, owner.ptr(), version.ptr(), address.ptr());
-    if (!read_state(facts_.back(), facts_.back().state)) throw pybind11::error_already_set();
+    State& state = facts_.back().state;
+    if (!read_state(facts_.back(), state)) throw pybind11::error_already_set();
+    state.bytes = bytes, state.sample = sample(state.address, bytes);
   }
 
   bool holds() const {
     constexpr size_t ahead = 8;  // the objects of a whole model have left the caches since the last call
     for (size_t i = 0; i < facts_.size(); ++i) {
-      if (i + ahead < facts_.size()) __builtin_prefetch(facts_[i + ahead].owner);
+      if (i + ahead < facts_.size()) fetch(facts_[i + ahead]);
       if (!is_so(facts_[i])) return PyErr_Clear(), false;
     }
     return true;
+  }
+
+  // Four pieces of the memory in [address, address + bytes) as one number.
+  static uint64_t sample(long long address, int64_t bytes) {
+    uint64_t number = 0;
+    for (int i = 0; i < pieces; ++i) {
+      uint64_t words[2] = {};
+      std::memcpy(words, piece(address, bytes, i), static_cast<size_t>(std::min(bytes, piece_bytes)));
+      for (const uint64_t word : words) number = (number ^ word) * 0x9e3779b97f4a7c15u + (number >> 29);
+    }
+    return number;
   }
 
   int traverse(visitproc visit, void* arg) const {
@@ -77,12 +94,26 @@ class Unchanged {
   enum class Kind { object, item, empty, values, attribute, result, tensor };
   struct State {
     long long version, address;
+    int64_t bytes;
+    uint64_t sample;
   };
   struct Fact {
     Kind kind;
     PyObject *owner, *key, *value;  // owned
     State state;
   };
+
+  static constexpr int pieces = 4;
+  static constexpr int64_t piece_bytes = 16;
+  // The first, the last, and what lies evenly between them.
+  static const char* piece(long long address, int64_t bytes, int i) {
+    return reinterpret_cast<const char*>(address) + std::max<int64_t>(0, bytes - piece_bytes) * i / (pieces - 1);
+  }
+  static void fetch(const Fact& fact) {
+    __builtin_prefetch(fact.owner);
+    for (int i = 0; i < pieces && fact.state.bytes > 0; ++i)
+      __builtin_prefetch(piece(fact.state.address, fact.state.bytes, i));
+  }
 
   void note(Kind kind, PyObject* owner, PyObject* key, PyObject* value) {
     if (PyErr_Occurred()) throw pybind11::error_already_set();
@@ -105,7 +136,8 @@ class Unchanged {
       }
       case Kind::tensor: {
         State now;
-        return read_state(fact, now) && now.version == fact.state.version && now.address == fact.state.address;
+        return read_state(fact, now) && now.version == fact.state.version && now.address == fact.state.address &&
+               sample(now.address, fact.state.bytes) == fact.state.sample;
       }
     }
     return false;
@@ -181,7 +213,9 @@ inline void add_unchanged(pybind11::module_& m) {
       .def("values", &Unchanged::values, "Notes the objects in a dictionary and their order.")
       .def("attribute", &Unchanged::attribute, "Notes what getattr gives, as `item` does.")
       .def("result", &Unchanged::result, "Notes what function(*args) gives where it holds, compared as `item` does.")
-      .def("tensor", &Unchanged::tensor, "Notes a tensor's _version and data_ptr().")
+      .def("tensor", &Unchanged::tensor, py::arg("owner"), py::arg("bytes") = 0,
+           "Notes a tensor's _version, its data_ptr() and a sample of so many bytes there.")
+      .def_static("sample", &Unchanged::sample, "A number for a sample of so many bytes from an address on.")
       .def("holds", &Unchanged::holds, "Whether all that was noted is still so.");
 }
 

@@ -28,7 +28,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from cvfast import backend, functional, nn
 from cvfast._accelerate import layers
 from cvfast._accelerate.plain import unwatched
-from cvfast._accelerate.unchanged import Answer, Snapshot
+from cvfast._accelerate.unchanged import Answer, Snapshot, sample
 
 CONVOLUTIONS = (layers.Conv2d, layers.ConvTranspose2d, nn.Conv2d, nn.ConvTranspose2d)
 LINEAR = (layers.Linear, nn.Linear)
@@ -339,8 +339,8 @@ def _given(sources: tuple[Tensor | None, ...]) -> list[Tensor]:
 
 
 def _state(tensors: list[Tensor]) -> list[int]:
-    """How often they were written to, and where they lie."""
-    return [*map(_VERSION, tensors), *map(Tensor.data_ptr, tensors)]
+    """How often they were written to, where they lie, and some of their elements."""
+    return [*map(_VERSION, tensors), *map(Tensor.data_ptr, tensors), *map(sample, tensors)]
 
 
 _VERSION = attrgetter("_version")
@@ -362,8 +362,8 @@ _kept: WeakKeyDictionary[Module, _Kept] = WeakKeyDictionary()
 def _folded(conv: Module, norm: BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias with which the convolution computes norm(conv(x)).
 
-    A parameter's change is seen by its version and its place in memory, hence not where it goes past autograd (`.data`,
-    NumPy) and in place: then call `cvfast.accelerate` again.
+    A parameter's change is seen by its version, its place in memory and a sample of its elements; a write past autograd
+    (`.data`, NumPy) that leaves all of the sample alone is not: then call `cvfast.accelerate` again.
     """
     sources = _sources(conv, norm)
     if not _may_keep(sources):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import Module
 from cvfast import _choices, backend
 
 SECONDS = 0.1  # that a comparison takes, more or less
+WORTH = 0.98  # the share of its time that a model may take at most with choices for torch
 
 
 def least_seconds(*calls: Callable[[], object], seconds: float = SECONDS) -> list[float]:
@@ -42,7 +44,7 @@ def tune(model: Module, *inputs, file: str | Path | None = None) -> int:
             number of threads.
 
     Returns:
-        For how many calls torch was faster.
+        How many calls go to torch.
     """
     found: _choices.Table = {}
 
@@ -54,10 +56,34 @@ def tune(model: Module, *inputs, file: str | Path | None = None) -> int:
 
     with _choices.ignored(), backend.watch(measure):
         model(*inputs)
+    if not any(m.training for m in model.modules()) and not _pays(lambda: model(*inputs), found):
+        found = _unpaid(found)
     file = _choices.default_file() if file is None else Path(file)
     _choices.write(file, found)
     _choices.load(file)
     return sum(choice.torch_wins for choice in found.values())
+
+
+def _pays(run: Callable[[], object], found: _choices.Table) -> bool:
+    """Whether the whole is faster, by more than what times differ, if the calls that torch won alone go to torch.
+
+    Layers in one call gain more than each alone, and one choice for torch takes that from the process.
+    """
+    if not any(choice.torch_wins for choice in found.values()):
+        return True
+
+    def seconds(choices: _choices.Table) -> float:
+        with _choices.also(choices):
+            run()  # finds out anew what it keeps
+            return least_seconds(run)[0]
+
+    rounds = [(seconds(found), seconds(_unpaid(found))) for _ in range(3)]
+    with_torch, without = map(min, zip(*rounds, strict=True))
+    return with_torch < WORTH * without
+
+
+def _unpaid(found: _choices.Table) -> _choices.Table:
+    return {call: replace(choice, pays=False) for call, choice in found.items()}
 
 
 def load_choices(file: str | Path) -> int:

@@ -15,6 +15,17 @@ _GLOBALS = vars(torch.nn.modules.module)
 _GLOBAL_HOOKS = [name for name in _GLOBALS if name.startswith("_global_") and isinstance(_GLOBALS[name], dict)]
 
 
+def sample(tensor: Tensor) -> int:
+    """A number for some of its elements: writes through `.data` and NumPy are seen by nothing else."""
+    return 0 if _library.C is None else _library.C.Unchanged.sample(tensor.data_ptr(), _bytes_in_reach(tensor))
+
+
+def _bytes_in_reach(tensor: Tensor) -> int:
+    """How many bytes from its first element on are the tensor's; 0 where they lie apart or elsewhere."""
+    dense = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    return tensor.nbytes if tensor.is_cpu and dense else 0
+
+
 class Answer:
     """`ask()`, asked again only if something has changed that `look` looks at; only the answer True is kept.
 
@@ -80,7 +91,7 @@ class Snapshot:
         for name in names:
             self.state.item(own, name)
             if isinstance(own.get(name), Tensor):
-                self.state.tensor(own[name])
+                self.state.tensor(own[name], _bytes_in_reach(own[name]))
 
     def children(self, module: Module) -> None:
         """The modules in a module, in their order."""
