@@ -188,7 +188,9 @@ class TrainingWork(ModelWork):
     def calls(self, who: str, memory_format: str, compile: bool = False) -> Calls:
         if compile:
             raise Unable("inference only, of whole models")
-        model = copy.deepcopy(self.model) if who == "torch" else cvfast.accelerate(self.network, copy=True, fuse=True)
+        model = copy.deepcopy(self.model if who == "torch" else self.network)
+        if who == "cvfast":
+            model = cvfast.accelerate(model, fuse=True)
         if memory_format == "channels_last":
             model = model.to(memory_format=torch.channels_last)
         data, backend = self.in_format(memory_format), "native" if who == "torch" else "auto"

@@ -28,7 +28,8 @@ def accelerate(model: Module, *, copy: bool = False, fuse: bool | None = None) -
 
     Args:
         model: any torch.nn.Module; changed in place.
-        copy: leave `model` as it is and change a deep copy.
+        copy: leave `model` as it is and change a copy, which holds the same parameters and buffers: training one of
+            both trains the other. For parameters of its own accelerate `copy.deepcopy(model)`.
         fuse: fold batch-norm into the convolution before it, and run convolution, batch-norm, an added tensor and the
             activation as one, where the source of a module's forward proves that nothing else changes. Batch-norm that
             trains is not folded, but runs as one with what follows it; layers with hooks run one by one. None: if the
@@ -46,7 +47,7 @@ def accelerate(model: Module, *, copy: bool = False, fuse: bool | None = None) -
     if fuse is None:
         fuse = not model.training and not torch.is_grad_enabled()
     if copy:
-        model = _copy.deepcopy(model)
+        model = _copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for module in model.modules():
         _layers.swap(module)
     (_fuse.fuse if fuse else _fuse.unfuse)(model)

@@ -138,12 +138,29 @@ def test_the_model_itself_may_be_a_layer():
     assert type(cvfast.accelerate(layer)) is not nn.Conv2d and type(cvfast.restore(layer)) is nn.Conv2d
 
 
-def test_copy_leaves_the_model_alone():
-    model = everything()
+@pytest.mark.parametrize("make", [everything, lambda: Block()])
+def test_a_copy_leaves_the_model_alone_and_shares_what_it_learns(make):
+    model = make()
     before = types(model)
     twin = cvfast.accelerate(model, copy=True)
     assert types(model) == before and types(twin) != before
-    assert twin.conv.weight is not model.conv.weight and torch.equal(twin.conv.weight, model.conv.weight)
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(twin, kind)()), dict(getattr(model, kind)())
+        assert ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in theirs)
+    assert not set(twin.modules()) & set(model.modules())
+
+
+@torch.no_grad()
+def test_a_fused_copy_sees_what_the_model_learns():
+    model = lively(Block())
+    twin = cvfast.accelerate(model, copy=True, fuse=True)
+    for _ in range(3):
+        before = twin(PICTURE)
+    model.conv1.weight.add_(0.5)
+    model.bn1.running_var.mul_(3)
+    assert error(before, exact(model, PICTURE)) > 1e-3
+    assert error(twin(PICTURE), exact(model, PICTURE)) < NEAR
+    assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
 
 
 def test_cvfasts_own_layers_stay_when_it_restores():
