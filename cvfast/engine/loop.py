@@ -85,6 +85,11 @@ class Loop:
         return {}
 
     @property
+    def noise(self) -> dict[str, float]:
+        """``NOISE``, or what this very run is known to have."""
+        return self.NOISE
+
+    @property
     def global_step(self) -> int:
         """Finished steps of the whole run."""
         return self.epoch * self.steps_per_epoch + self.step

@@ -64,6 +64,12 @@ class Run(Loop):
         self.augmentation = augmentation or _augmentation(config)
         super().__init__(config, model, [_optimizer(config, model)], totals=3)
 
+    @property
+    def noise(self) -> dict[str, float]:
+        """Accuracies on few images have a standard error of their own, of up to half of their number's root."""
+        accuracy = max(self.NOISE["validation_accuracy"], len(self.validation_data) ** -0.5)
+        return self.NOISE | {"validation_accuracy": accuracy}
+
     def _batches(self, epoch: int) -> Batches:
         return batches(
             self.train_data,

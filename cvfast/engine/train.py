@@ -121,7 +121,7 @@ def run_loop(
                 loop.fit(folder, log, interrupted)
         finally:
             log.close()
-        return TrainResult(config, folder, loop.history, loop.best_epoch, first, loop.NOISE)
+        return TrainResult(config, folder, loop.history, loop.best_epoch, first, loop.noise)
 
 
 def run_folder(config: RunConfig, new: bool) -> Path:

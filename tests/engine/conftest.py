@@ -1,5 +1,7 @@
 """Small real images, and runs on them that take about a second."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,24 @@ def small_run(small_data, tmp_path_factory):
     """A finished run of three epochs on the small data."""
     out = tmp_path_factory.mktemp("run")
     return train(TrainConfig(data=small_data, epochs=3, batch_size=16, threads=1, out=str(out)))
+
+
+@pytest.fixture(scope="session")
+def undrawn():
+    """A context manager within which reports' pictures are empty files: to draw them takes longer than to train."""
+    from cvfast.engine import report  # imports matplotlib
+
+    def save(figure, path):
+        path.touch()
+        report.plt.close(figure)
+
+    @contextmanager
+    def context():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(report, "_save", save)
+            yield
+
+    return context
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from cvfast.cli import app
 from cvfast.engine import CheckpointError, distributed, load_classifier, load_network, recipes
 from cvfast.engine.checkpoint import load_checkpoint
 from cvfast.engine.recipes import caption, gan, superres
-from cvfast.engine.recipes.running import gaps
+from cvfast.engine.recipes.running import TWINS, gaps
 from cvfast.engine.run import Run
 
 TINY = {
+    "classification": {"epochs": 2, "batch_size": 16},
     "gan": {"width": 4, "latent": 8, "batch_size": 16, "epochs": 2},
     "wgan-gp": {"width": 4, "latent": 8, "batch_size": 8, "epochs": 2, "loss": "wgan-gp", "conditional": True},
     "sequence": {"epochs": 2},
@@ -63,7 +65,7 @@ def runs(small_data, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", PICTURES)
 def test_a_run_leaves_a_report_with_its_pictures_and_figures(runs, kind):
     folder = runs(kind)
     report = (folder / "report.md").read_text()
@@ -111,24 +113,33 @@ def test_networks_come_back_from_checkpoints(runs, tmp_path):
         load_network(runs("sequence"), "captioner")
 
 
+def loop_of(kind):
+    return LOOPS.get(RECIPE.get(kind, kind), Run)
+
+
 def history_of(folder, kind):
-    return [LOOPS[kind].Figures(**entry) for entry in load_checkpoint(folder / "last.safetensors").meta["history"]]
+    return [loop_of(kind).Figures(**entry) for entry in load_checkpoint(folder / "last.safetensors").meta["history"]]
 
 
 @pytest.mark.parametrize("kind", ["wgan-gp", "sequence", "caption", "superres"])
 def test_torchs_operators_and_cvfasts_train_alike(runs, kind, small_data, tmp_path):
     """From one seed: after the first epoch the same but for rounding, at the end within noise."""
     native = recipes.start(RECIPE.get(kind, kind), options(kind, small_data, backend="native"), tmp_path / "native")
-    found = gaps(history_of(native, kind), history_of(runs(kind), kind), LOOPS[kind].NOISE)
+    found = gaps(history_of(native, kind), history_of(runs(kind), kind), loop_of(kind).NOISE)
     assert all(gap.is_noise and gap.first <= 1e-3 for gap in found), found
 
 
-def test_twins(small_data, tmp_path):
-    folder = recipes.start("gan", options("gan", small_data, twin=True), tmp_path / "twins")
-    found = gaps(history_of(folder / "native", "gan"), history_of(folder / "cvfast", "gan"), gan.GanRun.NOISE)
-    assert all(gap.is_noise and gap.first <= 1e-3 for gap in found), found
+@pytest.mark.parametrize("kind", ["classification", "gan", "show_tell"])
+def test_twins(kind, small_data, tmp_path, undrawn):
+    with nullcontext() if kind == "gan" else undrawn():
+        folder = recipes.start(RECIPE.get(kind, kind), options(kind, small_data, twin=True), tmp_path / "twins")
+    for name, backend in TWINS.items():
+        assert load_checkpoint(folder / name / "last.safetensors").meta["config"]["backend"] == backend
+    native, ours = (history_of(folder / name, kind) for name in TWINS)
+    found = gaps(native, ours, loop_of(kind).NOISE)
+    assert native != ours and all(gap.is_noise and gap.first <= 1e-3 for gap in found), found
     report = (folder / "report.md").read_text()
-    assert "| discriminator_loss |" in report and "| NO |" not in report
+    assert all(f"| {gap.figure} | {gap.first:.2g} |" in report for gap in found) and "| NO |" not in report
     before = (folder / "native" / "last.safetensors").read_bytes()
     recipes.resume(folder)  # finished: both are left as they are
     assert (folder / "native" / "last.safetensors").read_bytes() == before

@@ -3,21 +3,27 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 from cvfast import data
-from cvfast.engine import evaluate, load_classifier, recipes
+from cvfast.engine import TrainConfig, TrainResult, evaluate, load_classifier, recipes
 from cvfast.engine.checkpoint import load_checkpoint
+from cvfast.engine.recipes.running import TWINS, compare, gaps
 from cvfast.engine.recipes.transfer import Options
 from cvfast.engine.run import Run
 
 RUNS = ("source", "scratch-0", "fine-tuned-0", "scratch-1", "fine-tuned-1")
 
 
-@pytest.fixture
-def options(small_data):
+def options_on(small_data):
     return Options(data=small_data, source=small_data, model="cnn", per_class=6, epochs=2, source_epochs=1, seeds=2,
                    lr=0.01, source_lr=0.01, threads=1, freeze="conv1")  # fmt: skip
+
+
+@pytest.fixture
+def options(small_data):
+    return options_on(small_data)
 
 
 def test_an_interrupted_recipe_goes_on_and_reports(options, tmp_path, monkeypatch):
@@ -55,11 +61,60 @@ def test_an_interrupted_recipe_goes_on_and_reports(options, tmp_path, monkeypatc
             assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 20
 
 
-def test_twins_run_on_torchs_operators_and_on_cvfasts(options, tmp_path):
-    recipes.start("transfer", replace(options, epochs=1, seeds=1, twin=True), tmp_path / "run")
-    for name, backend in {"native": "native", "cvfast": "auto"}.items():
-        assert load_checkpoint(tmp_path / "run" / name / "fine-tuned-0").meta["config"]["backend"] == backend
-    assert "within noise" in (tmp_path / "run" / "report.md").read_text()
+@pytest.fixture(scope="module")
+def twins(small_data, tmp_path_factory, undrawn):
+    """The folder of finished twins, and of each their trainings' histories by name."""
+    options = replace(options_on(small_data), seeds=1, twin=True)
+    with undrawn():
+        out = recipes.start("transfer", options, tmp_path_factory.mktemp("twins") / "run")
+    return out, {name: {run: history_of(out / name / run) for run in RUNS[:3]} for name in TWINS}
+
+
+def history_of(folder):
+    return [Run.Figures(**entry) for entry in load_checkpoint(folder).meta["history"]]
+
+
+def test_twins_run_on_torchs_operators_and_on_cvfasts_and_learn_alike(twins):
+    """From one seed: each training is the same after its first epoch but for rounding, and at the end within noise."""
+    out, histories = twins
+    for name, backend in TWINS.items():
+        for run in RUNS[:3]:
+            assert load_checkpoint(out / name / run).meta["config"]["backend"] == backend
+    rows = [line.split(" | ") for line in (out / "report.md").read_text().splitlines() if line.endswith(" yes |")]
+    for run in RUNS[:3]:
+        assert histories["native"][run] != histories["cvfast"][run]
+        found = gaps(histories["native"][run], histories["cvfast"][run], Run.NOISE)
+        assert all(gap.is_noise and gap.first <= 1e-3 for gap in found), (run, found)
+        for gap in found:
+            row = next(row for row in rows if row[0] == f"| {run}: {gap.figure}")
+            assert row[1:3] == [f"{gap.first:.2g}", f"{gap.last:.3g}"]
+        assert (out / f"learning_curves_{run}.png").exists()
+
+
+@pytest.mark.parametrize("run", RUNS[:3])
+def test_twins_of_which_one_training_differs_are_told(run, twins, options, tmp_path, undrawn):
+    out, histories = twins
+    results = {
+        name: {
+            training: TrainResult(options, out / name / training, history, 1, True, Run.NOISE)
+            for training, history in trainings.items()
+        }
+        for name, trainings in histories.items()
+    }
+    worse = [replace(entry, train_loss=entry.train_loss + 0.2) for entry in histories["cvfast"][run]]
+    results["cvfast"][run] = replace(results["cvfast"][run], history=worse)
+    with undrawn():
+        lines = compare(options, results, tmp_path)
+    assert [line.split(": ")[:2] for line in lines if "MORE THAN NOISE" in line] == [[run, "train_loss"]]
+    told = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.endswith(" NO |")]
+    assert len(told) == 1 and told[0].startswith(f"| {run}: train_loss |")
+
+
+def test_few_images_have_noisy_accuracies(small_data):
+    few = Run(TrainConfig(data=small_data), torch.device("cpu"), None)
+    assert few.noise == {"train_loss": 0.1, "validation_accuracy": len(few.validation_data) ** -0.5}
+    few.validation_data = few.validation_data.subset(torch.zeros(2000, dtype=torch.int64))
+    assert few.noise == Run.NOISE
 
 
 def test_options_that_cannot_be_are_refused(options):

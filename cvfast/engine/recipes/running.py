@@ -32,7 +32,7 @@ def run_recipe(make: Make, report: Report, options: RunConfig, out: Path, consol
         for name, backend in TWINS.items():
             _say(console, f"training, backend {backend}")
             twin = replace(options, backend=backend, twin=False)
-            results[name] = _run(make, report, twin, out / name, console)
+            results[name] = {"": _run(make, report, twin, out / name, console)}
         if distributed.rank() == 0:
             for line in compare(options, results, out):
                 _say(console, line)
@@ -91,19 +91,29 @@ def gaps(one: list[EpochFigures], other: list[EpochFigures], noise: dict[str, fl
     ]
 
 
-def compare(options: RunConfig, results: dict[str, TrainResult], out: Path) -> list[str]:
-    """Writes the report of two runs, by their name, into ``out``; returns the gist for the terminal."""
+def compare(options: RunConfig, results: dict[str, dict[str, TrainResult]], out: Path) -> list[str]:
+    """Writes the report of twins, by their name, into ``out``; returns the gist for the terminal.
+
+    Each twin is its trainings by name, "" where there is but one.
+    """
     from cvfast.engine import report
 
-    histories = {name: result.history for name, result in results.items()}
-    found = gaps(histories["native"], histories["cvfast"], results["cvfast"].noise)
-    report.learning_curves(out / "learning_curves.png", histories)
-    report.epoch_times(out / "epoch_times.png", histories)
     table = [["figure", "apart after epoch 1", "apart at the end", "noise up to", "within noise"]]
-    table += [
-        [gap.figure, f"{gap.first:.2g}", f"{gap.last:.3g}", f"{gap.allowed:.3g}", "yes" if gap.is_noise else "NO"]
-        for gap in found
-    ]
+    lines, pictures = [], []
+    for training, ours in results["cvfast"].items():
+        histories = {name: twin[training].history for name, twin in results.items()}
+        start, ending = (f"{training}: ", f"_{training}") if training else ("", "")
+        for gap in gaps(histories["native"], histories["cvfast"], ours.noise):
+            figure, verdict = f"{start}{gap.figure}", "yes" if gap.is_noise else "NO"
+            table.append([figure, f"{gap.first:.2g}", f"{gap.last:.3g}", f"{gap.allowed:.3g}", verdict])
+            lines.append(
+                f"{figure}: {gap.last:.3g} apart at the end, noise up to {gap.allowed:.3g}"
+                f"{'' if gap.is_noise else ' (MORE THAN NOISE)'}"
+            )
+        for title, draw in {"Learning curves": report.learning_curves, "Time per epoch": report.epoch_times}.items():
+            picture = f"{draw.__name__}{ending}.png"
+            draw(out / picture, histories)
+            pictures.append(report.Section(f"{start}{title}", picture=picture))
     sections = [
         report.Section(
             "What was done",
@@ -111,15 +121,9 @@ def compare(options: RunConfig, results: dict[str, TrainResult], out: Path) -> l
             "is the mean of the last quarter of the epochs. Each run's own report is in the folder of its name.",
             table,
         ),
-        report.Section("Learning curves", picture="learning_curves.png"),
-        report.Section("Time per epoch", picture="epoch_times.png"),
+        *pictures,
         report.settings(options),
         report.machine(),
     ]
     report.write_report(out, f"Twins: {options.name}", sections)
-    lines = [
-        f"{gap.figure}: {gap.last:.3g} apart at the end, noise up to {gap.allowed:.3g}"
-        f"{'' if gap.is_noise else ' (MORE THAN NOISE)'}"
-        for gap in found
-    ]
     return [*lines, f"twins' report: {out / 'report.html'} (and report.md)"]

@@ -118,8 +118,8 @@ def run(options: Options, out: Path, console: Console | None) -> None:
             _say(console, line)
 
 
-def _run(options: Options, target: DataSplits, out: Path, console: Console | None) -> TrainResult:
-    """All trainings and their report; returns the one on the source."""
+def _run(options: Options, target: DataSplits, out: Path, console: Console | None) -> dict[str, TrainResult]:
+    """All trainings, by the name of their folder, and their report."""
     source = _train(options.source_config(), out / SOURCE, console)
     weights = str(out / SOURCE / f"{LAST}.safetensors")
     results = {}
@@ -130,7 +130,7 @@ def _run(options: Options, target: DataSplits, out: Path, console: Console | Non
     if distributed.rank() == 0:
         for line in _report(options, target, source, results, out):
             _say(console, line)
-    return source
+    return {SOURCE: source} | {f"{start}-{seed}": result for (start, seed), result in results.items()}
 
 
 def _train(config: TrainConfig, folder: Path, console: Console | None) -> TrainResult:
