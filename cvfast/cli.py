@@ -31,6 +31,7 @@ from cvfast.engine.checkpoint import CheckpointError, load_checkpoint, replace_f
 from cvfast.engine.export import FORMATS
 from cvfast.engine.run import load_data
 from cvfast.engine.train import choose_device
+from cvfast.engine.transfer import load_weights
 from cvfast.models import create_model, example_inputs, list_models
 
 CLASSIFIERS = list_models(task="classification")
@@ -241,31 +242,60 @@ def predict(
 
 @app.command()
 def export(
-    checkpoint: CheckpointOption,
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of any recipe, or the folder of a run, whose "
+                                                         "best epoch is taken.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"Or a model by name: {', '.join(list_models())}.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="With --model: a .safetensors or .pth file. Default: random "
+                                                      "weights.")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="With --model: classes; default: the model's own.")] = None,
     format: Annotated[str, typer.Option(help=f"One of: {', '.join(FORMATS)}.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="File to write; default: model.onnx or model.pt2 beside the "
-                                                  "checkpoint.")] = None,
-    check: Annotated[bool, typer.Option(help="Compare the file with the checkpoint on the test images.")] = True,
-    data: Annotated[str | None, typer.Option(help="Data set for the check. Default: the run's own.")] = None,
+                                                  "checkpoint, or one of the model's name.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare the file with the model, a classifier's on the test images, "
+                                             "others on random inputs.")] = True,
+    data: Annotated[str | None, typer.Option(help="Data set for a classifier's check. Default: the run's own.")] = None,
 ) -> None:  # fmt: skip
     """Writes a model for use elsewhere: ONNX (standard operators only) or torch.export.
 
-    The file takes uint8 images [N, C, H, W] of the data set's size, prepares them itself, and returns logits. It
-    carries the class names.
+    From a checkpoint, the file takes uint8 images [N, C, H, W] of the data set's size and prepares them itself. A
+    classifier's returns logits and carries the class names; of the other recipes it is the generator (which takes
+    random numbers), the captioner (which carries its vocabulary) or the upscaler. A model by name takes what it takes.
     """
     if format not in FORMATS:
         raise typer.BadParameter(f"{format!r}; choose one of {', '.join(FORMATS)}", param_hint="--format")
-    classifier = engine.load_classifier(checkpoint)
-    test = _run_data(checkpoint, data).test if check else None
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    path = engine.export(classifier, out or folder / f"model{FORMATS[format]}", format)
-    typer.echo(f"wrote {path}: images uint8 [N, {', '.join(map(str, classifier.image_shape))}] -> logits "
-               f"[N, {len(classifier.classes)}]")  # fmt: skip
-    if test is not None:
-        result = engine.check_export(path, classifier, test)
+    if (checkpoint is None) == (model is None):
+        raise typer.BadParameter("give one of the two", param_hint="--checkpoint or --model")
+    if model is None and not (weights is None and num_classes is None):
+        raise typer.BadParameter("they go with --model only", param_hint="--weights, --num-classes")
+    classifier, metadata, origin = None, {}, ""
+    if model is not None:
+        options = {} if num_classes is None else {"num_classes": num_classes}
+        network, origin = _usage(lambda: create_model(model, **options)), " with random weights"
+        if weights is not None:
+            origin = f" with {weights} ({load_weights(network, weights)})"
+        inputs = example_inputs(model, 3, **options)
+    elif "networks" in load_checkpoint(checkpoint).meta:
+        network, inputs, metadata = engine.load_deployable(checkpoint, 3)
+    else:
+        classifier = engine.load_classifier(checkpoint)
+    if data is not None and classifier is None:
+        raise typer.BadParameter("goes with a classifier's --checkpoint only", param_hint="--data")
+    test = _run_data(checkpoint, data).test if classifier and check else None
+    if out is None:
+        folder = Path() if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent
+        out = folder / f"{model or 'model'}{FORMATS[format]}"
+    if classifier:
+        engine.export(classifier, out, format)
+    else:
+        engine.export_network(network, inputs, out, format, metadata=metadata)
+    typer.echo(f"wrote {out}{origin}: {engine.signature(out)}")
+    if check:
+        result = (
+            engine.check_export(out, classifier, test) if classifier else engine.check_network(out, network, inputs)
+        )
         typer.echo(f"checked: {result}")
         if not result.passed:
-            raise RuntimeError(f"{path} does not compute what the checkpoint computes")
+            raise RuntimeError(f"{out} does not compute what {model or 'the checkpoint'} computes")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -332,10 +362,10 @@ def info() -> None:
 
 
 def _usage(make):
-    """What ``make`` returns; its ValueError becomes a usage error (exit code 2)."""
+    """What ``make`` returns; its ValueError or TypeError becomes a usage error (exit code 2)."""
     try:
         return make()
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
 
 

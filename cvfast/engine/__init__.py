@@ -14,8 +14,16 @@ from cvfast.engine.checkpoint import CheckpointError
 from cvfast.engine.classifier import Classifier, load_classifier
 from cvfast.engine.config import TrainConfig
 from cvfast.engine.evaluate import Evaluation, evaluate
-from cvfast.engine.export import ExportCheck, check_export, export, export_network
-from cvfast.engine.networks import load_network
+from cvfast.engine.export import (
+    ExportCheck,
+    NetworkCheck,
+    check_export,
+    check_network,
+    export,
+    export_network,
+    signature,
+)
+from cvfast.engine.networks import load_deployable, load_network
 from cvfast.engine.predict import Prediction, predict
 from cvfast.engine.train import TrainResult, resume, train
 
@@ -24,16 +32,20 @@ __all__ = [
     "Classifier",
     "Evaluation",
     "ExportCheck",
+    "NetworkCheck",
     "Prediction",
     "TrainConfig",
     "TrainResult",
     "check_export",
+    "check_network",
     "evaluate",
     "export",
     "export_network",
     "load_classifier",
+    "load_deployable",
     "load_network",
     "predict",
     "resume",
+    "signature",
     "train",
 ]

@@ -1,7 +1,7 @@
-"""Taking a classifier to where it is used: ONNX for any runtime, torch.export for PyTorch's own.
+"""Taking a model to where it is used: ONNX for any runtime, torch.export for PyTorch's own.
 
-The exported graph takes uint8 images as the data set has them, [N, C, H, W] with any N, and returns logits [N, K]: the
-preparation is part of it. The class names travel along.
+A classifier's exported graph takes uint8 images as the data set has them, [N, C, H, W] with any N, and returns logits
+[N, K]: the preparation is part of it. The class names travel along. Any other network takes and returns what it does.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from cvfast.engine.classifier import Classifier, logits_of
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
 INPUT, OUTPUT = "images", "logits"
-TOLERANCE = 1e-4  # of logits up to 1, of larger ones as a share of the largest: float32 has no more digits
+TOLERANCE = 1e-4  # of outputs up to 1, of larger ones as a share of the largest: float32 has no more digits
+_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int64)": "int64"}  # of onnxruntime
 
 
 def export(classifier: Classifier, path: str | Path, format: str = "onnx") -> Path:
@@ -59,10 +61,11 @@ def export_network(
     """Writes any network to ``path``; it is moved to the CPU and into eval mode.
 
     Args:
-        inputs: an example of each input of ``forward``, by its name, in its order; only dtype and shape count. The
-            first dimension, 2 or more in the example, becomes that of a batch of any size, the others stay.
+        inputs: an example of each input of ``forward``, in its order, by the name that it gets in ONNX; only dtype and
+            shape count. The first dimension, 2 or more in the example, becomes that of a batch of any size, the others
+            stay.
         format: "onnx" or "torch", as in :func:`export`.
-        outputs: names of the outputs in ONNX; default: the exporter's.
+        outputs: names of the outputs in ONNX; default: "output", or "output_0", "output_1", ...
         metadata: words that travel along, in ONNX's metadata or in files of the torch.export program.
 
     Returns, raises: as :func:`export`.
@@ -85,7 +88,7 @@ def exported_program(network: nn.Module, inputs: dict[str, Tensor]) -> torch.exp
     batch = torch.export.Dim("batch")
     with use_backend("native"):
         return torch.export.export(
-            network.cpu().eval(), tuple(inputs.values()), dynamic_shapes={name: {0: batch} for name in inputs}
+            network.cpu().eval(), tuple(inputs.values()), dynamic_shapes=tuple({0: batch} for _ in inputs)
         )
 
 
@@ -117,23 +120,111 @@ class ExportCheck:
 
 def check_export(path: str | Path, classifier: Classifier, data: ImageData) -> ExportCheck:
     """Runs an exported file, with onnxruntime or as a torch.export program, on all images of ``data``."""
-    run = _torch_runner(path) if Path(path).suffix == FORMATS["torch"] else _onnx_runner(path)
-    exported = torch.cat([run(images) for images, _ in batches(data, 500)])
+    run = _runner(path)
+    exported = torch.cat([run([images])[0] for images, _ in batches(data, 500)])
     expected = logits_of(classifier.cpu().eval(), data)
     disagreements = (exported.argmax(dim=1) != expected.argmax(dim=1)).sum().item()
-    difference = (exported - expected).abs().max() / expected.abs().max().clamp(min=1)
-    return ExportCheck(len(data), difference.item(), disagreements)
+    return ExportCheck(len(data), _difference(exported, expected).item(), disagreements)
 
 
-def _onnx_runner(path: str | Path) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class NetworkCheck:
+    """An exported file beside the network that it came from, on the same inputs.
+
+    Attributes:
+        samples: how many were compared.
+        difference: the largest absolute difference in an output; a share of the output's largest number where that
+            exceeds 1.
+    """
+
+    samples: int
+    difference: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether ``difference`` is at most ``TOLERANCE``."""
+        return self.difference <= TOLERANCE
+
+    def __str__(self) -> str:
+        return f"outputs for {self.samples} inputs differ by at most {self.difference:.1e} (allowed: {TOLERANCE:.0e})"
+
+
+@torch.no_grad()
+def check_network(path: str | Path, network: nn.Module, inputs: dict[str, Tensor]) -> NetworkCheck:
+    """Runs an exported file, with onnxruntime or as a torch.export program, on a batch, and on its first sample alone.
+
+    Args:
+        network: what the file was written from.
+        inputs: a batch of each input of ``network.forward``, in its order.
+
+    Raises:
+        RuntimeError: if the shapes of an output differ.
+    """
+    run, network = _runner(path), network.cpu().eval()
+    samples = len(next(iter(inputs.values())))
+    differences = []
+    for count in (samples, 1):
+        batch = [tensor[:count] for tensor in inputs.values()]
+        for exported, expected in zip(run(batch), _tensors(network(*batch)), strict=True):
+            if exported.shape != expected.shape:
+                raise RuntimeError(f"{path} returns {list(exported.shape)}, the network {list(expected.shape)}")
+            differences.append(_difference(exported, expected))
+    return NetworkCheck(samples, torch.stack(differences).max().item())
+
+
+def signature(path: str | Path) -> str:
+    """What an exported file takes and returns, in words: names (of ONNX's outputs, too), dtypes, and shapes with N for
+    a batch of any size.
+    """
+    if zipfile.is_zipfile(path):
+        program = torch.export.load(str(path))
+        values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+        inputs, outputs = program.graph_signature.user_inputs, program.graph_signature.user_outputs
+        sides = (
+            [_words(name, values[name].dtype, values[name].shape) for name in inputs if name in values],
+            [_words("", values[name].dtype, values[name].shape) for name in outputs if name in values],
+        )
+    else:
+        session = _onnx_session(path)
+        sides = (
+            [_words(value.name, _DTYPES.get(value.type, value.type), value.shape) for value in values]
+            for values in (session.get_inputs(), session.get_outputs())
+        )
+    return " -> ".join(map(", ".join, sides))
+
+
+def _words(name: str, dtype: object, shape: Sequence[object]) -> str:
+    sizes = ", ".join(str(size) if isinstance(size, int) else "N" for size in shape)
+    return f"{name} {dtype} [{sizes}]".replace("torch.", "").strip()
+
+
+def _difference(exported: Tensor, expected: Tensor) -> Tensor:
+    return (exported - expected).abs().max() / expected.abs().max().clamp(min=1)
+
+
+def _tensors(outputs: Tensor | Sequence[Tensor | None]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else [output for output in outputs if output is not None]
+
+
+def _runner(path: str | Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Runs an exported file on its inputs, in their order; returns its outputs."""
+    if zipfile.is_zipfile(path):
+        program = torch.no_grad()(torch.export.load(str(path)).module())
+        return lambda inputs: _tensors(program(*inputs))
+    session = _onnx_session(path)
+    names = [value.name for value in session.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, given)]
+
+    return run
+
+
+def _onnx_session(path: str | Path):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
-
-
-def _torch_runner(path: str | Path) -> Callable[[Tensor], Tensor]:
-    return torch.no_grad()(torch.export.load(str(path)).module())
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 def _onnx_bytes(
@@ -142,6 +233,9 @@ def _onnx_bytes(
     outputs: Sequence[str] | None,
     metadata: dict[str, str],
 ) -> bytes:
+    if outputs is None:
+        count = sum(isinstance(name, str) for name in program.graph_signature.user_outputs)
+        outputs = ["output"] if count == 1 else [f"output_{number}" for number in range(count)]
     with _quiet_exporter():
         onnx_program = torch.onnx.export(
             program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False, optimize=True

@@ -62,12 +62,17 @@ def input_size(name: str) -> tuple[int, int]:
     return _find(name).input_size
 
 
-def example_inputs(name: str, batch: int = 1) -> dict[str, Tensor]:
-    """Random inputs by name, in the order of ``forward``, for a batch of that many and the model's own channels.
+def example_inputs(name: str, batch: int = 1, **options) -> dict[str, Tensor]:
+    """Random inputs by name, in the order of ``forward``, for a batch of that many.
 
-    ``create_model(name)(*example_inputs(name).values())`` runs. ValueError if ``name`` is unknown.
+    ``create_model(name, **options)(*example_inputs(name, **options).values())`` runs. ValueError if ``name`` is
+    unknown.
+
+    Args:
+        options: those of :func:`create_model`; besides, ``size``, the images' (height, width), and ``words``, the
+            length of a captioner's sentences.
     """
-    return _find(name).example(batch)
+    return _find(name).example(batch, **options)
 
 
 def create_model(name: str, *, num_classes: int | None = None, in_chans: int | None = None, **options) -> nn.Module:

@@ -5,6 +5,8 @@ A sentence is a row of word numbers that starts with START, ends with END and is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -218,12 +220,15 @@ def _allowed(logits: Tensor) -> Tensor:
     return logits.index_fill(-1, torch.tensor([PAD, START], device=logits.device), -torch.inf)
 
 
-def _example(batch: int) -> dict[str, Tensor]:
-    """Grey images and sentences of ten words."""
-    return {"images": torch.rand(batch, 1, 56, 56), "sentences": torch.randint(END + 1, 16, (batch, 10))}
+def _inputs(
+    batch: int, size: Sequence[int], in_chans: int = 1, num_classes: int = 16, words: int = 10, **_
+) -> dict[str, Tensor]:
+    first = min(END + 1, num_classes - 1)
+    sentences = torch.randint(first, num_classes, (batch, words))
+    return {"images": torch.rand(batch, in_chans, *size), "sentences": sentences}
 
 
 MODELS = {
-    "show_attend_tell": Entry(ShowAttendTell, (56, 56), "captioning", _example),
-    "show_tell": Entry(ShowTell, (56, 56), "captioning", _example),
+    "show_attend_tell": Entry(ShowAttendTell, (56, 56), "captioning", _inputs),
+    "show_tell": Entry(ShowTell, (56, 56), "captioning", _inputs),
 }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+def image_inputs(batch: int, size: Sequence[int], in_chans: int = 3, **_) -> dict[str, Tensor]:
+    return {"images": torch.rand(batch, in_chans, *size)}
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,16 @@ class Entry:
         input_size: (height, width) of the images that the model takes or makes, by default.
         task: "classification" (images -> logits [N, num_classes]), "segmentation" (images -> logits
             [N, num_classes, H, W]) or another word for a model that does neither.
-        inputs: inputs by name, in the order of ``forward``, for a batch of so many; default: RGB images.
+        inputs: random inputs by name, in the order of ``forward``, for a batch of so many, images of (height, width)
+            and the options with which the model was made; default: images.
     """
 
     make: Callable[..., nn.Module]
     input_size: tuple[int, int]
     task: str = "classification"
-    inputs: Callable[[int], dict[str, Tensor]] | None = None
+    inputs: Callable[..., dict[str, Tensor]] = image_inputs
 
-    def example(self, batch: int) -> dict[str, Tensor]:
-        return self.inputs(batch) if self.inputs else {"images": torch.rand(batch, 3, *self.input_size)}
+    def example(self, batch: int, size: Sequence[int] | None = None, **options) -> dict[str, Tensor]:
+        if size is None:
+            size = (options["image_size"],) * 2 if "image_size" in options else self.input_size
+        return self.inputs(batch, size, **options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cvfast.models.blocks import check_positive
-from cvfast.models.entry import Entry
+from cvfast.models.entry import Entry, image_inputs
 from cvfast.nn import Conv2d, ConvTranspose2d
 
 NORMS = ("batch", "layer", "none")
@@ -134,7 +136,19 @@ def _init(layer: nn.Module) -> None:
         nn.init.normal_(layer.weight, 1.0, 0.02)
 
 
+def _numbers(batch: int, _, latent: int = 100, num_classes: int = 0, **__) -> dict[str, Tensor]:
+    return {"z": torch.randn(batch, latent)} | _labels(batch, num_classes)
+
+
+def _images(batch: int, size: Sequence[int], num_classes: int = 0, **options) -> dict[str, Tensor]:
+    return image_inputs(batch, size, **options) | _labels(batch, num_classes)
+
+
+def _labels(batch: int, num_classes: int) -> dict[str, Tensor]:
+    return {"labels": torch.randint(num_classes, (batch,))} if num_classes else {}
+
+
 MODELS = {
-    "dcgan_generator": Entry(DCGANGenerator, (64, 64), "generation", lambda batch: {"z": torch.randn(batch, 100)}),
-    "dcgan_discriminator": Entry(DCGANDiscriminator, (64, 64), "discrimination"),
+    "dcgan_generator": Entry(DCGANGenerator, (64, 64), "generation", _numbers),
+    "dcgan_discriminator": Entry(DCGANDiscriminator, (64, 64), "discrimination", _images),
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from cvfast.models.blocks import check_positive, conv_norm_relu
-from cvfast.models.entry import Entry
+from cvfast.models.entry import Entry, image_inputs
 from cvfast.nn import GRU, LSTM, Conv2d, Linear
 
 CELLS = {"lstm": LSTM, "gru": GRU}
@@ -140,14 +141,22 @@ def ctc_greedy(log_probs: Tensor, lengths: Tensor | None = None) -> list[list[in
     return [[s for s in torch.unique_consecutive(row[:end]).tolist() if s] for row, end in zip(best, ends, strict=True)]
 
 
-def _videos(batch: int) -> dict[str, Tensor]:
+def _grey(batch: int, size: Sequence[int], in_chans: int = 1, **_) -> dict[str, Tensor]:
+    return image_inputs(batch, size, in_chans)
+
+
+def _rows(batch: int, size: Sequence[int], in_chans: int = 1, width: int = 28, **_) -> dict[str, Tensor]:
+    return image_inputs(batch, (size[0], width), in_chans)
+
+
+def _videos(batch: int, size: Sequence[int], in_chans: int = 3, **_) -> dict[str, Tensor]:
     """Of eight frames."""
-    return {"videos": torch.rand(batch, 8, 3, 32, 32)}
+    return {"videos": torch.rand(batch, 8, in_chans, *size)}
 
 
 MODELS = {
-    "row_lstm": Entry(RowLSTM, (28, 28), inputs=lambda batch: {"images": torch.rand(batch, 1, 28, 28)}),
+    "row_lstm": Entry(RowLSTM, (28, 28), inputs=_rows),
     "cnn_lstm": Entry(VideoRNN, (32, 32), "video", _videos),
     "cnn_gru": Entry(partial(VideoRNN, cell="gru"), (32, 32), "video", _videos),
-    "crnn": Entry(CRNN, (32, 128), "text", lambda batch: {"images": torch.rand(batch, 1, 32, 128)}),
+    "crnn": Entry(CRNN, (32, 128), "text", _grey),
 }

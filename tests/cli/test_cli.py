@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from cvfast import _choices, data, engine
 from cvfast.cli import app
 from cvfast.engine import checkpoint as checkpoints
 from cvfast.engine.checkpoint import load_checkpoint
+from cvfast.models import create_model, example_inputs
 
 
 def cvfast(*arguments):
@@ -95,6 +97,35 @@ def test_export(run, format, name):
     assert (run / name).stat().st_size > 100_000
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "words"),
+    [
+        ("cnn", "onnx", "images float32 [N, 3, 32, 32] -> output float32 [N, 4]"),
+        ("cnn_lstm", "torch", "videos float32 [N, 8, 3, 32, 32] -> float32 [N, 4]"),
+        ("show_tell", "onnx",
+         "images float32 [N, 1, 56, 56], sentences int64 [N, 10] -> output float32 [N, 10, 4]"),
+    ],
+)  # fmt: skip
+def test_export_of_any_model(name, format, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cvfast("export", "--model", name, "--num-classes", 4, "--format", format)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {name}.{'onnx' if format == 'onnx' else 'pt2'} with random weights: {words}" in result.stdout
+    assert "3 inputs differ by at most" in result.stdout
+
+
+def test_export_of_weights_from_a_file(tmp_path):
+    model = create_model("cnn", num_classes=4)
+    torch.save(model.state_dict(), tmp_path / "cnn.pth")
+    given = ("export", "--model", "cnn", "--weights", tmp_path / "cnn.pth", "--out", tmp_path / "cnn.onnx")
+    result = cvfast(*given, "--num-classes", 4, "--no-check")
+    assert result.exit_code == 0 and "checked" not in result.stdout
+    assert f"with {tmp_path / 'cnn.pth'} ({len(model.state_dict())} tensors fit): images float32" in result.stdout
+    assert engine.check_network(tmp_path / "cnn.onnx", model, example_inputs("cnn", 2)).passed
+    fails(5, "2 mismatched", *given)
+    fails(3, "nowhere", *given, "--weights", tmp_path / "nowhere.pth")
+
+
 def test_explain(run):
     for model in ("cnn", run):
         result = cvfast("explain", "--model", model, "--batch", 2)
@@ -144,6 +175,12 @@ def test_wrong_usage_is_2(run, small_data, tmp_path):
     fails(2, "holds a run already", "train", "--data", small_data, "--out", run)
     fails(2, "give no other option", "train", "--resume", run, "--epochs", 5)
     fails(2, "'tflite'", "export", "--checkpoint", run, "--format", "tflite")
+    fails(2, "give one of the two", "export")
+    fails(2, "give one of the two", "export", "--checkpoint", run, "--model", "cnn")
+    fails(2, "with --model only", "export", "--checkpoint", run, "--num-classes", 3)
+    fails(2, "a classifier's --checkpoint only", "export", "--model", "cnn", "--data", small_data)
+    fails(2, "unknown model 'lenet'", "export", "--model", "lenet")
+    fails(2, "takes no option 'num_classes'", "export", "--model", "srresnet", "--num-classes", 3)
     fails(2, "unknown backend", "eval", "--checkpoint", run, "--backend", "cudnn")
     fails(2, "--checkpoint", "eval")
 

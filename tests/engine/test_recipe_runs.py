@@ -2,18 +2,20 @@
 
 import csv
 import dataclasses
+import json
 import math
 import signal
 from contextlib import nullcontext
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from cvfast import data
 from cvfast.cli import app
-from cvfast.engine import CheckpointError, distributed, load_classifier, load_network, recipes
+from cvfast.engine import CheckpointError, distributed, load_classifier, load_deployable, load_network, recipes
 from cvfast.engine.checkpoint import load_checkpoint
 from cvfast.engine.recipes import caption, gan, superres
 from cvfast.engine.recipes.running import TWINS, gaps
@@ -117,6 +119,34 @@ def loop_of(kind):
     return LOOPS.get(RECIPE.get(kind, kind), Run)
 
 
+EXPORTED = {  # what the file takes and returns
+    "gan": "z float32 [N, 8] -> output float32 [N, 1, 28, 28]",
+    "wgan-gp": "z float32 [N, 8], labels int64 [N] -> output float32 [N, 1, 28, 28]",
+    "sequence": "images uint8 [N, 1, 28, 28] -> logits float32 [N, 10]",
+    "show_tell": "images uint8 [N, 1, 28, 84], sentences int64 [N, 12] -> output float32 [N, 12, 18]",
+    "superres": "images uint8 [N, 1, 7, 7] -> output float32 [N, 1, 28, 28]",
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_runs_are_exported(runs, kind, tmp_path):
+    code, words = cli("export", "--checkpoint", runs(kind), "--out", tmp_path / "model.onnx")
+    assert code == 0 and EXPORTED[kind] in words and "checked: " in words, words
+    if kind == "show_tell":
+        metadata = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["vocabulary"]) == load_checkpoint(runs(kind)).meta["vocabulary"]
+
+
+@torch.no_grad()
+def test_exported_networks_prepare_images_themselves(runs):
+    network, inputs, _ = load_deployable(runs("show_tell"), 3)
+    expected = load_network(runs("show_tell"), "captioner")(inputs["images"] / 255 * 2 - 1, inputs["sentences"])[0]
+    assert (network(**inputs)[0] - expected).abs().max() < 1e-5
+    network, inputs, _ = load_deployable(runs("superres"))
+    expected = load_network(runs("superres"), "upscaler")(inputs["images"] / 255)
+    assert (network(**inputs) - expected).abs().max() < 1e-5
+
+
 def history_of(folder, kind):
     return [loop_of(kind).Figures(**entry) for entry in load_checkpoint(folder / "last.safetensors").meta["history"]]
 
@@ -195,6 +225,7 @@ def test_sentences_name_pictures_in_order_and_words_know_their_picture():
     assert vocabulary.named("and a bag a") == ["bag"] and vocabulary.named("") == []
     with pytest.raises(ValueError, match="cannot be called 'an'"):
         caption.Vocabulary(["an end"])
+    assert vocabulary.longest(2) == len(vocabulary.sentence([0, 0])[0][:-1])
 
 
 def test_grids_and_attention_have_the_same_places():

@@ -50,6 +50,9 @@ def test_an_interrupted_recipe_goes_on_and_reports(options, tmp_path, monkeypatc
     for name in ("per_class", "seed", "lr", "epochs"):
         assert tuned.meta["config"][name] == scratch.meta["config"][name]
 
+    own, first = (load_checkpoint(tmp_path / "run" / path) for path in (".", "fine-tuned-0/last.safetensors"))
+    assert own.meta == first.meta and all(own.tensors[name].equal(tensor) for name, tensor in first.tensors.items())
+
     report = (tmp_path / "run" / "report.md").read_text()
     test = data.load(options.data).test
     for run in RUNS[1:]:

@@ -3,13 +3,12 @@
 The small ones always; all of them, at their own sizes, with pytest tests/models --all-models.
 """
 
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from cvfast.data import ImageData, Preparation
-from cvfast.engine import Classifier, check_export, export, export_network
+from cvfast.engine import Classifier, check_export, check_network, export, export_network
 from cvfast.models import create_model, example_inputs, input_size, list_models
 
 # Name -> a size that is quick; what is left out is a larger model of one of these families.
@@ -72,20 +71,47 @@ def test_other_models(name, tmp_path, request):
         pytest.skip("needs --all-models")
     torch.manual_seed(0)
     model = create_model(name, **options).eval()
-    inputs = example_inputs(name, 2)
-    with torch.no_grad():
-        expected = [output for output in as_tuple(model(*inputs.values())) if output is not None]
-    session = onnxruntime.InferenceSession(str(export_network(model, inputs, tmp_path / "model.onnx")))
-    given = dict(zip([i.name for i in session.get_inputs()], [t.numpy() for t in inputs.values()], strict=True))
-    program = torch.export.load(str(export_network(model, inputs, tmp_path / "model.pt2", "torch"))).module()
-    exported = [output for output in as_tuple(program(*inputs.values())) if output is not None]
-    for values, other, eager in zip(session.run(None, given), exported, expected, strict=True):
-        torch.testing.assert_close(torch.from_numpy(values), eager, rtol=0, atol=1e-4)
-        torch.testing.assert_close(other, eager, rtol=0, atol=1e-4)
+    inputs = example_inputs(name, 2, **options)
+    for format, file in {"onnx": "model.onnx", "torch": "model.pt2"}.items():
+        path = export_network(model, inputs, tmp_path / file, format)
+        result = check_network(path, model, inputs)
+        assert result.difference <= 1e-4, f"{format}: {result}"
 
 
-def as_tuple(outputs):
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+def test_the_check_of_a_network_notices_other_weights_and_other_outputs(tmp_path):
+    model, other = (create_model("dcgan_generator", width=8) for _ in range(2))
+    inputs = example_inputs("dcgan_generator", 3)
+    path = export_network(model, inputs, tmp_path / "model.onnx")
+    assert check_network(path, model, inputs).passed
+    result = check_network(path, other, inputs)
+    assert not result.passed and "3 inputs differ by at most" in str(result)
+    assert not check_network(path, nn.Sequential(model, NaN()), inputs).passed
+    with pytest.raises(RuntimeError, match="returns \\[3, 3, 64, 64\\], the network \\[3, 12288\\]"):
+        check_network(path, nn.Sequential(model, nn.Flatten()), inputs)
+
+
+class NaN(nn.Module):
+    def forward(self, x):
+        return x * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shapes"),
+    [
+        ("unet_small", {"in_chans": 1, "size": (16, 24)}, {"images": (2, 1, 16, 24)}),
+        ("vit_tiny_cifar", {"image_size": 16}, {"images": (2, 3, 16, 16)}),
+        ("row_lstm", {"width": 9}, {"images": (2, 1, 28, 9)}),
+        ("cnn_gru", {"in_chans": 1}, {"videos": (2, 8, 1, 32, 32)}),
+        ("dcgan_generator", {"width": 4, "latent": 7, "num_classes": 3}, {"z": (2, 7), "labels": (2,)}),
+        ("dcgan_discriminator", {"width": 4, "image_size": 8, "num_classes": 3, "in_chans": 1},
+         {"images": (2, 1, 8, 8), "labels": (2,)}),
+        ("show_tell", {"num_classes": 3, "words": 4}, {"images": (2, 1, 56, 56), "sentences": (2, 4)}),
+    ],
+)  # fmt: skip
+def test_example_inputs_fit_the_options(name, options, shapes):
+    inputs = example_inputs(name, 2, **options)
+    assert {key: tuple(tensor.shape) for key, tensor in inputs.items()} == shapes
+    create_model(name, **{key: options[key] for key in options.keys() - {"size", "words"}})(*inputs.values())
 
 
 def test_no_model_is_forgotten():

@@ -116,6 +116,10 @@ class Vocabulary:
             owners += [-1] * len(before) + [place] * len(name)
         return [*words, END], [*owners, -1]
 
+    def longest(self, pictures: int) -> int:
+        """Words of the longest sentence about so many pictures, START included, END not."""
+        return pictures * (2 + max(map(len, self.names)))
+
     def text(self, numbers: Sequence[int]) -> str:
         """The words up to END, with spaces between them."""
         words = []
@@ -204,8 +208,10 @@ class CaptionRun(Loop):
         self.validation = fixed_grids(validation_data, config, self.vocabulary)
         self.augmentation = Augmentation(0.5, 3.0, (0.95, 1.05), 0.05) if config.augment else None
         torch.manual_seed(config.seed)
-        options = {"num_classes": len(self.vocabulary.words), "in_chans": data.train.image_shape[0]}
-        model = Networks({"captioner": (config.model, options)}).to(device)
+        channels, height, width = data.train.image_shape
+        options = {"num_classes": len(self.vocabulary.words), "in_chans": channels}
+        example = {"size": [config.rows * height, config.columns * width], "words": self.vocabulary.longest(cells)}
+        model = Networks({"captioner": (config.model, options)}, low=-1.0, **example).to(device)
         self.captioner = model["captioner"]
         super().__init__(config, model, [torch.optim.Adam(model.parameters(), config.lr, fused=True)], totals=2)
 

@@ -92,7 +92,8 @@ class SuperresRun(Loop):
         self.bicubic_psnr = mean_psnr(bicubic, self.validation_data, device)
         torch.manual_seed(config.seed)
         options = {"in_chans": channels, "width": config.width, "blocks": config.blocks}
-        model = Networks({"upscaler": ("srresnet", options)}).to(device)
+        size = [height // SCALE, width // SCALE]
+        model = Networks({"upscaler": ("srresnet", options)}, low=0.0, size=size).to(device)
         super().__init__(config, model, [torch.optim.Adam(model.parameters(), config.lr, fused=True)], totals=2)
 
     def _batches(self, epoch: int) -> Batches:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from cvfast.data import DataSplits
 from cvfast.engine import distributed
+from cvfast.engine.checkpoint import replace_file
 from cvfast.engine.classifier import Classifier, load_classifier, logits_of
 from cvfast.engine.config import RunConfig, TrainConfig
 from cvfast.engine.evaluate import Evaluation, judge
-from cvfast.engine.loop import LAST
+from cvfast.engine.loop import BEST, LAST
 from cvfast.engine.recipes.running import TWINS, compare
 from cvfast.engine.run import load_data
 from cvfast.engine.train import TrainResult, resume, train
@@ -104,7 +105,10 @@ class Comparison:
 
 
 def run(options: Options, out: Path, console: Console | None) -> None:
-    """See `cvfast.engine.recipes`. Each training has a folder in ``out``, and goes on where it stopped."""
+    """See `cvfast.engine.recipes`. Each training has a folder in ``out``, and goes on where it stopped.
+
+    The checkpoint of ``out`` itself is the fine-tuned classifier of the first seed.
+    """
     target = load_data(options.data, input_size(options.model), options.download)  # missing data is missed at once
     if not options.twin:
         _run(options, target, out, console)
@@ -172,6 +176,7 @@ def _report(
     ]
     gain = mean(comparison.gain for comparison in comparisons)
     tuned = results[TUNED, options.seed]
+    replace_file(out / f"{BEST}.safetensors", (tuned.folder / f"{LAST}.safetensors").read_bytes())
     report.learning_curves(out / "source.png", {options.source: source.history})
     report.learning_curves(
         out / "learning_curves.png", {start: results[start, options.seed].history for start in (SCRATCH, TUNED)}
