@@ -13,11 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
+from typer.testing import CliRunner
 
 import cvfast
-from cvfast import _choices, _packed, backend
+from cvfast import _choices, _env, _packed, backend
 from cvfast._accelerate import chains, measure
 from cvfast.backends.ext import conv2d
+from cvfast.cli import app
+from cvfast.models import create_model, example_inputs
 from cvfast.testing.accuracy import relative_error
 
 NEAR = 2e-6  # relative L2 error in float32 of a few layers, Winograd's included
@@ -686,6 +689,38 @@ def test_what_is_not_proved_is_not_fused(cls, expected_chains):
             assert error(model(PICTURE.clone()), expected) < NEAR
 
 
+@torch.no_grad()
+def test_parts_of_a_model_that_is_not_proved_are_fused():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+            self.blocks = nn.ModuleList([Block(), Block(shortcut=True)])
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x) if x.mean() > 0 else -x
+            return x
+
+    torch.manual_seed(0)
+    model = lively(Root())
+    expected = exact(model, PICTURE)
+    cvfast.accelerate(model)
+    assert "" not in fused(model) and fused(model).keys() >= {"stem", "blocks.0", "blocks.1"}
+    assert error(model(PICTURE), expected) < NEAR
+    explanation = cvfast.explain(model, PICTURE)
+    assert "x.mean()" in explanation.notes[""]
+    assert [(row.name, row.backend, row.fused) for row in explanation.rows] == [
+        ("stem.0", "ext", "stem.1 + stem.2"),
+        ("blocks.0.conv1", "ext", "blocks.0.bn1 + blocks.0.relu"),
+        ("blocks.0.conv2", "ext", "blocks.0.bn2 + add + blocks.0.relu"),
+        ("blocks.1.conv1", "ext", "blocks.1.bn1 + blocks.1.relu"),
+        ("blocks.1.downsample.0", "ext", "blocks.1.downsample.1"),
+        ("blocks.1.conv2", "ext", "blocks.1.bn2 + add + blocks.1.relu"),
+    ]
+
+
 class Pools(nn.Module):
     """Pooling of 2x2 pixels in all its spellings, each after a convolution."""
 
@@ -1107,6 +1142,29 @@ def test_explain_of_every_layer_and_of_hooks():
     assert all(rows[name].torch_seconds > 0 for name in swapped) and rows["end"].torch_seconds is None
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("show_attend_tell", {}, {"encoder.0": "Conv2d", "": "additive_attention"}),
+        ("cnn_attention", {"width": 8}, {"features.0": "Conv2d", "attention": "AdditiveAttention"}),
+        ("vit_tiny_cifar", {"num_layers": 1}, {"encoder.layers.encoder_layer_0.self_attention": "MultiheadAttention"}),
+        ("crnn", {"width": 8}, {"columns.0": "Conv2d", "lstm": "LSTM"}),
+    ],
+)
+def test_explain_of_the_zoo_misses_no_layer(name, options, expected):
+    """Each layer that learns has a row with times, or is a part of one; a cell that is unrolled is its model's."""
+    model = cvfast.accelerate(create_model(name, **options).eval(), fuse=True)
+    rows = cvfast.explain(model, *example_inputs(name).values()).rows
+    assert not [row for row in rows if row.reason == "not called"]
+    ours = {row.name: row.type for row in rows if row.backend == "ext"}
+    assert expected.items() <= ours.items()
+    assert all(row.torch_seconds > 0 for row in rows if row.backend in ("ext", "native"))
+    seen = {part for row in rows for part in (row.name, *row.fused.split(" + ")) if part} | {"cell"}
+    for layer, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None and layer not in ("", "encoder"):
+            assert any(f"{layer}.".startswith(f"{one}.") for one in seen), layer
+
+
 def test_explain_under_override():
     """Functions that no layer calls have rows, and torch's layers name cvfast's backend."""
 
@@ -1162,6 +1220,20 @@ def test_tune_measures_and_decides(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "least_seconds", lambda *calls: [1e-3, 2e-3])
     assert cvfast.tune(model, X, file=file) == 0
     assert not _choices.torchs
+
+
+@pytest.mark.usefixtures("no_choices")
+def test_choices_are_kept_in_the_cache_by_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(_env, "cache", tmp_path / "cache")
+    monkeypatch.setattr(measure, "least_seconds", torch_is_faster(whole=True))
+    assert cvfast.tune(cvfast.accelerate(nn.Conv2d(3, 4, 3)), X) == 1
+    _choices.clear()
+    _choices._load_default()  # as a new process does
+    assert len(_choices.torchs) == 1 and str(tmp_path / "cache" / "choices.json") in _choices.origin
+    _choices.clear()
+    result = CliRunner().invoke(app, ["tune", "--model", "cnn"])
+    assert result.exit_code == 0 and f"kept in {tmp_path / 'cache' / 'choices.json'}" in " ".join(result.output.split())
+    assert len(_choices.read(tmp_path / "cache" / "choices.json")[0]) > 2
 
 
 @pytest.mark.usefixtures("no_choices")

@@ -22,7 +22,7 @@ from cvfast._accelerate.measure import least_seconds
 if TYPE_CHECKING:  # rich takes long to import, for something that few ask for
     from rich.table import Table
 
-_CVFASTS = tuple(getattr(nn, original.__name__) for original in layers.STAND_INS)
+_CVFASTS = tuple(getattr(nn, name) for name in nn.__all__)
 
 
 @dataclass
@@ -122,8 +122,9 @@ def explain(model: Module, *inputs) -> Explanation:
         model(*inputs)
     rows = watcher.rows
     called = {row.name for row in rows} | {name for row in rows for name in row.fused.split(" + ")}
+    parts = {part for layer in model.modules() if _is_layer(layer) for part in layer.modules() if part is not layer}
     for name, module in model.named_modules():
-        if isinstance(module, layers.SWAPPABLE) and name not in called:
+        if isinstance(module, layers.SWAPPABLE) and name not in called and module not in parts:
             rows.append(Row(name, type(module).__name__, reason="not called"))
     return Explanation(rows, _not_fused(model))
 
