@@ -21,9 +21,10 @@ __all__ = ["Explanation", "accelerate", "explain", "free_packed", "load_choices"
 def accelerate(model: Module, *, copy: bool = False, fuse: bool | None = None) -> Module:
     """The model with torch's layers swapped for cvfast's, which share their parameters.
 
-    Conv2d, ConvTranspose2d, LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell and MultiheadAttention of torch.nn change their
-    class and nothing else: state_dict, hooks, names, devices, modes, parametrizations, tied weights and every reference
-    to a layer stay as they are. Subclasses with code of their own stay torch's; see `override` for those.
+    Conv2d, ConvTranspose2d, Linear, LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell and MultiheadAttention of torch.nn
+    change their class and nothing else: state_dict, hooks, names, devices, modes, parametrizations, tied weights and
+    every reference to a layer stay as they are. Subclasses, whatever they change, stay torch's; see `override` for
+    those.
     A model may be accelerated twice; layers that are cvfast's already stay so.
 
     Args:

@@ -184,6 +184,25 @@ def test_subclasses_and_replaced_forwards_are_not_swapped():
     assert types(model) == before and torch.equal(model(X), expected)
 
 
+@torch.no_grad()
+def test_subclasses_without_code_of_their_own_stay_torchs():
+    class Same(nn.Conv2d):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 3, padding=1)
+
+    class Scores(nn.Linear):
+        pass
+
+    model = lively(nn.Sequential(Same(3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), Scores(192, 4)))
+    before, expected = types(model), model(X)
+    cvfast.accelerate(model)
+    assert types(model) == before and torch.equal(model(X), expected)
+    rows = {row.name: row for row in cvfast.explain(model, X).rows}
+    for name, cls in {"0": "Same", "4": "Scores"}.items():
+        assert (rows[name].type, rows[name].backend) == (cls, "torch")
+        assert rows[name].reason == f"{cls} is not one of torch's layers that cvfast has, but a class of its own"
+
+
 def test_every_kind_of_hook_still_runs():
     layer, seen = nn.Conv2d(3, 4, 3), []
     layer.register_forward_pre_hook(lambda m, a: seen.append("forward_pre"))
