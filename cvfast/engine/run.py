@@ -66,8 +66,8 @@ class Run(Loop):
 
     @property
     def noise(self) -> dict[str, float]:
-        """Accuracies on few images have a standard error of their own, of up to half of their number's root."""
-        accuracy = max(self.NOISE["validation_accuracy"], len(self.validation_data) ** -0.5)
+        """On few images two of them are more than ``NOISE``."""
+        accuracy = max(self.NOISE["validation_accuracy"], 2 / len(self.validation_data))
         return self.NOISE | {"validation_accuracy": accuracy}
 
     def _batches(self, epoch: int) -> Batches:
