@@ -15,13 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import cvfast
 from benchmarks.subject import Calls, Subject, Unable, Work
 from cvfast.backend import use_backend
-from cvfast.testing import assert_as_accurate
+from cvfast.testing import assert_as_accurate, relative_error
+from cvfast.testing.accuracy import largest_error
 
 TORCHS = {
     getattr(cvfast.nn, name): getattr(nn, name)
     for name in ("Conv2d", "ConvTranspose2d", "Linear", "MultiheadAttention")
 }
-ACCURATE = 1e-5  # relative error that a whole model's result may have where torch's has less
+ACCURATE = 1e-5  # relative error that a whole model's result may have where torch's has less ...
+WINOGRAD = 10.0  # ... and how many times torch's elsewhere, as docs/numerics.md says
 # And its gradients: units that rounding switches, and maxima that another pixel wins, change them by about the root of
 # their share; torch's own error, 1e-6 where there are none, reaches 8e-3.
 ACCURATE_GRADIENTS = 1e-2
@@ -88,7 +90,9 @@ class ModelWork(Work):
 
     def check(self, result: Tensor, who: str) -> None:
         native = self.judged_natively(torch.float32)
-        assert_as_accurate(result, native, self.exact, f"{who} on {self.case.name}", bound=self.bound)
+        attainable = max(relative_error(native, self.exact), largest_error(native, self.exact))
+        bound = max(self.bound, WINOGRAD * attainable)
+        assert_as_accurate(result, native, self.exact, f"{who} on {self.case.name}", bound=bound)
 
     @cached_property
     def exact(self) -> Tensor:
