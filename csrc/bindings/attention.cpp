@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "../cpu/isa.h"
+#include "brief_result.h"
 #include "cpu_tensors.h"
 #include "thread_pool.h"
 
@@ -16,6 +18,8 @@ namespace {
 using namespace cvfast;
 using torch::headeronly::ScalarType;
 using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t no_limit = std::numeric_limits<int64_t>::max();  // of a window's side
 
 void check_size(const char* what, const Tensor& tensor, const Ints& expected) {
   STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(expected.size()), "cvfast attention: ", what, " must be ",
@@ -101,6 +105,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {output, log_sum};
 }
 
+// Of queries, keys and values of one size, for results without derivatives.
+Tensor plainly(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<double> scale, int64_t right) {
+  Tensor keep;
+  const MaybeTensor none;
+  const AttentionProblem p = Arguments{query, key, value, none, none, none, none, 0, scale, no_limit, right}.problem(keep);
+  STD_TORCH_CHECK(p.shape.size == p.shape.value_size, "cvfast attention: values must be as long as queries");
+  Tensor output = query.is_contiguous() ? brief_contiguous(sizes_of(query), query) : dense_like(query);
+  kernels().attention.forward({p, tensor4(output), nullptr}, thread_pool());
+  return output;
+}
+
 // Checks a tensor [B, H, L] of the compute type; `keep` owns a contiguous one.
 const void* row_data(const char* what, const Tensor& rows, const AttentionShape& s, int32_t dtype, Tensor& keep) {
   check_size(what, rows, {s.batch, s.heads, s.queries});
@@ -151,4 +166,7 @@ void implement(Library& m) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cvfast, CPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(cvfast_kernels, CPU, m) {
+  implement(m);
+  m.impl("attention.plain", TORCH_BOX(&plainly));
+}

@@ -2,6 +2,7 @@
 #pragma once
 #include "../cpu/result_memory.h"
 #include "conv2d_common.h"
+#include "cpu_tensors.h"
 
 namespace cvfast {
 
@@ -20,6 +21,16 @@ inline Tensor brief_tensor(int64_t dims, const int64_t* sizes, const int64_t* st
   if (error != AOTI_TORCH_SUCCESS) return_result(data);
   TORCH_ERROR_CODE_CHECK(error);
   return Tensor(result);
+}
+
+// Contiguous.
+inline Tensor brief_contiguous(const Ints& sizes, int32_t dtype, int64_t element_size) {
+  int64_t bytes = element_size;
+  for (const int64_t size : sizes) bytes *= size;
+  return prepared(brief_tensor(static_cast<int64_t>(sizes.size()), sizes.data(), contiguous_strides(sizes).data(), dtype, bytes));
+}
+inline Tensor brief_contiguous(const Ints& sizes, const Tensor& like) {
+  return brief_contiguous(sizes, dtype_code(like), like.element_size());
 }
 
 inline Tensor brief_result(const Sizes4& size, const Tensor& first, const Tensor& second) {

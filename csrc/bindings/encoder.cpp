@@ -17,26 +17,17 @@ namespace {
 using namespace cvfast;
 using MaybeTensor = std::optional<Tensor>;
 
-// Contiguous, of the dtype of `like`.
-Tensor brief_result(const Tensor& like, const Ints& sizes) {
-  Ints strides(sizes.size());
-  int64_t elements = 1;
-  for (size_t d = sizes.size(); d-- > 0; elements *= sizes[d]) strides[d] = elements;
-  return prepared(brief_tensor(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_code(like),
-                               elements * like.element_size()));
-}
-
 // Of the sizes of `like` but for the last one.
 Tensor brief_rows(const Tensor& like, int64_t features) {
   Ints sizes = sizes_of(like);
   sizes.back() = features;
-  return brief_result(like, sizes);
+  return brief_contiguous(sizes, like);
 }
 
 // [N, 1, E] from contiguous x [N, L, E].
 Tensor first_positions(const Tensor& x) {
   const int64_t batch = x.size(0), bytes = x.size(2) * x.element_size(), step = x.size(1) * bytes;
-  const Tensor result = brief_result(x, {batch, 1, x.size(2)});
+  const Tensor result = brief_contiguous({batch, 1, x.size(2)}, x);
   for (int64_t n = 0; n < batch; ++n)
     std::memcpy(static_cast<char*>(result.mutable_data_ptr()) + n * bytes,
                 static_cast<const char*>(x.const_data_ptr()) + n * step, bytes);
@@ -86,10 +77,8 @@ Tensor attended(const Tensor& projections, int64_t heads, int64_t queries) {
   p.query = operand(0), p.key = operand(1), p.value = operand(2);
   p.scale = 1 / std::sqrt(static_cast<double>(size));
   p.visible.left = p.visible.right = length;
-  const Tensor result = brief_result(projections, {batch, queries, features});
-  const Tensor log_sum = empty_contiguous({batch, heads, queries}, compute_code(projections));
-  kernels().attention.forward({p, {result.mutable_data_ptr(), {queries * features, size, features, 1}},
-                               log_sum.mutable_data_ptr()},
+  const Tensor result = brief_contiguous({batch, queries, features}, projections);
+  kernels().attention.forward({p, {result.mutable_data_ptr(), {queries * features, size, features, 1}}, nullptr},
                               thread_pool());
   return result;
 }

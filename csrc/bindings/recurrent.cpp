@@ -26,13 +26,6 @@ void check_size(const char* what, const Tensor& tensor, const Ints& expected) {
                     " at dimension ", i, ", expected ", expected[i]);
 }
 
-// What a training step makes and drops: malloc would give its end back to the system, to be faulted in by the next step.
-Tensor empty_brief(const Ints& sizes, int32_t dtype, int64_t element_size) {
-  int64_t bytes = element_size;
-  for (const int64_t size : sizes) bytes *= size;
-  return prepared(brief_tensor(static_cast<int64_t>(sizes.size()), sizes.data(), contiguous_strides(sizes).data(), dtype, bytes));
-}
-
 // A tensor [T, B, width], (packed) [N, width] or (one step) [B, width], its rows contiguous; `keep` owns it.
 struct RowTensor {
   Tensor keep;
@@ -168,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor h_n = empty_contiguous({o.batch, o.outputs}, dtype);
   const Tensor c_n = empty_contiguous(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0}, dtype);
   const int32_t compute = compute_code(input);
-  const Tensor saved = empty_brief(save ? o.saved_sizes() : Ints{0}, compute, compute == aoti_torch_dtype_float64() ? 8 : 4);
+  const Tensor saved = brief_contiguous(save ? o.saved_sizes() : Ints{0}, compute, compute == aoti_torch_dtype_float64() ? 8 : 4);
   if (save && lengths.has_value()) {  // what is saved ends before the tensor does
     const int64_t used = o.order.rows() * saved.size(1) * saved.element_size();
     std::memset(static_cast<char*>(saved.mutable_data_ptr()) + used, 0, saved.numel() * saved.element_size() - used);
@@ -298,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
     grad_rows.emplace(*grad_output);
   }
   const int64_t gates = w_ih.size(0), element_size = input.element_size();
-  auto empty = [&](const Ints& sizes) { return empty_brief(sizes, dtype, element_size); };
+  auto empty = [&](const Ints& sizes) { return brief_contiguous(sizes, dtype, element_size); };
   const RowTensor grad_input(empty(input_grad ? o.row_sizes(o.shape.input) : Ints{0, 0, 0}));
   const Tensor grad_h_0 = empty({o.batch, o.outputs});
   const Tensor grad_c_0 = empty(c_0.has_value() ? Ints{o.batch, o.shape.hidden} : Ints{0});

@@ -177,7 +177,7 @@ def signature(path: str | Path) -> str:
     a batch of any size.
     """
     if zipfile.is_zipfile(path):
-        program = torch.export.load(str(path))
+        program = _program(path)
         values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
         inputs, outputs = program.graph_signature.user_inputs, program.graph_signature.user_outputs
         sides = (
@@ -206,10 +206,14 @@ def _tensors(outputs: Tensor | Sequence[Tensor | None]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else [output for output in outputs if output is not None]
 
 
+def _program(path: str | Path) -> torch.export.ExportedProgram:
+    return torch.export.load(io.BytesIO(Path(path).read_bytes()))  # of a path, torch asks that it ends in .pt2
+
+
 def _runner(path: str | Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Runs an exported file on its inputs, in their order; returns its outputs."""
     if zipfile.is_zipfile(path):
-        program = torch.no_grad()(torch.export.load(str(path)).module())
+        program = torch.no_grad()(_program(path).module())
         return lambda inputs: _tensors(program(*inputs))
     session = _onnx_session(path)
     names = [value.name for value in session.get_inputs()]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cvfast.ops.card import Card, call, register
+from cvfast.ops.card import Card, call, kernel, register
 
 _SHARED = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? seed, "
@@ -282,3 +282,6 @@ register(
         ),
     ]
 )  # fmt: skip
+
+# Of query, key and value of one size, without a window's left side, for results without derivatives.
+PLAIN_ATTENTION = kernel("attention.plain(Tensor query, Tensor key, Tensor value, float? scale, int right) -> Tensor")

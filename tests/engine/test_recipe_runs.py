@@ -58,6 +58,7 @@ def runs(small_data, tmp_path_factory):
     """A function that gives the folder of a finished tiny run, trained once."""
     folders = {}
 
+    @torch.enable_grad()  # whatever the test that asks first
     def run(kind):
         if kind not in folders:
             out = tmp_path_factory.mktemp("recipes") / kind

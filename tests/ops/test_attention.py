@@ -12,7 +12,7 @@ import torch
 
 from cvfast import reference
 from cvfast.functional import attention_statistics, packed_attention, scaled_dot_product_attention
-from cvfast.ops.attention import kept
+from cvfast.ops.attention import PLAIN_ATTENTION, kept
 from tests.conftest import isas
 
 
@@ -319,3 +319,27 @@ def test_many_calls_from_many_threads_at_once():
         for _ in range(5):
             actual = list(pool.map(lambda c: attention(*c), calls))
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+def test_without_derivatives_the_bits_are_the_same(isa, causal, dtype):
+    for queries, size in ((1, 16), (7, 5), (0, 16), (40, 64), (300, 64)):
+        heads_last = [t.transpose(1, 2) for t in operands(queries=queries, keys=queries, d=size, dtype=dtype)]
+        for q, k, v in (heads_last, [t.contiguous() for t in heads_last]):
+            options = {"is_causal": causal, "scale": 0.3}
+            plain = attention(q, k, v, **options)
+            derived = attention(q.detach().requires_grad_(), k, v, **options)
+            assert derived.requires_grad and not plain.requires_grad
+            assert torch.equal(plain, derived.detach()) and plain.stride() == derived.stride()
+
+
+def test_the_kernel_without_derivatives_checks_its_operands():
+    q, k, v = operands(keys=40)
+    with pytest.raises(RuntimeError, match="as long as queries"):
+        PLAIN_ATTENTION(q, k, v[..., :8], None, 3)
+    with pytest.raises(RuntimeError, match="must not be negative"):
+        PLAIN_ATTENTION(q, k, v, None, -1)
+    with pytest.raises(RuntimeError, match="key has size"):
+        PLAIN_ATTENTION(q, k[:1], v, None, 3)

@@ -97,21 +97,33 @@ struct KeysAndValues {
   bool last;            // no more blocks follow
 };
 
-// 1 / (sum of weights) of a panel's queries, 0 for one that saw no key; and their log_sum, stored.
+// Stores the log_sum of a panel's queries, `count` from `offset` in their block on.
+template <class T>
+void store_log_sums(const ForwardArrays<T>& a, int64_t offset, int64_t count, T* to) {
+  using V = Vector<T>;
+  T log_sum[panel_queries<T>];
+  for (int i = 0; i < count; i += lanes<T>) {
+    const V denominator = load_as<V>(a.denominator + offset + i);
+    const V sum = load_as<V>(a.maximum + offset + i) * static_cast<T>(ln_2) + log<T>(denominator);
+    store_as(log_sum + i, denominator == 0 ? V{} - infinity<T> : sum);
+  }
+  copy_contiguous(log_sum, to, count);
+}
+
+// 1 / (sum of weights) of a panel's queries, 0 for one that saw no key; and their log_sum, stored if it is wanted.
 template <class T>
 void finish_sums(const AttentionForward& args, int64_t b, int64_t h, const ForwardArrays<T>& a, Queries block, Queries panel,
                  T* factor) {
   using V = Vector<T>;
   const AttentionShape& shape = args.problem.shape;
   const int64_t offset = panel.first - block.first;
-  T log_sum[panel_queries<T>];
   for (int i = 0; i < panel.count; i += lanes<T>) {
     const V denominator = load_as<V>(a.denominator + offset + i);
     store_as(factor + i, denominator == 0 ? V{} : 1 / denominator);
-    const V sum = load_as<V>(a.maximum + offset + i) * static_cast<T>(ln_2) + log<T>(denominator);
-    store_as(log_sum + i, denominator == 0 ? V{} - infinity<T> : sum);
   }
-  copy_contiguous(log_sum, static_cast<T*>(args.log_sum) + (b * shape.heads + h) * shape.queries + panel.first, panel.count);
+  if (args.log_sum)
+    store_log_sums(a, offset, panel.count,
+                   static_cast<T*>(args.log_sum) + (b * shape.heads + h) * shape.queries + panel.first);
 }
 
 // Whether tiles can be stored to the output: whole vectors of T.

@@ -30,8 +30,8 @@ template <class T, int N = panel_vectors, class Body>
 // The next of evenly cut pieces of at most `most`.
 inline int64_t even_piece(int64_t rest, int64_t most) { return ceil_div(rest, ceil_div(rest, most)); }
 
-// Rows that will be needed after the present work. Tiles ask memory for them while they multiply, a cache line every second
-// step: as fast as memory answers. More at once would keep the tile's own loads waiting.
+// Rows that will be needed after the present work. Tiles ask memory for them while they multiply, a cache line every fourth
+// step: as fast as memory answers. More at once keep the tile's own loads waiting.
 class Ahead {
  public:
   // Lines that tiles ask for, from `next` on; at the end the last tile may ask for some more.
@@ -50,7 +50,7 @@ class Ahead {
     while (next_ < ranges_ && range_[next_].next >= range_[next_].end) ++next_;
     if (next_ == ranges_) return {static_cast<const char*>(at), static_cast<const char*>(at)};
     const Lines taken = range_[next_];
-    range_[next_].next += steps / 2 * line_bytes;
+    range_[next_].next += steps / 4 * line_bytes;
     return taken;
   }
 
@@ -253,7 +253,6 @@ struct TileSteps {
     if (steps >= 4) {
       multiply<4, false>(sum);
       for (steps -= 4; steps >= 4; steps -= 4) {
-        ask(ahead, ahead_step);
         ask(ahead, ahead_step);
         multiply<4, true>(sum);
       }

@@ -53,7 +53,7 @@ struct AttentionProblem {
 struct AttentionForward {
   AttentionProblem problem;
   Tensor4 output;  // [B, H, L, Dv]
-  void* log_sum;   // [B, H, L], contiguous, in the compute type: log of the sum of exp(score)
+  void* log_sum;   // [B, H, L], contiguous, in the compute type: log of the sum of exp(score); nullptr: not wanted
 };
 
 struct AttentionBackward {

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from cvfast import _library
 from cvfast.backends.ext import linear
 from cvfast.backends.ext.encoder import PreparedEncoder as PreparedEncoder
+from cvfast.ops.attention import PLAIN_ATTENTION
 from cvfast.ops.card import call, derives, watched
 from cvfast.ops.encoder import SELF_ATTENTION
 
@@ -59,7 +60,9 @@ def run_unasked(query: Tensor, key: Tensor, value: Tensor, right: int, scale: fl
         return None
     if _library.ops.reason is not None or forward_ad._current_level >= 0:
         return None
-    return call(_operator, query, key, value, None, None, None, None, 0.0, scale, UNLIMITED, right)[0]
+    if watched(query) or derives((query, key, value)):
+        return call(_operator, query, key, value, None, None, None, None, 0.0, scale, UNLIMITED, right)[0]
+    return PLAIN_ATTENTION(query, key, value, scale, right)
 
 
 UNLIMITED = 2**62  # of a window's side: no key is that far away
