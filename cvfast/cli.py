@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from enum import IntEnum
+from functools import partial
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, NamedTuple, get_type_hints
 
 import torch
 import typer
@@ -267,35 +268,56 @@ def export(
         raise typer.BadParameter("give one of the two", param_hint="--checkpoint or --model")
     if model is None and not (weights is None and num_classes is None):
         raise typer.BadParameter("they go with --model only", param_hint="--weights, --num-classes")
-    classifier, metadata, origin = None, {}, ""
-    if model is not None:
-        options = {} if num_classes is None else {"num_classes": num_classes}
-        network, origin = _usage(lambda: create_model(model, **options)), " with random weights"
-        if weights is not None:
-            origin = f" with {weights} ({load_weights(network, weights)})"
-        inputs = example_inputs(model, 3, **options)
-    elif "networks" in load_checkpoint(checkpoint).meta:
-        network, inputs, metadata = engine.load_deployable(checkpoint, 3)
-    else:
-        classifier = engine.load_classifier(checkpoint)
-    if data is not None and classifier is None:
-        raise typer.BadParameter("goes with a classifier's --checkpoint only", param_hint="--data")
-    test = _run_data(checkpoint, data).test if classifier and check else None
+    if data is not None and model is not None:
+        raise _data_goes_with_classifiers()
+    what = _export_of_run(checkpoint, data, check) if model is None else _export_of_model(model, weights, num_classes)
     if out is None:
         folder = Path() if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent
         out = folder / f"{model or 'model'}{FORMATS[format]}"
-    if classifier:
-        engine.export(classifier, out, format)
-    else:
-        engine.export_network(network, inputs, out, format, metadata=metadata)
-    typer.echo(f"wrote {out}{origin}: {engine.signature(out)}")
+    what.write(out, format)
+    typer.echo(f"wrote {out}{what.weights}: {engine.signature(out)}")
     if check:
-        result = (
-            engine.check_export(out, classifier, test) if classifier else engine.check_network(out, network, inputs)
-        )
+        result = what.check(out)
         typer.echo(f"checked: {result}")
         if not result.passed:
             raise RuntimeError(f"{out} does not compute what {model or 'the checkpoint'} computes")
+
+
+class _Export(NamedTuple):
+    """How it is written to a file in a format, how that file is checked, and where its weights are from, in words."""
+
+    write: Callable[[Path, str], object]
+    check: Callable[[Path], engine.ExportCheck | engine.NetworkCheck]
+    weights: str = ""
+
+
+def _export_of_model(model: str, weights: Path | None, num_classes: int | None) -> _Export:
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    network, words = _usage(lambda: create_model(model, **options)), " with random weights"
+    if weights is not None:
+        words = f" with {weights} ({load_weights(network, weights)})"
+    return _export_of_network(network, example_inputs(model, 3, **options), {}, words)
+
+
+def _export_of_run(checkpoint: Path, data: str | None, check: bool) -> _Export:
+    if "networks" in load_checkpoint(checkpoint).meta:
+        if data is not None:
+            raise _data_goes_with_classifiers()
+        return _export_of_network(*engine.load_deployable(checkpoint, 3))
+    classifier = engine.load_classifier(checkpoint)
+    test = _run_data(checkpoint, data).test if check else None
+    return _Export(partial(engine.export, classifier), lambda out: engine.check_export(out, classifier, test))
+
+
+def _export_of_network(
+    network: torch.nn.Module, inputs: dict[str, torch.Tensor], metadata: dict[str, str], weights: str = ""
+) -> _Export:
+    write = partial(engine.export_network, network, inputs, metadata=metadata)
+    return _Export(write, lambda out: engine.check_network(out, network, inputs), weights)
+
+
+def _data_goes_with_classifiers() -> typer.BadParameter:
+    return typer.BadParameter("goes with a classifier's --checkpoint only", param_hint="--data")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
