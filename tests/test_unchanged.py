@@ -225,3 +225,26 @@ def test_results_are_compared_with_what_they_shall_be():
         assert state.holds()
         state.result(entries.__getitem__, ("missing",), None)
         assert not state.holds()
+
+
+def test_a_dictionary_that_changed_is_looked_at_until_it_is_as_noted():
+    values = {"a": 1, "b": [2], "c": "text"}
+    state, before = _library.C.Unchanged(), values["b"]
+    state.item(values, "b")
+    state.item(values, "missing")
+    state.values(values)
+    for _ in range(2):
+        values["b"] = [2]  # equal, but another one
+        assert not state.holds() and not state.holds()
+        values["b"] = before
+        assert state.holds() and state.holds()
+        values["missing"] = None
+        assert not state.holds() and not state.holds()
+        del values["missing"]
+        assert state.holds() and state.holds()
+        values["c"] = values.pop("c")  # the same entry as before, at the same place
+        assert state.holds()
+        values["a"] = values.pop("a")  # at another place
+        assert not state.holds() and not state.holds()
+        values["b"], values["c"] = values.pop("b"), values.pop("c")
+        assert state.holds() and state.holds()

@@ -115,7 +115,7 @@ struct StepOperands {
 
 inline bool holds(PyObject* unchanged) {
   const pybind11::handle handle(unchanged);
-  return pybind11::isinstance<Unchanged>(handle) && pybind11::cast<const Unchanged&>(handle).holds();
+  return pybind11::isinstance<Unchanged>(handle) && pybind11::cast<Unchanged&>(handle).holds();
 }
 
 // `made`, a tensor without values that nobody else has, or nothing, with an exception.

@@ -56,11 +56,14 @@ class Unchanged {
     state.bytes = bytes, state.sample = sample(state.address, bytes);
   }
 
-  bool holds() const {
-    constexpr size_t ahead = 8;  // the objects of a whole model have left the caches since the last call
-    for (size_t i = 0; i < facts_.size(); ++i) {
-      if (i + ahead < facts_.size()) fetch(facts_[i + ahead]);
-      if (!is_so(facts_[i])) return PyErr_Clear(), false;
+  // The objects of a whole model have left the caches since the last call: they are asked for ahead.
+  bool holds() {
+    constexpr int64_t step = 32;
+    const auto count = static_cast<int64_t>(facts_.size());
+    for (int64_t i = -2 * step; i < count; ++i) {
+      if (i + 2 * step < count) __builtin_prefetch(facts_[i + 2 * step].owner);
+      if (i + step >= 0 && i + step < count) fetch(facts_[i + step]);
+      if (i >= 0 && !is_so(facts_[i])) return PyErr_Clear(), false;
     }
     return true;
   }
@@ -100,7 +103,10 @@ class Unchanged {
   struct Fact {
     Kind kind;
     PyObject *owner, *key, *value;  // owned
-    State state;
+    union {
+      State state;         // a tensor's
+      uint64_t dict_state;  // a dictionary's when it was last as noted
+    };
   };
 
   static constexpr int pieces = 4;
@@ -109,8 +115,12 @@ class Unchanged {
   static const char* piece(long long address, int64_t bytes, int i) {
     return reinterpret_cast<const char*>(address) + std::max<int64_t>(0, bytes - piece_bytes) * i / (pieces - 1);
   }
+  // Of a tensor: its C++ object, to which the word behind a Python object's head leads (if not, nothing is lost), and the samples.
   static void fetch(const Fact& fact) {
-    __builtin_prefetch(fact.owner);
+    if (fact.kind != Kind::tensor) return;
+    const char* const object = *reinterpret_cast<const char* const*>(fact.owner + 1);
+    __builtin_prefetch(object);
+    __builtin_prefetch(object + 5 * sizeof(void*));
     for (int i = 0; i < pieces && fact.state.bytes > 0; ++i)
       __builtin_prefetch(piece(fact.state.address, fact.state.bytes, i));
   }
@@ -118,9 +128,28 @@ class Unchanged {
   void note(Kind kind, PyObject* owner, PyObject* key, PyObject* value) {
     if (PyErr_Occurred()) throw pybind11::error_already_set();
     facts_.push_back({kind, Py_NewRef(owner), Py_XNewRef(key), Py_XNewRef(value), {}});
+    if (kind == Kind::item || kind == Kind::values) facts_.back().dict_state = dict_state(owner);
   }
 
-  static bool is_so(const Fact& fact) {
+  // A number that differs after each change of a dictionary, or 0 where Python counts none.
+  static uint64_t dict_state(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+    return 0;
+#endif
+  }
+
+  // Looking an entry up touches three more lines of memory than the dictionary's state.
+  static bool is_so(Fact& fact) {
+    if (fact.kind != Kind::item && fact.kind != Kind::values) return is_so_anyhow(fact);
+    const uint64_t now = dict_state(fact.owner);
+    if (now != 0 && now == fact.dict_state) return true;
+    if (!is_so_anyhow(fact)) return false;
+    fact.dict_state = now;
+    return true;
+  }
+  static bool is_so_anyhow(const Fact& fact) {
     switch (fact.kind) {
       case Kind::object: return is_object(fact);
       case Kind::item: return is_same(PyDict_GetItemWithError(fact.owner, fact.key), fact.value) && !PyErr_Occurred();
