@@ -59,10 +59,10 @@ class Unchanged {
   // The objects of a whole model have left the caches since the last call: they are asked for ahead.
   bool holds() {
     constexpr int64_t step = 32;
-    const auto count = static_cast<int64_t>(facts_.size());
-    for (int64_t i = -2 * step; i < count; ++i) {
-      if (i + 2 * step < count) __builtin_prefetch(facts_[i + 2 * step].owner);
-      if (i + step >= 0 && i + step < count) fetch(facts_[i + step]);
+    const auto count = [this] { return static_cast<int64_t>(facts_.size()); };
+    for (int64_t i = -2 * step; i < count(); ++i) {
+      if (i + 2 * step < count()) __builtin_prefetch(facts_[i + 2 * step].owner);
+      if (i + step >= 0 && i + step < count()) fetch(facts_[i + step]);
       if (i >= 0 && !is_so(facts_[i])) return PyErr_Clear(), false;
     }
     return true;
@@ -132,7 +132,7 @@ class Unchanged {
   }
 
   // A number that differs after each change of a dictionary, or 0 where Python counts none.
-  static uint64_t dict_state(PyObject* dict) {
+  static uint64_t dict_state([[maybe_unused]] PyObject* dict) {
 #if PY_VERSION_HEX < 0x030C0000
     return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
 #else

@@ -41,6 +41,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(_twice(2 * a, a) for a in above)
         self.head = Conv2d(width, num_classes, 1)
         initialize(self)
+        self.head.reset_parameters()  # by the number of its outputs, a few classes, logits would begin at tens
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, num_classes, H, W]`` of images ``[N, in_chans, H, W]``.
