@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from cvfast import reference
 from cvfast.functional import attention_statistics, packed_attention, scaled_dot_product_attention
@@ -343,3 +345,14 @@ def test_the_kernel_without_derivatives_checks_its_operands():
         PLAIN_ATTENTION(q, k, v, None, -1)
     with pytest.raises(RuntimeError, match="key has size"):
         PLAIN_ATTENTION(q, k[:1], v, None, 3)
+
+
+@torch.no_grad()
+def test_other_kinds_of_tensors_need_no_mode():
+    with FakeTensorMode():
+        fake = torch.empty(2, 3, 7, 8)
+    assert attention(fake, fake, fake).shape == fake.shape
+    two = TwoTensor(torch.rand(2, 3, 7, 8), torch.rand(2, 3, 7, 8))
+    result = attention(two, two, two, is_causal=True)
+    assert torch.equal(result.a, attention(two.a, two.a, two.a, is_causal=True))
+    assert torch.equal(result.b, attention(two.b, two.b, two.b, is_causal=True))

@@ -60,7 +60,8 @@ def run_unasked(query: Tensor, key: Tensor, value: Tensor, right: int, scale: fl
         return None
     if _library.ops.reason is not None or forward_ad._current_level >= 0:
         return None
-    if watched(query) or derives((query, key, value)):
+    tensors = (query, key, value)
+    if not all([type(t) in (Tensor, Parameter) for t in tensors]) or watched(query) or derives(tensors):
         return call(_operator, query, key, value, None, None, None, None, 0.0, scale, UNLIMITED, right)[0]
     return PLAIN_ATTENTION(query, key, value, scale, right)
 
