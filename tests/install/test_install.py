@@ -150,7 +150,7 @@ def yardstick(folder: Path) -> float:
         both = [subprocess.Popen((*command, f"{name}.o"), cwd=folder) for name in ("a", "b")]
         assert [process.wait() for process in both] == [0, 0]
         times.append((cpu_seconds() - before) / 2)
-    return min(times)
+    return sum(times) / len(times)  # the build, too, meets its neighbours as they are on the average
 
 
 def cpu_seconds() -> float:
