@@ -106,7 +106,7 @@ template <class S, Access access, int Pixels, int Points>
 // Transforms the patch of `tile` for the channels [channel, channel + lanes) of all groups, of which `channels` exist. Of a
 // patch that is the tile itself, a short one's last line or column is 0.
 template <class S, Access access, int Pixels, int Points>
-void transform_patch(const PhaseImages<S>& images, WinogradTile tile, int64_t channel, int64_t channels, float* v,
+void transform_patch(const PhaseImages<S>& images, const WinogradTile& tile, int64_t channel, int64_t channels, float* v,
                      int64_t point_stride) {
   const int64_t *stride = images.stride, y = tile.y + images.offset_y, x = tile.x + images.offset_x;
   const S* from = images.data + tile.n * stride[0] + channel * stride[1] + y * stride[2] + x * stride[3];
@@ -130,7 +130,7 @@ void transform_block(const TiledImages<S, Pixels, Points>& images, int64_t first
     const WinogradTile at = images.tile_at(first + t);
     const auto transform = [&](const PhaseImages<S>& seen) {
       transform_patch<S, access, Pixels, Points>(seen, at, first_channel + channel, channels - channel,
-                                                 v + t * images.block_width + channel, point_stride);
+                                                 v + t * images.tile_stride() + channel, point_stride);
     };
     images.dilated() ? transform(phase.part(at, images.dilation_y, images.dilation_x)) : transform(phase);
   };
@@ -251,7 +251,7 @@ float exact_pixel(const Correlation<S>& c, const Phase<S>& phase, int64_t group,
 
 // A tile's lines x pixels results of output channel `out`, into the tile's block.
 template <class S, class To>
-void store_exactly(const Correlation<S>& c, const Phase<S>& phase, int64_t group, WinogradTile tile, int64_t out,
+void store_exactly(const Correlation<S>& c, const Phase<S>& phase, int64_t group, const WinogradTile& tile, int64_t out,
                    int64_t lines, int64_t pixels, Block<To> to) {
   for (int64_t y = 0; y < lines; ++y)
     for (int64_t x = 0; x < pixels; ++x)
@@ -299,8 +299,9 @@ bool finishes_in_registers(const Correlation<S>& c) { return c.finishes() && !ac
 
 // Of the line `offset` elements behind the first.
 template <class To, Access access>
-void finish_line(const TileFinish<To>& finish, int64_t offset, int64_t channel_stride, int64_t x_stride, bool whole,
-                 int64_t pixels, int64_t channels, FloatVector (&o)[4]) {
+[[gnu::always_inline]] inline void finish_line(const TileFinish<To>& finish, int64_t offset, int64_t channel_stride,
+                                               int64_t x_stride, bool whole, int64_t pixels, int64_t channels,
+                                               FloatVector (&o)[4]) {
   if (finish.residual) {
     FloatVector added[4];
     const To* from = finish.residual + offset;
@@ -316,8 +317,8 @@ void finish_line(const TileFinish<To>& finish, int64_t offset, int64_t channel_s
 // A^T m A + bias for one tile, lines x pixels results, and the output channels [out, out + lanes) of a group, of which
 // `channels` exist; `to` and `finish` are theirs.
 template <class S, int Taps, Access access, class To>
-void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile tile, int64_t out, int64_t channels,
-                      int64_t lines, int64_t pixels, const float* m, int64_t point_stride, Block<To> to,
+void transform_result(const Winograd<S, Taps>& w, int64_t group, const WinogradTile& tile, int64_t out, int64_t channels,
+                      int64_t lines, int64_t pixels, const float* m, int64_t point_stride, const Block<To>& to,
                       const TileFinish<To>& finish) {
   constexpr int points = winograd_inputs<Taps>;
   const int64_t first = group * w.c.out_channels + out;
@@ -366,8 +367,6 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, WinogradTile ti
 
 // With fewer tiles at a time, reading (or making) the weights would cost more than the products.
 constexpr int64_t winograd_least_tiles = 32;
-// Up to this many tiles it pays to make U anew, in registers, for every four of them.
-constexpr int64_t winograd_few_tiles = 8;
 // The transform of the weights takes as long as the products of 36 tiles: with more than these it hardly counts.
 constexpr int64_t winograd_most_tiles_to_pack = 1024;
 // U has four times the elements of the taps (six of 2x2). Up to so many it is kept, or made for all chunks at once: asked for
@@ -467,71 +466,56 @@ void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, in
       float* to = m + point * m_stride;
       const float* point_u = u + point * w.u_point_stride();
       point_product<Taps>(run.end - run.begin, w.source.block_channels(block),
-                          v + point * v_stride + run.begin * w.source.block_width, w.source.block_width, point_u,
+                          v + point * v_stride + run.begin * w.source.tile_stride(), w.source.tile_stride(), point_u,
                           point_u + w.u_point_stride(), to + run.begin * winograd_width, block > 0, after_tile);
       if (block == 0) zero_all_but(run, tiles, to);
     }
 }
 
-// Few tiles take their weights from the taps: to write U and to read it again would cost more than the products. As many input
-// channels at a time as leave room in L1 go through the first half of the transform for one vector of output channels; the
-// second half goes through registers. Their sums wait in L1, too.
-constexpr int64_t few_tiles_depth = 256 / lanes<float>;
+// Few tiles take their weights from the taps: to write U and to read it again would cost more than the products. Both halves of
+// the transform go through registers, for one vector of output channels, one column of points and as many input channels at a
+// time as leave room in L1, where their sums wait.
+constexpr int64_t few_tiles_depth = 512 / lanes<float>;
+constexpr int64_t few_tiles_sum_stride = winograd_few_tiles * lanes<float>;  // of points
 
-// G on the lines of the taps of `depth` input channels: [column, channel, line, lane].
+// Cache lines of taps asked for per channel and column of points: at least what the columns together take.
 template <int Taps>
-void transform_taps(const float* taps, int64_t depth, float* columns) {
-  constexpr int points = winograd_inputs<Taps>;
-  for (int64_t k = 0; k < depth; ++k, taps += Taps * Taps * lanes<float>, columns += Taps * lanes<float>) {
-    FloatVector g[Taps * Taps];
-    load_taps<Taps>(taps, g);
-#pragma GCC unroll 3
-    for (int y = 0; y < Taps; ++y) {
-      FloatVector line[Taps], row[points];
-#pragma GCC unroll 3
-      for (int x = 0; x < Taps; ++x) line[x] = g[Taps * y + x];
-      transform_kernel(line, row);
-#pragma GCC unroll 6
-      for (int x = 0; x < points; ++x) store_vector(row[x], columns + (x * few_tiles_depth * Taps + y) * lanes<float>);
-    }
-  }
-}
+constexpr int few_tiles_ahead_lines = (Taps * Taps * lanes<float> - 1) / (winograd_inputs<Taps> * line_floats) + 1;
 
-// The sums of `Rows` points of a column, from row `Row` on, for few tiles: `depth` channels more. `column` is the column of the
-// half-transformed taps; of the last point only the first LastTiles tiles. The first rows bring `ahead` near.
-template <int Taps, int Row, int Rows, int Tiles, int LastTiles>
-[[gnu::noinline]] void few_tiles_column(const float* column, const float* ahead, int64_t depth, const float* v,
-                                        int64_t tile_stride, int64_t point_stride, float* sums, int64_t sums_stride,
-                                        bool add) {
+// The sums of `Rows` points of the column of `kernel`, from row `Row` on, for few tiles: `depth` channels more. Of the last point
+// only the first LastTiles tiles. The first rows bring `ahead` near.
+template <int Taps, class Column, int Row, int Rows, int Tiles, int LastTiles>
+[[gnu::noinline]] void few_tiles_column(const float* taps, Column kernel, const float* ahead, int64_t depth, const float* v,
+                                        float* sums, bool add) {
   constexpr int points = winograd_inputs<Taps>;
   constexpr bool one_chain = winograd_chain<Taps> == winograd_depth;
-  constexpr int ahead_lines = Row > 0 ? 0 : (Taps * Taps * lanes<float> + points * line_floats - 1) / (points * line_floats);
+  constexpr int ahead_lines = Row > 0 ? 0 : few_tiles_ahead_lines<Taps>;
   constexpr auto needs = [](int tile, int y) { return Row + y < points - 1 || tile < LastTiles; };
-  const float* from[Rows];
-  for (int y = 0; y < Rows; ++y) from[y] = v + points * (Row + y) * point_stride;
+  constexpr int64_t row_stride = points * TiledImages<float, points, points>::few_point_stride;
   FloatVector total[Rows][Tiles] = {};
   const auto each_sum = [&](auto&& body) {
 #pragma GCC unroll 6
     for (int y = 0; y < Rows; ++y)
 #pragma GCC unroll 4
       for (int t = 0; t < Tiles; ++t)
-        if (needs(t, y)) body(total[y][t], sums + points * (Row + y) * sums_stride + t * lanes<float>);
+        if (needs(t, y)) body(total[y][t], sums + points * (Row + y) * few_tiles_sum_stride + t * lanes<float>);
   };
   if (add) each_sum([](FloatVector& sum, const float* kept) { sum = load_vector(kept); });
   for (int64_t k = 0; k < depth;) {
     FloatVector sum[Rows][Tiles] = {};
     if constexpr (one_chain) __builtin_memcpy(sum, total, sizeof sum);
-    for (const int64_t end = min(k + winograd_chain<Taps>, depth); k < end; ++k, column += Taps * lanes<float>) {
+    for (const int64_t end = min(k + winograd_chain<Taps>, depth); k < end; ++k, taps += Taps * Taps * lanes<float>) {
+#pragma GCC unroll 2
       for (int i = 0; i < ahead_lines; ++i, ahead += line_floats) __builtin_prefetch(ahead, 0, 2);
       FloatVector g[Taps], u[points];
 #pragma GCC unroll 3
-      for (int y = 0; y < Taps; ++y) g[y] = load_vector(column + y * lanes<float>);
+      for (int y = 0; y < Taps; ++y) g[y] = kernel(taps + y * Taps * lanes<float>);
       transform_kernel(g, u);
 #pragma GCC unroll 6
       for (int y = 0; y < Rows; ++y)
 #pragma GCC unroll 4
         for (int t = 0; t < Tiles; ++t)
-          if (needs(t, y)) sum[y][t] += from[y][t * tile_stride + k] * u[Row + y];
+          if (needs(t, y)) sum[y][t] += v[(Row + y) * row_stride + t * winograd_depth + k] * u[Row + y];
     }
 #pragma GCC unroll 6
     for (int y = 0; y < Rows; ++y)
@@ -541,57 +525,55 @@ template <int Taps, int Row, int Rows, int Tiles, int LastTiles>
   each_sum([](FloatVector sum, float* to) { store_vector(sum, to); });
 }
 
-using FewTilesColumn = decltype(&few_tiles_column<3, 0, 1, 1, 1>);
+template <int Taps, class Column>
+using FewTilesColumn = decltype(&few_tiles_column<Taps, Column, 0, 1, 1, 1>);
 
 // Points of a column at once: the sums of as many rows and four tiles stay in registers.
 template <int Taps>
 constexpr int few_tiles_rows = many_registers ? winograd_inputs<Taps> : winograd_inputs<Taps> / 2;
 
 // For 1 to 4 tiles, of which at least the first `last` have the last point. Row: 0 or few_tiles_rows, where the rest begins.
-template <int Taps, int Row, int Tiles = 4>
-FewTilesColumn few_tiles_column_for(int64_t tiles, int64_t last) {
+template <int Taps, class Column, int Row, int Tiles = 4>
+FewTilesColumn<Taps, Column> few_tiles_column_for(int64_t tiles, int64_t last) {
   if constexpr (Tiles > 1)
-    if (tiles < Tiles) return few_tiles_column_for<Taps, Row, Tiles - 1>(tiles, last);
+    if (tiles < Tiles) return few_tiles_column_for<Taps, Column, Row, Tiles - 1>(tiles, last);
   constexpr int points = winograd_inputs<Taps>, Rows = Row ? points - Row : few_tiles_rows<Taps>;
   if constexpr (Row + Rows == points) {
-    if (last == 0) return few_tiles_column<Taps, Row, Rows, Tiles, 0>;
-    if (2 * last <= Tiles) return few_tiles_column<Taps, Row, Rows, Tiles, Tiles / 2>;
+    if (last == 0) return few_tiles_column<Taps, Column, Row, Rows, Tiles, 0>;
+    if (2 * last <= Tiles) return few_tiles_column<Taps, Column, Row, Rows, Tiles, Tiles / 2>;
   }
-  return few_tiles_column<Taps, Row, Rows, Tiles, Tiles>;
+  return few_tiles_column<Taps, Column, Row, Rows, Tiles, Tiles>;
 }
 
-// Scratch of few_tiles_products(): half-transformed taps, and sums [point, tile, lane].
+// Scratch of few_tiles_products(): sums [point, tile, lane].
 template <int Taps>
-constexpr int64_t few_tiles_columns = winograd_inputs<Taps>* few_tiles_depth* Taps* lanes<float>;
-template <int Taps>
-constexpr int64_t few_tiles_sums = winograd_inputs<Taps>* winograd_inputs<Taps>* winograd_few_tiles* lanes<float>;
+constexpr int64_t few_tiles_sums = winograd_inputs<Taps>* winograd_inputs<Taps>* few_tiles_sum_stride;
 
 // The same bits as block_products(). What lies behind `taps` is brought near, as it is needed next.
 template <class S, int Taps>
 void few_tiles_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, int64_t tiles, const float* v,
-                        int64_t v_stride, const float* taps, float* m, int64_t m_stride, float* columns) {
+                        const float* taps, float* m, int64_t m_stride, float* sums) {
   constexpr int64_t most_tiles = 4, points = winograd_inputs<Taps>, rest = few_tiles_rows<Taps>;
-  constexpr int64_t sums_stride = winograd_few_tiles * lanes<float>;
   const auto& source = w.source;
   const int64_t channels = source.block_channels(block);
-  float* sums = columns + few_tiles_columns<Taps>;
-  const auto multiply = [&](int64_t tile, int64_t x, int64_t channel, int64_t depth, const float* ahead) {
+  const auto multiply = [&]<class Column>(int64_t tile, int64_t x, int64_t channel, int64_t depth, const float* here,
+                                          Column kernel) {
     const int64_t count = min<int64_t>(tiles - tile, most_tiles);
     const TileRun run = source.needing(0, x, first + tile, count);
     if (run.begin == run.end) return;
     const int64_t last = source.needing(points - 1, x, first + tile, count).end - run.begin, at = tile + run.begin;
-    const auto call = [&](FewTilesColumn function) {
-      function(columns + x * few_tiles_depth * Taps * lanes<float>, ahead + x * depth * line_floats, depth,
-               v + x * v_stride + at * source.block_width + channel, source.block_width, v_stride,
-               sums + x * sums_stride + at * lanes<float>, sums_stride, channel > 0);
+    const float* ahead = here + depth * (Taps * Taps * lanes<float> + x * few_tiles_ahead_lines<Taps> * line_floats);
+    const auto call = [&](FewTilesColumn<Taps, Column> function) {
+      function(here, kernel, ahead, depth, v + x * source.few_point_stride + at * source.tile_stride() + channel,
+               sums + x * few_tiles_sum_stride + at * lanes<float>, channel > 0);
     };
-    call(few_tiles_column_for<Taps, 0>(run.end - run.begin, last));
-    if constexpr (rest < points) call(few_tiles_column_for<Taps, rest>(run.end - run.begin, last));
+    call(few_tiles_column_for<Taps, Column, 0>(run.end - run.begin, last));
+    if constexpr (rest < points) call(few_tiles_column_for<Taps, Column, rest>(run.end - run.begin, last));
   };
   const auto add_sums = [&](int64_t point, float* to) {
     const TileRun run = source.needing(point / points, point % points, first, tiles);
     for (int64_t t = run.begin; t < run.end; ++t) {
-      const FloatVector sum = load_vector(sums + point * sums_stride + t * lanes<float>);
+      const FloatVector sum = load_vector(sums + point * few_tiles_sum_stride + t * lanes<float>);
       store_vector(block > 0 ? load_vector(to + t * winograd_width) + sum : sum, to + t * winograd_width);
     }
   };
@@ -602,9 +584,8 @@ void few_tiles_products(const Winograd<S, Taps>& w, int64_t block, int64_t first
     for (int64_t channel = 0; channel < channels; channel += few_tiles_depth) {
       const int64_t depth = min(channels - channel, few_tiles_depth);
       const float* here = taps + channel * Taps * Taps * lanes<float>;
-      transform_taps<Taps>(here, depth, columns);
       for (int64_t tile = 0; tile < tiles; tile += most_tiles)
-        for (int64_t x = 0; x < points; ++x) multiply(tile, x, channel, depth, here + depth * Taps * Taps * lanes<float>);
+        for_each_column<Taps>([&](int64_t x, auto kernel) { multiply(tile, x, channel, depth, here, kernel); });
     }
     for (int64_t point = 0; point < points * points; ++point) add_sums(point, m + point * m_stride + out);
   }
@@ -625,10 +606,9 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
     const int64_t calls = w.points * w.points * source.blocks * ceil_div(p.range_tiles, tile_rows);  // per piece of work
     TilePrefetcher<S> next_source = source_prefetcher(w, first + tiles, next_tiles, calls * (end - begin));
     constexpr int64_t tile_elements = (winograd_outputs * winograd_outputs + 1) * winograd_width;
-    float* m = scratch<float>(ScratchUse::worker, m_elements + tile_elements + w.u_block_stride() + few_tiles_columns<Taps> +
-                                                      few_tiles_sums<Taps>);
+    float* m = scratch<float>(ScratchUse::worker, m_elements + tile_elements + w.u_block_stride() + few_tiles_sums<Taps>);
     float *tile_results = m + m_elements, *own_u = tile_results + tile_elements;
-    float* few_tiles_scratch = own_u + w.u_block_stride();
+    float* own_sums = own_u + w.u_block_stride();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i % ranges * p.range_tiles, count = min(tiles - tile, p.range_tiles);
       const int64_t panel = i / ranges % w.panels, group = i / ranges / w.panels;
@@ -638,12 +618,11 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
       const auto fetch = [&] { results(), next_source(); };
       for (int64_t block = 0; block < source.blocks; ++block) {
         const float* block_v =
-            v + (group * source.blocks + block) * source.block_stride(tiles) + tile * source.block_width;
-        if (!all_u && count <= winograd_few_tiles && w.has_all_taps(block / source.channel_blocks)) {
+            v + (group * source.blocks + block) * source.block_stride(tiles) + tile * source.tile_stride();
+        if (!all_u && source.few && w.has_all_taps(block / source.channel_blocks)) {
           if (!w.kept_taps) gather_taps(w, group, panel, block, own_u);
           const float* taps = w.kept_taps ? w.kept_taps_of(group, panel, block) : own_u;
-          few_tiles_products(w, block, first + tile, count, block_v, source.point_stride(tiles), taps, m, m_stride,
-                             few_tiles_scratch);
+          few_tiles_products(w, block, first + tile, count, block_v, taps, m, m_stride, own_sums);
           continue;
         }
         const float* u = all_u + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();
@@ -787,7 +766,7 @@ inline bool winograd_pools(const Conv2dForward& p) {
 template <class S, int Taps>
 bool winograd_keeps_u(const Winograd<S, Taps>& first) {
   const int64_t phases = first.c.phases_y() * first.c.phases_x();
-  return first.source.tiles() > winograd_few_tiles && phases * winograd_u_elements(first) <= winograd_most_u;
+  return !first.source.few && phases * winograd_u_elements(first) <= winograd_most_u;
 }
 
 template <int Taps, class S, class Problem>

@@ -13,6 +13,8 @@ constexpr int64_t winograd_chain = Taps == 2 ? 16 : winograd_depth;
 constexpr bool many_registers = tile_rows == 12;
 constexpr int64_t winograd_width = tile_cols<float>;  // output channels of a panel
 constexpr int64_t winograd_most_phases = 4;            // of the source, 2 on each axis
+// Up to this many tiles it pays to make U anew, in registers, for every four of them.
+constexpr int64_t winograd_few_tiles = 8;
 constexpr int64_t line_floats = 16;  // a cache line more between points: their addresses fall into different cache sets
 
 // Image, first pixel of the result, lines and pixels. With dilation: of the image made of its pixels (part_y, part_x) +
@@ -107,7 +109,7 @@ struct PhaseImages {
   int64_t offset_y, offset_x;  // from a tile's first pixel to its patch's
 
   // Those that a tile with dilation sees: the pixels with the same remainder modulo the dilation.
-  PhaseImages part(WinogradTile tile, int64_t dilation_y, int64_t dilation_x) const {
+  PhaseImages part(const WinogradTile& tile, int64_t dilation_y, int64_t dilation_x) const {
     PhaseImages p = *this;
     const auto cut_axis = [&p](int64_t first, int64_t dilation, int64_t& step, int64_t& size, int64_t& offset) {
       const int64_t place = first + offset, remainder = (place % dilation + dilation) % dilation;
@@ -121,7 +123,8 @@ struct PhaseImages {
 };
 
 // Images cut into tiles. To each tile and phase belongs a patch of Pixels x Pixels, 0 outside of the image. The transformed
-// patches, Points x Points each, of a chunk of tiles lie as [group, phase, block of channels, point, tile, channel].
+// patches, Points x Points each, of a chunk of tiles lie as [group, phase, block of channels, point, tile, channel]; those of
+// few tiles at strides that do not depend on the sizes, with room for winograd_few_tiles tiles of winograd_depth channels.
 template <class S, int Pixels, int Points>
 struct TiledImages {
   PhaseImages<S> phase[winograd_most_phases];
@@ -132,6 +135,9 @@ struct TiledImages {
   int64_t block_width, channel_blocks;  // channels of a block, the last one may have fewer; blocks of a phase
   int64_t blocks;                       // of all phases
   int64_t dilation_y = 1, dilation_x = 1;
+  bool few = false;  // tiles, and fixed strides
+
+  static constexpr int64_t few_point_stride = winograd_few_tiles * winograd_depth + line_floats;
 
   // Whole vectors of any width: a block is a chain of multiply-adds, the same with all instruction sets.
   void cut_channels(int64_t most) {
@@ -156,7 +162,8 @@ struct TiledImages {
   }
   int64_t first_channel(int64_t block) const { return block % channel_blocks * block_width; }
   int64_t block_channels(int64_t block) const { return min(channels - first_channel(block), block_width); }
-  int64_t point_stride(int64_t tiles) const { return tiles * block_width + line_floats; }
+  int64_t tile_stride() const { return few ? winograd_depth : block_width; }
+  int64_t point_stride(int64_t tiles) const { return few ? few_point_stride : tiles * block_width + line_floats; }
   int64_t block_stride(int64_t tiles) const { return Points * Points * point_stride(tiles); }
   int64_t elements(int64_t tiles) const { return groups * blocks * block_stride(tiles); }
 };
@@ -242,6 +249,7 @@ Winograd<S, Taps> winograd(const Correlation<S>& c, int64_t phase_y, int64_t pha
                           ceil_div(w.height() + c.lines_left_out, source.dilation_y),
                           ceil_div(w.width() + c.pixels_left_out, source.dilation_x));
   source.cut_channels(winograd_depth);
+  source.few = source.tiles() <= winograd_few_tiles;
   w.panels = ceil_div(c.out_channels, winograd_width), w.kept_taps = w.kept_u = nullptr;
   return w;
 }

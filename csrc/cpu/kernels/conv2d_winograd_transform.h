@@ -120,6 +120,40 @@ inline void transform_kernel(const FloatVector (&g)[2], FloatVector (&t)[5]) {
   t[4] = g[1];
 }
 
+// One element of G's result for a line of taps in memory, with the bits that transform_kernel() gives it.
+struct OuterColumn {
+  int64_t tap;
+  FloatVector operator()(const float* line) const { return load_vector(line + tap * lanes<float>); }
+};
+struct InnerColumn3 {
+  float square, point;
+  FloatVector operator()(const float* line) const {
+    const FloatVector even = load_vector(line) + square * load_vector(line + 2 * lanes<float>);
+    return even + point * load_vector(line + lanes<float>);
+  }
+};
+struct InnerColumn2 {
+  float point;
+  FloatVector operator()(const float* line) const {
+    return load_vector(line) + point * load_vector(line + lanes<float>);
+  }
+};
+
+// Calls use(column, what gives its elements) for all columns of points.
+template <int Taps, class Use>
+void for_each_column(Use&& use) {
+  if constexpr (Taps == 3) {
+    use(0, OuterColumn{0});
+    use(1, InnerColumn3{square_a, point_a}), use(2, InnerColumn3{square_a, -point_a});
+    use(3, InnerColumn3{square_b, point_b}), use(4, InnerColumn3{square_b, -point_b});
+    use(5, OuterColumn{2});
+  } else {
+    use(0, InnerColumn2{point_c}), use(1, InnerColumn2{-point_c});
+    use(2, InnerColumn2{point_d}), use(3, InnerColumn2{-point_d});
+    use(4, OuterColumn{1});
+  }
+}
+
 constexpr float scale_c = 1 / (2 * point_c * (square_c - square_d));
 
 // A^T on five vectors; the results lack the factors result_scale<2>.

@@ -43,6 +43,7 @@ WinogradWeightGrad<S, Taps> winograd_weight_grad(const Conv2dWeightGrad& p) {
   const Winograd<S, Taps> f = winograd<S, Taps>(correlation<S>(Conv2dForward{s, p.dtype, p.input, {}, nullptr, {}}), 0, 0);
   WinogradWeightGrad<S, Taps> w;
   w.input = f.source;
+  w.input.few = false;  // whatever the tiles, V lies as the loops here read it
   w.input.block_width = winograd_width, w.input.channel_blocks = ceil_div(w.input.channels, winograd_width);
   w.input.blocks = w.input.phases * w.input.channel_blocks;
   for (int i = 0; i < winograd_most_phases; ++i) w.taps_y[i] = f.taps_y[i], w.taps_x[i] = f.taps_x[i];
