@@ -249,10 +249,10 @@ def prepared_conv2d(
 class Step(NamedTuple):
     """A convolution in a row of them: the arguments of `prepared_conv2d`, and the numbers of the values that it reads.
 
-    Values are the row's inputs and then the results. residual: -1 where there is none. kind: "conv2d"; "max_pooling",
-    without weight, whose options are stride, padding, the square window's length and 1; "averaged_linear", a linear
-    layer of the average of an image's pixels; or "linear", of flattened images or of rows. The latter three are for
-    float32. own_weight: nobody else has the weight.
+    Values are the row's inputs and then the results. residual: -1 where there is none. kind: "conv2d"; "max_pooling"
+    or, with ceil_mode, "max_pooling_ceil", without weight, whose options are stride, padding, the square window's
+    length and 1; "averaged_linear", a linear layer of the average of an image's pixels; or "linear", of flattened
+    images or of rows. All but conv2d are for float32. own_weight: nobody else has the weight.
     """
 
     input: int

@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -649,6 +651,30 @@ class Asks(Shape):
         return self.bn(self.conv(x)) if x.shape[0] > 1 else self.conv(x)
 
 
+class AsksTensors(Shape):
+    def forward(self, x):
+        return self.bn(self.conv(x)) if self.bn.weight is not None and self.bn.eps < self.bn.momentum else x
+
+
+class AsksOneOfItsTensors(Shape):
+    def __init__(self, forward):
+        super().__init__(forward)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        if self.scale > 0:
+            x = x * self.scale
+        return x
+
+
+class ComparesInVain(Shape):
+    def forward(self, x):
+        if self.flag or self.flag < "one":
+            return self.bn(self.conv(x))
+        return x
+
+
 class AsksForNothing(Shape):
     def forward(self, x, mask=None):
         y = self.bn(self.conv(x))
@@ -693,7 +719,8 @@ class Decorated(Shape):
 @pytest.mark.parametrize(
     ("cls", "expected_chains"),
     [
-        (UsedTwice, None), (Elsewhere, ["conv + bn"]), (Asks, None), (AsksForNothing, None), (Keeps, None),
+        (UsedTwice, None), (Elsewhere, ["conv + bn"]), (Asks, None), (AsksForNothing, None),
+        (AsksTensors, ["conv + bn"]), (AsksOneOfItsTensors, None), (ComparesInVain, None), (Keeps, None),
         (Sets, None), (Random, None), (Context, None), (Unread, None), (Decorated, None),
     ],
 )  # fmt: skip
@@ -860,6 +887,47 @@ class OwnNumber(Shape):
     def forward(self, x):
         shift, scale = self.shift, self.scale
         return torch.relu(self.bn(self.conv(x))).mul(scale).flatten(1) + shift.item()
+
+
+class Auxiliary(Shape):
+    """As GoogLeNet of torchvision: in training it gives another head's result, too, and TorchScript has its own way."""
+
+    def forward(self, x):
+        both = self.training and self.flag
+        x, other = self.bn(self.conv(x)), None
+        if self.other is not None and self.training:
+            other = self.other(x)
+        if torch.jit.is_scripting():
+            if not both:
+                warnings.warn("always a pair", stacklevel=2)
+            return Pair(x, other)
+        else:
+            return self.results(x, other)
+
+    @torch.jit.unused
+    def results(self, x, other):
+        if self.training and self.flag:
+            return Pair(x, other)
+        return torch.relu(x)
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+@torch.no_grad()
+def test_ways_that_are_not_taken_need_no_proof():
+    model = lively(Auxiliary(None))
+    cvfast.accelerate(model, fuse=True)
+    assert fused(model) == {"": ["conv + bn + (relu)"]}
+    assert error(model(PICTURE), exact(model, PICTURE)) < NEAR
+    model.training = True  # alone: the norm goes on as in eval mode
+    result = model(PICTURE)
+    model.flag = False
+    assert type(result) is Pair and error(model(PICTURE), result.first.relu()) < NEAR
+    model.training, model.flag, model.other = False, True, None
+    assert error(model(PICTURE), result.first.relu()) < NEAR
 
 
 class Twice(Shape):

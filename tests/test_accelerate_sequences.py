@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import cvfast
 from cvfast.backends.ext import conv2d
 from cvfast.testing.accuracy import relative_error
+from tests.conftest import isas
 
 NEAR = 2e-6
 
@@ -99,7 +102,25 @@ class Flattened(nn.Module):
         return self.last(x)
 
 
-POOLS = [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1), nn.MaxPool2d(4, 3, 2), nn.MaxPool2d(1)]
+class Alone(nn.Module):
+    """Pooling beside what makes the model one of chains."""
+
+    def __init__(self, pool: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.pool, self.beside = pool, nn.Sequential(nn.Conv2d(channels, 1, 1), nn.ReLU())
+
+    def forward(self, x):
+        return self.pool(x), self.beside(x)
+
+
+POOLS = [
+    nn.MaxPool2d(3, 2, 1),
+    nn.MaxPool2d(3, 1),
+    nn.MaxPool2d(4, 3, 2),
+    nn.MaxPool2d(1),
+    nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+    nn.MaxPool2d((2, 2), [3, 3], (1, 1), ceil_mode=True),
+]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -152,6 +173,92 @@ def test_a_classifier_is_one_call(pool, memory_format, calls):
     torch.set_num_threads(1)
     x[0, 1, 3, 3] = torch.nan
     assert torch.equal(model(x).isnan(), exact(model, x).isnan())
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("isa", isas(), indirect=True)
+@torch.no_grad()
+def test_pooling_alone_is_torchs(isa, seed, memory_format, calls):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    window, stride = rng.randint(1, 5), rng.randint(1, 4)
+    pool = nn.MaxPool2d(window, stride, rng.randint(0, window // 2), ceil_mode=rng.random() < 0.5)
+    size = [rng.randint(1, 3), rng.choice([1, 2, 7, 16, 40]), *(rng.randint(window, 45) for _ in range(2))]
+    model = cvfast.accelerate(Alone(pool, size[1]), fuse=True).eval()
+    x = torch.randn(size)
+    x[x > 2.5], x[x < -2.5] = torch.nan, -torch.inf
+    x[0, 0] = -torch.inf
+    x = x.to(memory_format=memory_format)
+    expected = F.max_pool2d(x, window, stride, pool.padding, ceil_mode=pool.ceil_mode)
+    assert model(x)[0].stride() == expected.stride()
+    torch.testing.assert_close(model(x)[0], expected, rtol=0, atol=0, equal_nan=True)
+    strided = torch.cat([x, x], -1)[..., ::2]
+    expected = F.max_pool2d(strided, window, stride, pool.padding, ceil_mode=pool.ceil_mode)
+    torch.testing.assert_close(model(strided)[0], expected, rtol=0, atol=0, equal_nan=True)
+    assert calls == [1] * len(calls) and len(calls) == 3
+
+
+class Called(nn.Module):
+    """Pooling by torch's functions; by the kernel, but for the last three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = nn.Sequential(nn.Conv2d(5, 1, 1), nn.ReLU())
+
+    def forward(self, x):
+        a, b = F.max_pool2d(x, 3), F.max_pool2d(x, kernel_size=3, stride=2, padding=1, ceil_mode=True)
+        c, d = F.max_pool2d(x, (2, 2), [1, 1]), torch.max_pool2d(x, 3, 1)
+        e, f = F.max_pool2d(x, 3, x.shape[1] - 3), F.max_pool2d(x, (1, 2))
+        return a, b, c, d, e, f, F.max_pool2d(x, 2, return_indices=True)[1], self.beside(x)
+
+
+@torch.no_grad()
+def test_pooling_by_functions_is_the_kernels(calls):
+    model, x = Called().eval(), torch.randn(2, 5, 14, 13)
+    expected = model(x)
+    cvfast.accelerate(model, fuse=True)
+    for _ in range(2):
+        calls.clear()
+        torch.testing.assert_close(model(x), expected)
+    assert calls == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize("channels", [16, 24, 70])
+@torch.no_grad()
+def test_pooling_at_the_end_takes_channels_last_and_gives_contiguous(channels, ceil, calls, formats, threads):
+    torch.manual_seed(0)
+    model = nn.Sequential(unit(3, channels, 3), nn.MaxPool2d(3, 2, 1, ceil_mode=ceil)).eval()
+    cvfast.accelerate(model, fuse=True)
+    x = torch.randn(2, 3, 37, 38)
+    x[0, 1, 3, 3] = torch.nan
+    expected = exact(model, x)
+    first, result = model(x), model(x)
+    assert formats == [True, False] and calls == [2]
+    assert result.stride() == first.stride() == expected.stride()
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert relative_error(result.nan_to_num(), expected.nan_to_num()) < NEAR
+    threads(2)
+    assert torch.equal(model(x).nan_to_num(), result.nan_to_num())
+
+
+@torch.no_grad()
+def test_pooling_that_the_kernel_does_not_know_is_torchs(calls):
+    x = torch.randn(1, 4, 9, 9)
+    for pool in (nn.MaxPool2d((3, 2)), nn.MaxPool2d(2, dilation=2), nn.MaxPool2d(2, return_indices=True)):
+        result, _ = cvfast.accelerate(Alone(pool, 4), fuse=True).eval()(x)
+        torch.testing.assert_close(result, pool(x), rtol=0, atol=0)
+    model = cvfast.accelerate(Alone(nn.MaxPool2d(2), 4), fuse=True).eval()
+    torch.testing.assert_close(model(x[0])[0], F.max_pool2d(x[0], 2), rtol=0, atol=0)
+    x.requires_grad_()
+    with torch.enable_grad():
+        model(x)[0].sum().backward()
+    assert x.grad.sum() == 4 * 4 * 4
+    assert not calls
+    with pytest.raises(RuntimeError, match="too small"):
+        model(x[..., :1])
+    torch.testing.assert_close(model(x[:0])[0], F.max_pool2d(x[:0], 2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -18,7 +18,7 @@ namespace {
 using namespace cvfast;
 using MaybeTensor = std::optional<Tensor>;
 
-enum class StepKind : int64_t { conv2d, max_pooling, averaged_linear, linear };
+enum class StepKind : int64_t { conv2d, max_pooling, max_pooling_ceil, averaged_linear, linear };
 
 struct Step {
   int64_t input, residual;  // the numbers of the values that it reads; residual -1: none
@@ -32,6 +32,7 @@ struct Step {
   bool channels_last;  // the result
   size_t in_bands;  // so many steps from this one on may be run together: 0, 2 or 3
 
+  bool pools() const { return kind == StepKind::max_pooling || kind == StepKind::max_pooling_ceil; }
   bool is_pointwise() const {
     return kind == StepKind::conv2d && weight_size[2] == 1 && weight_size[3] == 1 && how.stride[0] == 1 && how.stride[1] == 1 &&
            how.padding[0] == 0 && how.padding[1] == 0 && how.groups == 1 && how.pooling == Pooling::none;
@@ -105,16 +106,16 @@ struct Image {
   Tensor4 to_write() const { return {data, {strides[0], strides[1], strides[2], strides[3]}}; }
 };
 
-Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases, std::vector<MaybeTensor> packed, Ints steps,
+Tensor prepare(std::vector<Tensor> weights, std::vector<MaybeTensor> biases, std::vector<MaybeTensor> packed, Ints steps,
                std::vector<double> negative_slopes, int64_t inputs) {
   constexpr size_t numbers = 6;  // of a step
   const size_t count = weights.size();
-  STD_TORCH_CHECK(count > 0 && weights[0].has_value() && inputs > 0 && biases.size() == count && packed.size() == count &&
+  STD_TORCH_CHECK(count > 0 && inputs > 0 && biases.size() == count && packed.size() == count &&
                       steps.size() == numbers * count && negative_slopes.size() == count,
                   "cvfast sequence: the steps do not fit");
   auto s = std::make_unique<Sequence>();
-  s->dtype = dtype_of(*weights[0]), s->dtype_code = dtype_code(*weights[0]);
-  s->inputs = inputs, s->element_size = weights[0]->element_size(), s->last_use.resize(inputs + count, count);
+  s->dtype = dtype_of(weights[0]), s->dtype_code = dtype_code(weights[0]);
+  s->inputs = inputs, s->element_size = weights[0].element_size(), s->last_use.resize(inputs + count, count);
   for (size_t i = 0; i < count; ++i) {
     const int64_t* given = &steps[numbers * i];
     Step step = {given[0], given[1], static_cast<StepKind>(given[2]), Conv2dHow::unpacked(given[3]), negative_slopes[i]};
@@ -131,12 +132,12 @@ Tensor prepare(std::vector<MaybeTensor> weights, std::vector<MaybeTensor> biases
                     "cvfast sequence: a step that is not possible here");
     s->last_use[step.input] = i;
     if (step.residual >= 0) s->last_use[step.residual] = i;
-    if (step.kind != StepKind::max_pooling) {
+    if (!step.pools()) {
       const int64_t dims = step.kind == StepKind::conv2d ? 4 : 2;
-      STD_TORCH_CHECK(weights[i].has_value() && weights[i]->dim() == dims && dtype_of(*weights[i]) == s->dtype &&
-                          weights[i]->device() == weights[0]->device() && weights[i]->numel() > 0,
+      STD_TORCH_CHECK(weights[i].dim() == dims && dtype_of(weights[i]) == s->dtype &&
+                          weights[i].device() == weights[0].device() && weights[i].numel() > 0,
                       "cvfast sequence: a weight does not fit");
-      const Tensor& weight = *weights[i];
+      const Tensor& weight = weights[i];
       step.weight_size = {1, 1, 1, 1}, step.weight = {weight.const_data_ptr(), {1, 1, 1, 1}};
       for (int64_t d = 0; d < dims; ++d) step.weight_size[d] = weight.size(d), step.weight.stride[d] = weight.stride(d);
       s->kept.push_back(weight);
@@ -269,8 +270,13 @@ void pool(const Sequence& s, const Step& step, const Image& input, Image& output
                       stride > 0 && 2 * padding <= window,
                   "cvfast sequence: max pooling has square windows");
   const Sizes4& in = input.size;
-  output.make({in[0], in[1], output_size(in[2], window, stride, padding, 1), output_size(in[3], window, stride, padding, 1)}, 4,
-              step.channels_last, s, last);
+  const auto pooled = [&](int64_t size) {
+    const int64_t whole = output_size(size, window, stride, padding, 1);
+    // One more, whose window sticks out, if that begins inside the image.
+    return whole + (step.kind == StepKind::max_pooling_ceil && (whole - 1) * stride + window < size + padding + padding &&
+                    whole * stride < size + padding);
+  };
+  output.make({in[0], in[1], pooled(in[2]), pooled(in[3])}, 4, step.channels_last, s, last);
   kernels().pooling.max({in[0], in[1], in[2], in[3], output.size[2], output.size[3], window, stride, padding,
                          input.to_read(), output.to_write()},
                         thread_pool());
@@ -342,7 +348,8 @@ Tensor run(const Tensor& prepared, std::vector<Tensor> inputs) {
     const bool last = i + 1 == count;
     switch (step.kind) {
       case StepKind::conv2d: convolve(s, step, input, residual_of(step), output, last); break;
-      case StepKind::max_pooling: pool(s, step, input, output, last); break;
+      case StepKind::max_pooling:
+      case StepKind::max_pooling_ceil: pool(s, step, input, output, last); break;
       case StepKind::averaged_linear: average(s, step, input, output, last); break;
       case StepKind::linear: flatten(s, step, input, output, last); break;
     }

@@ -15,7 +15,7 @@ from cvfast import functional
 from cvfast._accelerate import chains
 from cvfast._accelerate.chains import Activation, Chain
 from cvfast._accelerate.plain import unwatched
-from cvfast._accelerate.pooling import ONE_PIXEL, GlobalAverage, MaxPooling
+from cvfast._accelerate.pooling import ONE_PIXEL, GlobalAverage, MaxPooling, max_pool_of_call
 from cvfast._accelerate.unchanged import Snapshot
 
 _MOST_WEIGHTS = 1 << 20  # of a layer behind flattened images: larger ones take so long that a call doesn't matter
@@ -95,11 +95,12 @@ def _flatten(x: Tensor) -> Tensor:
 
 
 def replace_ends(graph: fx.Graph, root: Module) -> None:
-    """Replaces the calls of modules that pool, and linear layers behind pooled or flattened images."""
+    """Replaces pooling, of whole images by modules, and linear layers behind pooled or flattened images."""
     narrow = any([parameter.dtype is not torch.float32 for parameter in root.parameters()])
     for node in list(graph.nodes):
         module = _module(node, root)
         calls = len(node.args) == 1 and not node.kwargs
+        pool = max_pool_of_call(node) or (module if calls else None)
         if calls and type(module) is AdaptiveAvgPool2d and module.output_size in ONE_PIXEL:
             average, behind = GlobalAverage(module), None if narrow else _linear_behind(node, root)
             if behind is None:
@@ -108,8 +109,8 @@ def replace_ends(graph: fx.Graph, root: Module) -> None:
                 *dropouts, linear = [_module(link, root) for link in behind[1:]]
                 layer = ClassifierLayer("averaged_linear", [average, _flatten, *dropouts], linear)
                 _replace(graph, [node, *behind], layer, (*node.args, None))
-        elif calls and MaxPooling.takes(module) and not narrow:
-            _replace(graph, [node], MaxPooling(module), (*node.args, None))
+        elif MaxPooling.takes(pool) and not narrow:
+            _replace(graph, [node], MaxPooling(pool), (node.args[0], None))
         elif _flattens(node, root) and not narrow:
             for links, layer in _layers_behind(node, root):
                 _replace(graph, links, layer, (links[0].args[0], None))

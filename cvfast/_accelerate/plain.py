@@ -26,6 +26,18 @@ from cvfast._accelerate.unchanged import Answer, Snapshot
 
 _CONSTANTS = (type(None), bool, int, float, str)
 _TORCH = (torch, torch.nn.functional)
+_COMPARE = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.In: lambda item, container: item in container,
+    ast.NotIn: lambda item, container: item not in container,
+}
 _BAKED = ("is_", "get_", "set_", "manual_", "rand", "normal", "bernoulli", "empty", "seed")
 
 
@@ -198,7 +210,9 @@ def _source(function: FunctionType) -> ast.FunctionDef:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError) as error:
         raise NotPlain("its source cannot be read") from error
-    if not isinstance(tree, ast.FunctionDef) or tree.decorator_list or hasattr(function, "__wrapped__"):
+    decorators = [ast.unparse(decorator) for decorator in getattr(tree, "decorator_list", ())]
+    marked = decorators == ["torch.jit.unused"] and function.__globals__.get("torch") is torch  # the function itself
+    if not isinstance(tree, ast.FunctionDef) or (decorators and not marked) or hasattr(function, "__wrapped__"):
         raise NotPlain(f"{function.__name__} is decorated or no plain function")
     return tree
 
@@ -242,8 +256,7 @@ class _Proof:
             case ast.Return(value=value):
                 self.expression(value)
             case ast.If(test=test, body=body, orelse=orelse):
-                self.question(test)
-                for statement in (*body, *orelse):
+                for statement in body if self.answer(test) else orelse:
                     self.statement(statement)
             case ast.For(target=target, iter=iterated, body=body, orelse=[]):
                 self.target(target)
@@ -259,21 +272,42 @@ class _Proof:
         if not all(isinstance(name, ast.Name) and name.id != self.code[1] for name in names):
             self.refuse(node)
 
-    def question(self, node: ast.expr) -> None:
-        """An expression that must hang on the module's attributes alone."""
+    def question(self, node: ast.expr) -> object:
+        """The value of an expression that must hang on the module's attributes alone, which are watched."""
         match node:
-            case ast.Constant():
-                pass
+            case ast.Constant(value=value):
+                return value
             case ast.UnaryOp(op=ast.Not(), operand=operand):
-                self.question(operand)
-            case ast.BoolOp(values=values):
-                for value in values:
-                    self.question(value)
-            case ast.Compare(left=left, comparators=others):
-                for value in (left, *others):
-                    self.question(value)
+                return not self.answer(operand)
+            case ast.BoolOp(op=op, values=values):
+                answers = [self.answer(value) for value in values]
+                decides = [answer for answer in answers[:-1] if bool(answer) == isinstance(op, ast.Or)]
+                return (*decides, answers[-1])[0]
+            case ast.Compare(left=left, ops=ops, comparators=others):
+                identity = all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops)
+                operands = [(self.question if identity else self.answer)(value) for value in (left, *others)]
+                try:
+                    return all(_COMPARE[type(op)](a, b) for op, a, b in zip(ops, operands, operands[1:], strict=False))
+                except TypeError:  # as Python would say
+                    self.refuse(node)
+            case ast.Call(func=callee, args=[], keywords=[]) if self.is_scripting(callee):
+                return False
             case _:
-                self.attribute(node)
+                return self.attribute(node)
+
+    def answer(self, node: ast.expr) -> object:
+        """As question, a value that nobody changes in place."""
+        value = self.question(node)
+        if isinstance(value, Tensor):
+            self.refuse(node)
+        return value
+
+    def is_scripting(self, node: ast.expr) -> bool:
+        """Whether this is torch.jit.is_scripting, which is asked by Python code."""
+        try:
+            return self.value(node) is torch.jit.is_scripting
+        except (AttributeError, KeyError):
+            return False
 
     def expression(self, node: ast.expr | None) -> None:
         match node:
@@ -314,9 +348,9 @@ class _Proof:
                 self.expression(left)
                 self.expression(right)
             case ast.IfExp(test=test, body=body, orelse=orelse):
-                self.question(test)
-                self.expression(body)
-                self.expression(orelse)
+                self.expression(body if self.answer(test) else orelse)
+            case ast.BoolOp() | ast.Compare():
+                self.question(node)
             case _:
                 self.refuse(node)
 

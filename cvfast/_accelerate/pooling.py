@@ -1,4 +1,4 @@
-"""Pooling without gradients: of whole images by torch's avg_pool2d, and by windows in a sequence of chains.
+"""Pooling without gradients: of whole images by torch's avg_pool2d, and by windows in a sequence of chains or alone.
 
 A first call of what adaptive pooling is made of, after a model has emptied the caches, takes 0.1 ms longer.
 """
@@ -6,7 +6,7 @@ A first call of what adaptive pooling is made of, after a model has emptied the 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import AdaptiveAvgPool2d, MaxPool2d, Module
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
@@ -67,21 +67,40 @@ class MaxPooling:
         snapshot.entries(self.module, _MAX_POOL)
 
     def step(self, input: int, residual: int) -> functional.Step:
-        window, stride, padding = self._options[:3]
-        pairs = ((length, length) for length in (stride, padding, window))
-        return functional.Step(input, residual, "none", 0.0, "none", None, None, (*pairs, 1), "max_pooling")
+        *lengths, _, ceil, _ = self._options
+        pairs = [(length, length) for length in map(_square, lengths)]
+        window, stride, padding = pairs
+        kind = "max_pooling_ceil" if ceil else "max_pooling"
+        return functional.Step(input, residual, "none", 0.0, "none", None, None, (stride, padding, window, 1), kind)
 
     @staticmethod
     def takes(module: Module) -> bool:
         if type(module) is not MaxPool2d:
             return False
-        window, stride, padding, *others = _options(module)
-        square = all(type(length) is int for length in (window, stride, padding))
-        return square and others == [1, False, False] and 2 * padding <= window
+        *lengths, dilation, _, gives_indices = _options(module)
+        window, stride, padding = map(_square, lengths)
+        known = None not in (window, stride, padding) and dilation == 1 and gives_indices is False
+        return known and window > 0 and stride > 0 and 0 <= 2 * padding <= window
 
 
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
+def max_pool_of_call(node: fx.Node) -> MaxPool2d | None:
+    """A module that does what a call of torch's function with constant options does; None for other nodes."""
+    if node.target not in (F.max_pool2d, torch.max_pool2d) or len(node.args) > 1 + len(_MAX_POOL):
+        return None
+    given = dict(zip(_MAX_POOL, node.args[1:], strict=False), **node.kwargs)
+    if "kernel_size" not in given or not given.keys() <= set(_MAX_POOL) or node.all_input_nodes != [node.args[0]]:
+        return None
+    return MaxPool2d(**given)
+
+
 def _options(module: MaxPool2d) -> tuple:
     return tuple([getattr(module, name) for name in _MAX_POOL])
+
+
+def _square(lengths: object) -> int | None:
+    """The length of both sides of a square; None for anything else."""
+    first, second = lengths if isinstance(lengths, (tuple, list)) and len(lengths) == 2 else (lengths, lengths)
+    return first if type(first) is type(second) is int and first == second else None

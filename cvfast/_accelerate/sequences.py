@@ -104,7 +104,7 @@ class Sequence:
 
 
 def join_neighbours(graph: fx.Graph) -> None:
-    """Replaces parts in a row by sequences."""
+    """Replaces parts in a row, and pooling alone, by sequences."""
     row: list[fx.Node] = []
     for node in list(graph.nodes):
         if _is_part(node.target):
@@ -126,7 +126,7 @@ def _join(graph: fx.Graph, row: list[fx.Node]) -> None:
             _join(graph, row[: i + 1])
             _join(graph, row[i + 1 :])
             return
-    if len(row) < 2:
+    if not row or (len(row) == 1 and not isinstance(row[0].target, MaxPooling)):
         return
     inputs = list(dict.fromkeys(value for node in row for value in node.args if value is not None and value not in row))
     number = {value: i for i, value in enumerate([*inputs, *row])} | {None: -1}

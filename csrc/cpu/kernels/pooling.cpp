@@ -5,6 +5,7 @@
 #include "../scratch.h"
 #include "parallel.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace cvfast {
 namespace {
@@ -14,8 +15,8 @@ constexpr int64_t L = lanes<float>;
 // The larger of two, NaN if one of them is: a float or a vector.
 template <class V>
 V larger(V a, V b) {
-  const V most = b > a ? b : a;
-  return b == b ? most : b;  // a NaN in `a` is no less than anything
+  const V most = greater_of(a, b);
+  return a == a ? most : a;  // where `b` is a NaN, `most` is
 }
 
 // Positions of the window of result `at` inside [0, size).
@@ -35,26 +36,52 @@ void largest_of(const float* from, int64_t count, int64_t step, float* to, int64
   }
 }
 
-// A line of results whose channels are neighbours: of each column its lines first, then of the window its columns.
+float* scratch(int64_t floats) { return static_cast<float*>(thread_scratch(ScratchUse::worker, floats * sizeof(float))); }
+
+// A line of results of all channels, which are neighbours in the input: of each column its lines first, then of the window its
+// columns.
 void pool_channels(const MaxPooling& p, const float* image, int64_t y, float* to) {
   const Inside lines(p, y, p.in_height);
   const int64_t c = p.channels, *stride = p.input.stride;
-  float* columns = static_cast<float*>(thread_scratch(ScratchUse::worker, p.in_width * c * sizeof(float)));
+  const bool in_place = p.output.stride[1] == 1;
+  float* const columns = scratch((p.in_width + (in_place ? 0 : p.out_width)) * c);
+  float* const results = in_place ? to : columns + p.in_width * c;
+  const int64_t step = in_place ? p.output.stride[3] : c;
   const bool dense = stride[3] == c;
   for (int64_t x = 0; x < (dense ? 1 : p.in_width); ++x)
     largest_of(image + lines.begin * stride[2] + x * stride[3], lines.end - lines.begin, stride[2], columns + x * c,
                dense ? p.in_width * c : c);
   for (int64_t x = 0; x < p.out_width; ++x) {
     const Inside inside(p, x, p.in_width);
-    largest_of(columns + inside.begin * c, inside.end - inside.begin, c, to + x * p.output.stride[3], c);
+    largest_of(columns + inside.begin * c, inside.end - inside.begin, c, results + x * step, c);
   }
+  if (!in_place) copy_planes<float, float>({results, 1, 0, c}, {to, p.output.stride[1], 0, p.output.stride[3]}, c, 1, p.out_width);
+}
+
+// A vector of results of a line that lies in memory with its padding.
+FloatVector largest_of_windows(const MaxPooling& p, const float* line) {
+  FloatVector most = load_vector(line);
+  for (int64_t k = 1; k < p.window; ++k) most = larger(most, load_vector(line + k));
+  return most;
+}
+
+// The same two columns apart.
+FloatVector largest_of_every_second(const MaxPooling& p, const float* line) {
+  decltype(FloatVector{} < FloatVector{}) even;
+  for (int i = 0; i < L; ++i) even[i] = 2 * i;
+  return __builtin_shuffle(largest_of_windows(p, line), largest_of_windows(p, line + L), even);
 }
 
 // A line of results of one channel.
 void pool_plane(const MaxPooling& p, const float* plane, int64_t y, float* to) {
   const Inside lines(p, y, p.in_height);
-  const int64_t *stride = p.input.stride, n = p.in_width;
-  float* columns = static_cast<float*>(thread_scratch(ScratchUse::worker, n * sizeof(float)));
+  const int64_t *stride = p.input.stride, n = p.in_width, step = p.output.stride[3];
+  // The padding is less than anything. Vectors read on behind it.
+  const int64_t padded = max(p.padding + n, p.stride * round_up(p.out_width, L) + p.window + L);
+  float* const line = scratch(padded);
+  float* const columns = line + p.padding;
+  for (int64_t x = 0; x < p.padding; ++x) line[x] = -__builtin_inff();
+  for (int64_t x = p.padding + n; x < padded; ++x) line[x] = -__builtin_inff();
   const float* first = plane + lines.begin * stride[2];
   if (stride[3] == 1) {
     largest_of(first, lines.end - lines.begin, stride[2], columns, n);
@@ -64,16 +91,23 @@ void pool_plane(const MaxPooling& p, const float* plane, int64_t y, float* to) {
       for (int64_t k = 1; k < lines.end - lines.begin; ++k) columns[x] = larger(columns[x], first[k * stride[2] + x * stride[3]]);
     }
   }
-  for (int64_t x = 0; x < p.out_width; ++x) {
-    const Inside inside(p, x, n);
-    float most = columns[inside.begin];
-    for (int64_t i = inside.begin + 1; i < inside.end; ++i) most = larger(most, columns[i]);
-    to[x * p.output.stride[3]] = most;
+  for (int64_t x = 0; x < p.out_width; x += L) {
+    const int64_t some = min(p.out_width - x, L);
+    const float* from = line + x * p.stride;
+    if (p.stride <= 2 && step == 1) {
+      store_first(p.stride == 1 ? largest_of_windows(p, from) : largest_of_every_second(p, from), to + x, some);
+    } else {
+      for (int64_t i = 0; i < some; ++i) {
+        float most = from[i * p.stride];
+        for (int64_t k = 1; k < p.window; ++k) most = larger(most, from[i * p.stride + k]);
+        to[(x + i) * step] = most;
+      }
+    }
   }
 }
 
 void max_pooling(const MaxPooling& p, const ThreadPool& pool) {
-  const bool by_channels = p.input.stride[1] == 1 && p.output.stride[1] == 1;
+  const bool by_channels = p.input.stride[1] == 1 && p.channels > 1;
   const int64_t planes = by_channels ? 1 : p.channels;
   parallel_for(pool, p.batch * planes * p.out_height, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -5,7 +5,7 @@
 namespace cvfast {
 
 // output[n, c, y, x] = the largest input[n, c, y * stride + i - padding, x * stride + j - padding] for 0 <= i, j < window inside
-// the image; NaN if one is. padding <= window / 2, so that no window is empty.
+// the image; NaN if one is. padding <= window / 2, and each window begins before the image's end; it may end behind it.
 struct MaxPooling {
   int64_t batch, channels, in_height, in_width, out_height, out_width;
   int64_t window, stride, padding;

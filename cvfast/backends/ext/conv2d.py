@@ -25,7 +25,7 @@ from cvfast.ops.conv2d import (
     result_format,
     rows_as_pixels,
 )
-from cvfast.ops.sequence import PREPARE_SEQUENCE, SEQUENCE, STEP_KINDS
+from cvfast.ops.sequence import PREPARE_SEQUENCE, SEQUENCE, STEP_KINDS, pooled_size
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # all that autocast knows
 CUDA_DTYPES = (torch.float32, torch.float64)
@@ -179,11 +179,12 @@ class PreparedSequence:
             values.append(_result_of(step, values[step.input], memory_format))
             kind = STEP_KINDS.index(step.kind)
             numbers += [step.input, step.residual, kind, how, int(step.own_weight), int(in_channels_last)]
-        weights, biases = [step.weight for step in steps], [step.bias for step in steps]
+        weights = [_NO_WEIGHT if step.weight is None else step.weight for step in steps]
+        biases = [step.bias for step in steps]
         slopes = [step.negative_slope for step in steps]
         # Whoever frees what is kept beside weights frees it here, too.
         self._prepared = [PREPARE_SEQUENCE(weights, biases, packed, numbers, slopes, len(inputs))]
-        self._watch = when_dropped([weight for weight in weights if weight is not None], self._prepared.clear)
+        self._watch = when_dropped(weights, self._prepared.clear)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """As a prepared call. LookupError: packed weights were freed, so that this has to be prepared anew."""
@@ -198,6 +199,7 @@ class PreparedSequence:
             return None
 
 
+_NO_WEIGHT = torch.empty(0)
 _OF_ROWS = ("averaged_linear", "linear")
 _LEAST_CHANNELS = 16  # of channels_last: with fewer the contiguous format is as fast or faster
 
@@ -252,8 +254,12 @@ def _result_of(step: tuple, input: Tensor, memory_format: torch.memory_format) -
     if step.kind in _OF_ROWS:
         return input.new_empty(input.shape[0], step.weight.shape[0])
     stride, padding, dilation, _ = step.options
-    kernel, reach = (dilation, (1, 1)) if step.weight is None else (step.weight.shape[2:], dilation)
-    size = [output_size(input.shape[i + 2], kernel[i], stride[i], padding[i], reach[i]) for i in (0, 1)]
+    if step.weight is None:
+        ceil = step.kind == "max_pooling_ceil"
+        size = [pooled_size(input.shape[i + 2], dilation[i], stride[i], padding[i], ceil) for i in (0, 1)]
+    else:
+        kernel = step.weight.shape[2:]
+        size = [output_size(input.shape[i + 2], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     if step.pooling != "none":
         size = [length // 2 for length in size]
     channels = input.shape[1] if step.weight is None else step.weight.shape[0]
