@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvfast.reference.product import product
-
 
 def additive_attention(
     query: Tensor,
@@ -22,13 +20,13 @@ def additive_attention(
         mask = mask[:, None] if mask is not None and mask.dim() == 2 else mask
         context, weights = additive_attention(query[:, None], keys, values, w_query, w_key, v, mask)
         return context[:, 0], weights[:, 0]
-    q = product(query, w_query.t())
-    k = keys if w_key is None else product(keys, w_key.t())
-    scores = product(torch.tanh(q[:, :, None] + k[:, None]), v[:, None]).squeeze(-1)
+    q = query @ w_query.t()
+    k = keys if w_key is None else keys @ w_key.t()
+    scores = torch.tanh(q[:, :, None] + k[:, None]) @ v
     if mask is None:
         weights = scores.softmax(-1)
     else:
         mask = mask[:, None] if mask.dim() == 2 else mask
         sees = mask.any(-1, keepdim=True)
         weights = scores.masked_fill(~mask & sees, -torch.inf).softmax(-1).masked_fill(~mask, 0)
-    return product(weights, values), weights
+    return weights @ values, weights

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cvfast.reference.product import product
-
 
 def scaled_dot_product_attention(
     query: Tensor,
@@ -31,9 +29,9 @@ def scaled_dot_product_attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = product(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     i, j = torch.arange(query.shape[-2])[:, None], torch.arange(key.shape[-2])
-    visible = torch.ones_like(scores, dtype=torch.bool)
+    visible = torch.ones(scores.shape, dtype=torch.bool)
     if is_causal:
         visible = visible & (j <= i)
     left, right = window or (None, None)
@@ -52,4 +50,4 @@ def scaled_dot_product_attention(
     scores = scores.masked_fill(~visible, -torch.inf)
     sees = visible.any(-1, keepdim=True)
     weights = scores.masked_fill(~sees, 0).softmax(-1).masked_fill(~visible, 0)
-    return product(weights, value)
+    return weights @ value

@@ -29,8 +29,7 @@ def conv2d(
     height = (padded.shape[2] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
     width = (padded.shape[3] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
     padded = padded.unflatten(1, (groups, c // groups))
-    # A weight for each line of each image: its gradient is then a sum of short sums, which err less than one long one.
-    weight = weight.unflatten(0, (groups, k // groups)).expand(n, height, groups, *(-1,) * 4)
+    weight = weight.unflatten(0, (groups, k // groups))
     output = input.new_zeros(n, groups, k // groups, height, width)
     for r in range(kernel_h):
         for s in range(kernel_w):
@@ -38,7 +37,7 @@ def conv2d(
             tap = padded[
                 ..., y : y + (height - 1) * stride[0] + 1 : stride[0], x : x + (width - 1) * stride[1] + 1 : stride[1]
             ]
-            output = output + torch.einsum("ngchw,nhgkc->ngkhw", tap, weight[..., r, s])
+            output = output + torch.einsum("ngchw,gkc->ngkhw", tap, weight[..., r, s])
     output = output.flatten(1, 2)
     return output if bias is None else output + bias[:, None, None]
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cvfast.reference.linear import linear
+
 
 def lstm(input, hx, params, has_biases=True, num_layers=1, dropout=0.0, train=False, bidirectional=False,
          batch_first=False, *, lengths=None):  # fmt: skip
@@ -29,18 +31,18 @@ def rnn(input, hx, params, has_biases=True, num_layers=1, dropout=0.0, train=Fal
 
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """As cvfast.functional.lstm_cell."""
-    return _lstm_step(_affine(input, w_ih, b_ih), _affine(hx[0], w_hh, b_hh), hx)
+    return _lstm_step(linear(input, w_ih, b_ih), linear(hx[0], w_hh, b_hh), hx)
 
 
 def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """As cvfast.functional.gru_cell."""
-    return _gru_step(_affine(input, w_ih, b_ih), _affine(hx, w_hh, b_hh), (hx,))[0]
+    return _gru_step(linear(input, w_ih, b_ih), linear(hx, w_hh, b_hh), (hx,))[0]
 
 
 def rnn_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, nonlinearity="tanh"):
     """As cvfast.functional.rnn_cell."""
     step = _relu_step if nonlinearity == "relu" else _tanh_step
-    return step(_affine(input, w_ih, b_ih), _affine(hx, w_hh, b_hh), (hx,))[0]
+    return step(linear(input, w_ih, b_ih), linear(hx, w_hh, b_hh), (hx,))[0]
 
 
 def layers(step, input, hx, params, has_biases, num_layers, bidirectional, batch_first, lengths) -> tuple[Tensor, ...]:
@@ -80,21 +82,17 @@ def one_layer(step, input, states, weights, reverse, lengths) -> tuple[Tensor, t
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     steps, batch, _ = input.shape
     lengths = torch.full((batch,), steps) if lengths is None else torch.as_tensor(lengths)
-    x = _affine(input, w_ih, b_ih)
+    x = linear(input, w_ih, b_ih)
     nothing = sum(t.flatten()[:0].sum() for t in (x, w_hh, b_hh, w_hr) if t is not None)  # connects what no step uses
     state = tuple(s + nothing for s in states)
     outputs = [state[0]] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
-        h, *rest = step(x[t], _affine(state[0], w_hh, b_hh), state)
+        h, *rest = step(x[t], linear(state[0], w_hh, b_hh), state)
         after = (h if w_hr is None else h @ w_hr.T, *rest)
         runs = (t < lengths)[:, None]
         state = tuple(torch.where(runs, a, s) for a, s in zip(after, state, strict=True))
         outputs[t] = torch.where(runs, after[0], 0.0)
     return torch.stack(outputs) if steps else state[0].new_zeros(0, *state[0].shape) + nothing, state
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight.T if bias is None else x @ weight.T + bias
 
 
 def _lstm_step(x: Tensor, r: Tensor, state) -> tuple[Tensor, Tensor]:

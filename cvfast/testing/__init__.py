@@ -9,6 +9,7 @@ from cvfast.testing.additive_attention import AdditiveAttentionSpec
 from cvfast.testing.attention import AttentionSpec
 from cvfast.testing.conv2d import Conv2dSpec
 from cvfast.testing.conv_transpose2d import ConvTranspose2dSpec
+from cvfast.testing.extended import widened
 from cvfast.testing.linear import LinearSpec
 from cvfast.testing.recurrent import RecurrentCellSpec, RecurrentSpec
 from cvfast.testing.spec import Case, ErrorCase, OpSpec, Sample
@@ -21,4 +22,4 @@ _ATTENTION = (AttentionSpec(), AdditiveAttentionSpec())
 _PRODUCTS = (Conv2dSpec(), ConvTranspose2dSpec(), LinearSpec())
 SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (*_PRODUCTS, *_RECURRENT, *_ATTENTION)}
 
-__all__ = ["SPECS", "Case", "ErrorCase", "OpSpec", "Sample", "assert_as_accurate", "relative_error"]
+__all__ = ["SPECS", "Case", "ErrorCase", "OpSpec", "Sample", "assert_as_accurate", "relative_error", "widened"]

@@ -1,8 +1,8 @@
 """csrc/cuda/conv2d.cu, run: launchers as nvcc compiled them, kernels as PTX on the simulated device.
 
-Shows that the three products are right for every case of the OpSpec (accuracy against float64, as for every backend),
-write exactly the elements of their results, stay within their operands, have no race, and give the same bits whatever
-the order of threads and blocks.
+Shows that the three products are right for every case of the OpSpec (accuracy against the reference, as for every
+backend), write exactly the elements of their results, stay within their operands, have no race, and give the same bits
+whatever the order of threads and blocks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvfast.testing import SPECS, Case, Sample, assert_as_accurate
+from cvfast.testing import SPECS, Case, Sample, assert_as_accurate, widened
 from tests.cuda_on_cpu import conv2d
 from tests.cuda_on_cpu.simulator import CudaError, SimulationError, compile_module
 
@@ -89,7 +89,7 @@ def test_results(case: Case, dtype: torch.dtype, layout: torch.memory_format, co
     grad_output = torch.randn(grad_output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grad_output = grad_output.to(dtype).contiguous(memory_format=layout)
     native = gradients(SPEC.native, sample, grad_output)
-    exact = gradients(SPEC.reference, sample.to(torch.float64), grad_output.double())
+    exact = gradients(SPEC.reference, sample.map(widened), widened(grad_output))
 
     results = {name: Result(tensor, case.layout, layout) for name, tensor in native.items()}
     # The race check compares accesses whatever their order, so it need not look at every order of every case.
@@ -120,7 +120,7 @@ def test_transposed_results(case: Case, dtype: torch.dtype, conv2d_module):
     result = Result(native, case.layout, torch.channels_last)
     conv2d.input_grad(conv2d_module, input, weight, bias, result.tensor, geometry(case.options), check_races=True)
     result.assert_gaps_untouched()
-    assert_as_accurate(result.tensor, native, sample.to(torch.float64).call(TRANSPOSED.reference), str(case))
+    assert_as_accurate(result.tensor, native, sample.map(widened).call(TRANSPOSED.reference), str(case))
 
 
 GEOMETRY = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import cvfast
 from cvfast.backends.triton import conv2d as triton_conv2d
 from cvfast.ops.card import NAMESPACES
-from cvfast.testing import SPECS, Case, OpSpec, Sample, assert_as_accurate
+from cvfast.testing import SPECS, Case, OpSpec, Sample, assert_as_accurate, widened
 from tests.conftest import isas
 from tests.triton import interpreter
 
@@ -94,13 +94,13 @@ def derivatives(function, sample: Sample, cotangents: tuple[torch.Tensor, ...] |
 
 @lru_cache(maxsize=16)
 def torchs(spec_name: str, case: Case | int, dtype: torch.dtype, memory_format: torch.memory_format):
-    """The case's sample and cotangents, torch's own (results, gradients) and the float64 reference's."""
+    """The case's sample and cotangents, torch's own (results, gradients) and the reference's, in wider numbers."""
     spec = SPECS[spec_name]
     case = spec.random_case(random.Random(case)) if isinstance(case, int) else case
     sample = case.sample(dtype, memory_format)
     native, cotangents, native_grads = derivatives(spec.native, sample)
     cotangents = tuple(c.to(dtype) for c in cotangents)
-    exact, _, exact_grads = derivatives(spec.reference, sample.to(torch.float64), cotangents)
+    exact, _, exact_grads = derivatives(spec.reference, sample.map(widened), tuple(map(widened, cotangents)))
     return sample, cotangents, (*native, *native_grads), (*exact, *exact_grads)
 
 
