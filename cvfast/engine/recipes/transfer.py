@@ -43,10 +43,10 @@ class Options(RunConfig):
     """
 
     data: str = "cifar10"
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 32
     lr: float = 0.05
-    per_class: int = 25
+    per_class: int = 50
     seeds: int = 3
     source: str = "fashion-mnist"
     source_epochs: int = 12
