@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,9 @@ def hold_out(data: DataSplits, config: RunConfig) -> tuple[ImageData, ImageData]
     return train_data, validation_data
 
 
+_FEW = 500  # images: with more, twins are right about the same ones
+
+
 class Run(Loop):
     """Cross-entropy on labelled images, judged on validation images."""
 
@@ -66,9 +70,15 @@ class Run(Loop):
 
     @property
     def noise(self) -> dict[str, float]:
-        """On few images two of them are more than ``NOISE``."""
-        accuracy = max(self.NOISE["validation_accuracy"], 2 / len(self.validation_data))
-        return self.NOISE | {"validation_accuracy": accuracy}
+        """``NOISE``; of few images, two standard deviations of the difference between two means, if that is more.
+
+        An image's loss has a deviation of about 1 while much of it is left, being right or wrong one of at most 1/2.
+        """
+        trained, judged = len(self.train_data), len(self.validation_data)
+        noise = {"train_loss": max(self.NOISE["train_loss"], 2 * math.sqrt(2 / trained))}
+        if judged < _FEW:
+            noise["validation_accuracy"] = 2 * math.sqrt(0.5 / judged)
+        return self.NOISE | noise
 
     def _batches(self, epoch: int) -> Batches:
         return batches(

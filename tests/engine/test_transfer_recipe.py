@@ -92,6 +92,12 @@ def test_twins_run_on_torchs_operators_and_on_cvfasts_and_learn_alike(twins):
             row = next(row for row in rows if row[0] == f"| {run}: {gap.figure}")
             assert row[1:3] == [f"{gap.first:.2g}", f"{gap.last:.3g}"]
         assert (out / f"learning_curves_{run}.png").exists()
+    judged = [row for row in rows if row[0].endswith(": test_accuracy")]
+    assert [row[0] for row in judged] == [f"| {run}: test_accuracy" for run in RUNS[1:3]]
+    test = data.load(load_checkpoint(out / "native" / RUNS[1]).meta["config"]["data"]).test
+    for run, row in zip(RUNS[1:3], judged, strict=True):
+        native, ours = (evaluate(load_classifier(out / name / run / "last.safetensors"), test) for name in TWINS)
+        assert row[1:3] == ["", f"{abs(native.accuracy - ours.accuracy):.3g}"]
 
 
 @pytest.mark.parametrize("run", RUNS[:3])
@@ -113,10 +119,12 @@ def test_twins_of_which_one_training_differs_are_told(run, twins, options, tmp_p
     assert len(told) == 1 and told[0].startswith(f"| {run}: train_loss |")
 
 
-def test_few_images_have_noisy_accuracies(small_data):
+def test_means_of_few_images_are_noisy(small_data):
     few = Run(TrainConfig(data=small_data), torch.device("cpu"), None)
-    assert few.noise == {"train_loss": 0.1, "validation_accuracy": 2 / len(few.validation_data)}
-    few.validation_data = few.validation_data.subset(torch.zeros(2000, dtype=torch.int64))
+    images = torch.zeros(2000, dtype=torch.int64)
+    few.train_data, few.validation_data = few.train_data.subset(images[:450]), few.validation_data.subset(images[:50])
+    assert few.noise == {"train_loss": pytest.approx(2 * (2 / 450) ** 0.5), "validation_accuracy": pytest.approx(0.2)}
+    few.train_data, few.validation_data = few.train_data.subset(images), few.validation_data.subset(images)
     assert few.noise == Run.NOISE
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,11 +60,12 @@ def _say(console: Console | None, line: str) -> None:
 class Gap:
     """How far apart two runs are in one figure: after their first epoch, and in the mean of the last quarter.
 
-    ``allowed``: what runs that differ in rounding only may differ by at the end.
+    ``first``: None for a figure of the end alone. ``allowed``: what runs that differ in rounding only may differ by at
+    the end.
     """
 
     figure: str
-    first: float
+    first: float | None
     last: float
     allowed: float
 
@@ -91,29 +92,33 @@ def gaps(one: list[EpochFigures], other: list[EpochFigures], noise: dict[str, fl
     ]
 
 
-def compare(options: RunConfig, results: dict[str, dict[str, TrainResult]], out: Path) -> list[str]:
+def compare(
+    options: RunConfig, results: dict[str, dict[str, TrainResult]], out: Path, judged: Iterable[Gap] = ()
+) -> list[str]:
     """Writes the report of twins, by their name, into ``out``; returns the gist for the terminal.
 
-    Each twin is its trainings by name, "" where there is but one.
+    Each twin is its trainings by name, "" where there is but one. judged: gaps in what their histories do not have.
     """
     from cvfast.engine import report
 
     table = [["figure", "apart after epoch 1", "apart at the end", "noise up to", "within noise"]]
-    lines, pictures = [], []
+    lines, pictures, found = [], [], []
     for training, ours in results["cvfast"].items():
         histories = {name: twin[training].history for name, twin in results.items()}
         start, ending = (f"{training}: ", f"_{training}") if training else ("", "")
         for gap in gaps(histories["native"], histories["cvfast"], ours.noise):
-            figure, verdict = f"{start}{gap.figure}", "yes" if gap.is_noise else "NO"
-            table.append([figure, f"{gap.first:.2g}", f"{gap.last:.3g}", f"{gap.allowed:.3g}", verdict])
-            lines.append(
-                f"{figure}: {gap.last:.3g} apart at the end, noise up to {gap.allowed:.3g}"
-                f"{'' if gap.is_noise else ' (MORE THAN NOISE)'}"
-            )
+            found.append(replace(gap, figure=f"{start}{gap.figure}"))
         for title, draw in {"Learning curves": report.learning_curves, "Time per epoch": report.epoch_times}.items():
             picture = f"{draw.__name__}{ending}.png"
             draw(out / picture, histories)
             pictures.append(report.Section(f"{start}{title}", picture=picture))
+    for gap in (*found, *judged):
+        first, verdict = "" if gap.first is None else f"{gap.first:.2g}", "yes" if gap.is_noise else "NO"
+        table.append([gap.figure, first, f"{gap.last:.3g}", f"{gap.allowed:.3g}", verdict])
+        lines.append(
+            f"{gap.figure}: {gap.last:.3g} apart at the end, noise up to {gap.allowed:.3g}"
+            f"{'' if gap.is_noise else ' (MORE THAN NOISE)'}"
+        )
     sections = [
         report.Section(
             "What was done",
