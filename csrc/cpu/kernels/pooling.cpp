@@ -15,8 +15,8 @@ constexpr int64_t L = lanes<float>;
 // The larger of two, NaN if one of them is: a float or a vector.
 template <class V>
 V larger(V a, V b) {
-  const V most = greater_of(a, b);
-  return a == a ? most : a;  // where `b` is a NaN, `most` is
+  const V most = b > a ? b : a;
+  return b == b ? most : b;  // a NaN in `a` is no less than anything
 }
 
 // Positions of the window of result `at` inside [0, size).
