@@ -6,10 +6,10 @@ value that it reads, its residual (-1: none), which of STEP_KINDS it is, conv2d_
 change the weight, so that it is not compared with what was packed of it, and 1 where the result is channels_last.
 packed: the weights as conv2d_pack gave them. Pooling has an empty weight.
 
-conv2d: with its epilogue, as conv2d_epilogue. max_pooling: of square windows, whose length is the
-dilation; max_pooling_ceil: of those that stick out of the image, too. averaged_linear: a linear layer of the average of
-an image's pixels, [N, O]; it is the last step. linear: of contiguous images, flattened, or of the rows of another one.
-All but conv2d are for float32.
+conv2d: with its epilogue, as conv2d_epilogue. max_pooling: of square windows, whose length is the dilation;
+max_pooling_ceil: of those that stick out of the image, too. averaged_linear: a linear layer of the average of an
+image's pixels, [N, O]; it is the last step. linear: of contiguous images, flattened, or of the rows of another one. All
+but conv2d are for float32.
 """
 
 from __future__ import annotations
