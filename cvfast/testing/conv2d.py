@@ -68,6 +68,7 @@ WIDE_CASES = (  # more vectors, tiles and blocks; not for interpreters
     case("groups-wide", (2, 64, 14, 15), (64, 4, 3, 3), padding=1, groups=16),
     case("3x3-dilated-wide", (2, 17, 27, 26), (20, 17, 3, 3), padding=(3, 2), dilation=2),
     case("3x3-dilated-by-4", (2, 17, 17, 16), (20, 17, 3, 3), padding=4, dilation=4),
+    case("3x3-short-tiles-and-two-blocks", (1, 130, 14, 14), (34, 130, 3, 3), padding=1),
     case("3x3-many-tiles", (2, 36, 30, 29), (40, 36, 3, 3), padding=1),
     case("3x3-padding-2", (1, 40, 13, 11), (33, 40, 3, 3), padding=2),
     case("3x3-padding-3", (1, 17, 9, 8), (20, 17, 3, 3), padding=3),

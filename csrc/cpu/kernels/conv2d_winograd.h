@@ -16,8 +16,8 @@
 // computed again by the definition.
 #pragma once
 #include "../precision.h"
+#include "conv2d_winograd_few_tiles.h"
 #include "conv2d_winograd_prefetch.h"
-#include "conv2d_winograd_weights.h"
 
 namespace cvfast {
 namespace {
@@ -367,6 +367,8 @@ void transform_result(const Winograd<S, Taps>& w, int64_t group, const WinogradT
 
 // With fewer tiles at a time, reading (or making) the weights would cost more than the products.
 constexpr int64_t winograd_least_tiles = 32;
+// With so many tiles of its own a thread reads all of U rather than a part of it for everybody's.
+constexpr int64_t winograd_least_tiles_alone = 8;
 // The transform of the weights takes as long as the products of 36 tiles: with more than these it hardly counts.
 constexpr int64_t winograd_most_tiles_to_pack = 1024;
 // U has four times the elements of the taps (six of 2x2). Up to so many it is kept, or made for all chunks at once: asked for
@@ -387,7 +389,7 @@ WinogradPlan winograd_plan(const Winograd<S, Taps>& w, int64_t threads) {
   const int64_t tiles = w.source.tiles(), tile_bytes = w.source.elements(1) * static_cast<int64_t>(sizeof(float));
   const int64_t most = max(winograd_least_tiles, l2_cache_bytes() / 2 / tile_bytes);  // the other half: U and M
   // With all of U at hand each thread goes from patches to results alone.
-  const bool alone = w.kept_u && tiles >= winograd_few_tiles * threads;
+  const bool alone = w.kept_u && tiles >= winograd_least_tiles_alone * threads;
   p.chunk_tiles = ceil_div(tiles, round_up(ceil_div(tiles, most), alone ? threads : 1));
   p.chunks = ceil_div(tiles, p.chunk_tiles);
   p.chunk_per_thread = threads == 1 || alone || p.chunks >= 2 * threads;
@@ -444,13 +446,6 @@ void result_tiles(const Winograd<S, Taps>& w, int64_t group, int64_t first, int6
   }
 }
 
-inline void zero_all_but(TileRun run, int64_t tiles, float* m) {
-  const auto zero = [m](int64_t begin, int64_t end) {
-    zero_matrix(Matrix<float>{m + begin * winograd_width, winograd_width, 1}, end - begin, winograd_width);
-  };
-  zero(0, run.begin), zero(run.end, tiles);
-}
-
 // M of one block for `tiles` tiles from `first` on: its products, added to those of the blocks before. Those that the phase's
 // taps leave 0 and those that a short tile doesn't need are not computed; the first block, alone in the gradient to the input,
 // stores zeros instead.
@@ -472,125 +467,6 @@ void block_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, in
     }
 }
 
-// Few tiles take their weights from the taps: to write U and to read it again would cost more than the products. Both halves of
-// the transform go through registers, for one vector of output channels, one column of points and as many input channels at a
-// time as leave room in L1, where their sums wait.
-constexpr int64_t few_tiles_depth = 512 / lanes<float>;
-constexpr int64_t few_tiles_sum_stride = winograd_few_tiles * lanes<float>;  // of points
-
-// Cache lines of taps asked for per channel and column of points: at least what the columns together take.
-template <int Taps>
-constexpr int few_tiles_ahead_lines = (Taps * Taps * lanes<float> - 1) / (winograd_inputs<Taps> * line_floats) + 1;
-
-// The sums of `Rows` points of the column of `kernel`, from row `Row` on, for few tiles: `depth` channels more. Of the last point
-// only the first LastTiles tiles. The first rows bring `ahead` near.
-template <int Taps, class Column, int Row, int Rows, int Tiles, int LastTiles>
-[[gnu::noinline]] void few_tiles_column(const float* taps, Column kernel, const float* ahead, int64_t depth, const float* v,
-                                        float* sums, bool add) {
-  constexpr int points = winograd_inputs<Taps>;
-  constexpr bool one_chain = winograd_chain<Taps> == winograd_depth;
-  constexpr int ahead_lines = Row > 0 ? 0 : few_tiles_ahead_lines<Taps>;
-  constexpr auto needs = [](int tile, int y) { return Row + y < points - 1 || tile < LastTiles; };
-  constexpr int64_t row_stride = points * TiledImages<float, points, points>::few_point_stride;
-  FloatVector total[Rows][Tiles] = {};
-  const auto each_sum = [&](auto&& body) {
-#pragma GCC unroll 6
-    for (int y = 0; y < Rows; ++y)
-#pragma GCC unroll 4
-      for (int t = 0; t < Tiles; ++t)
-        if (needs(t, y)) body(total[y][t], sums + points * (Row + y) * few_tiles_sum_stride + t * lanes<float>);
-  };
-  if (add) each_sum([](FloatVector& sum, const float* kept) { sum = load_vector(kept); });
-  for (int64_t k = 0; k < depth;) {
-    FloatVector sum[Rows][Tiles] = {};
-    if constexpr (one_chain) __builtin_memcpy(sum, total, sizeof sum);
-    for (const int64_t end = min(k + winograd_chain<Taps>, depth); k < end; ++k, taps += Taps * Taps * lanes<float>) {
-#pragma GCC unroll 2
-      for (int i = 0; i < ahead_lines; ++i, ahead += line_floats) __builtin_prefetch(ahead, 0, 2);
-      FloatVector g[Taps], u[points];
-#pragma GCC unroll 3
-      for (int y = 0; y < Taps; ++y) g[y] = kernel(taps + y * Taps * lanes<float>);
-      transform_kernel(g, u);
-#pragma GCC unroll 6
-      for (int y = 0; y < Rows; ++y)
-#pragma GCC unroll 4
-        for (int t = 0; t < Tiles; ++t)
-          if (needs(t, y)) sum[y][t] += v[(Row + y) * row_stride + t * winograd_depth + k] * u[Row + y];
-    }
-#pragma GCC unroll 6
-    for (int y = 0; y < Rows; ++y)
-#pragma GCC unroll 4
-      for (int t = 0; t < Tiles; ++t) total[y][t] = one_chain ? sum[y][t] : total[y][t] + sum[y][t];
-  }
-  each_sum([](FloatVector sum, float* to) { store_vector(sum, to); });
-}
-
-template <int Taps, class Column>
-using FewTilesColumn = decltype(&few_tiles_column<Taps, Column, 0, 1, 1, 1>);
-
-// Points of a column at once: the sums of as many rows and four tiles stay in registers.
-template <int Taps>
-constexpr int few_tiles_rows = many_registers ? winograd_inputs<Taps> : winograd_inputs<Taps> / 2;
-
-// For 1 to 4 tiles, of which at least the first `last` have the last point. Row: 0 or few_tiles_rows, where the rest begins.
-template <int Taps, class Column, int Row, int Tiles = 4>
-FewTilesColumn<Taps, Column> few_tiles_column_for(int64_t tiles, int64_t last) {
-  if constexpr (Tiles > 1)
-    if (tiles < Tiles) return few_tiles_column_for<Taps, Column, Row, Tiles - 1>(tiles, last);
-  constexpr int points = winograd_inputs<Taps>, Rows = Row ? points - Row : few_tiles_rows<Taps>;
-  if constexpr (Row + Rows == points) {
-    if (last == 0) return few_tiles_column<Taps, Column, Row, Rows, Tiles, 0>;
-    if (2 * last <= Tiles) return few_tiles_column<Taps, Column, Row, Rows, Tiles, Tiles / 2>;
-  }
-  return few_tiles_column<Taps, Column, Row, Rows, Tiles, Tiles>;
-}
-
-// Scratch of few_tiles_products(): sums [point, tile, lane].
-template <int Taps>
-constexpr int64_t few_tiles_sums = winograd_inputs<Taps>* winograd_inputs<Taps>* few_tiles_sum_stride;
-
-// The same bits as block_products(). What lies behind `taps` is brought near, as it is needed next.
-template <class S, int Taps>
-void few_tiles_products(const Winograd<S, Taps>& w, int64_t block, int64_t first, int64_t tiles, const float* v,
-                        const float* taps, float* m, int64_t m_stride, float* sums) {
-  constexpr int64_t most_tiles = 4, points = winograd_inputs<Taps>, rest = few_tiles_rows<Taps>;
-  const auto& source = w.source;
-  const int64_t channels = source.block_channels(block);
-  const auto multiply = [&]<class Column>(int64_t tile, int64_t x, int64_t channel, int64_t depth, const float* here,
-                                          Column kernel) {
-    const int64_t count = min<int64_t>(tiles - tile, most_tiles);
-    const TileRun run = source.needing(0, x, first + tile, count);
-    if (run.begin == run.end) return;
-    const int64_t last = source.needing(points - 1, x, first + tile, count).end - run.begin, at = tile + run.begin;
-    const float* ahead = here + depth * (Taps * Taps * lanes<float> + x * few_tiles_ahead_lines<Taps> * line_floats);
-    const auto call = [&](FewTilesColumn<Taps, Column> function) {
-      function(here, kernel, ahead, depth, v + x * source.few_point_stride + at * source.tile_stride() + channel,
-               sums + x * few_tiles_sum_stride + at * lanes<float>, channel > 0);
-    };
-    call(few_tiles_column_for<Taps, Column, 0>(run.end - run.begin, last));
-    if constexpr (rest < points) call(few_tiles_column_for<Taps, Column, rest>(run.end - run.begin, last));
-  };
-  const auto add_sums = [&](int64_t point, float* to) {
-    const TileRun run = source.needing(point / points, point % points, first, tiles);
-    for (int64_t t = run.begin; t < run.end; ++t) {
-      const FloatVector sum = load_vector(sums + point * few_tiles_sum_stride + t * lanes<float>);
-      store_vector(block > 0 ? load_vector(to + t * winograd_width) + sum : sum, to + t * winograd_width);
-    }
-  };
-  if (block == 0)
-    for (int64_t point = 0; point < points * points; ++point)
-      zero_all_but(source.needing(point / points, point % points, first, tiles), tiles, m + point * m_stride);
-  for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += w.taps_vector_stride()) {
-    for (int64_t channel = 0; channel < channels; channel += few_tiles_depth) {
-      const int64_t depth = min(channels - channel, few_tiles_depth);
-      const float* here = taps + channel * Taps * Taps * lanes<float>;
-      for (int64_t tile = 0; tile < tiles; tile += most_tiles)
-        for_each_column<Taps>([&](int64_t x, auto kernel) { multiply(tile, x, channel, depth, here, kernel); });
-    }
-    for (int64_t point = 0; point < points * points; ++point) add_sums(point, m + point * m_stride + out);
-  }
-}
-
 // The results of a chunk of `tiles` tiles from `first` on. `all_u` is U, or nullptr: then it is made on the way.
 template <class S, int Taps>
 void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float* all_u, const float* v, int64_t first,
@@ -606,9 +482,10 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
     const int64_t calls = w.points * w.points * source.blocks * ceil_div(p.range_tiles, tile_rows);  // per piece of work
     TilePrefetcher<S> next_source = source_prefetcher(w, first + tiles, next_tiles, calls * (end - begin));
     constexpr int64_t tile_elements = (winograd_outputs * winograd_outputs + 1) * winograd_width;
-    float* m = scratch<float>(ScratchUse::worker, m_elements + tile_elements + w.u_block_stride() + few_tiles_sums<Taps>);
+    float* m = scratch<float>(ScratchUse::worker, m_elements + tile_elements + w.u_block_stride() +
+                                                      FewTiles<S, Taps>::scratch_elements);
     float *tile_results = m + m_elements, *own_u = tile_results + tile_elements;
-    float* own_sums = own_u + w.u_block_stride();
+    float* few_tiles_scratch = own_u + w.u_block_stride();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t tile = i % ranges * p.range_tiles, count = min(tiles - tile, p.range_tiles);
       const int64_t panel = i / ranges % w.panels, group = i / ranges / w.panels;
@@ -622,7 +499,7 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
         if (!all_u && source.few && w.has_all_taps(block / source.channel_blocks)) {
           if (!w.kept_taps) gather_taps(w, group, panel, block, own_u);
           const float* taps = w.kept_taps ? w.kept_taps_of(group, panel, block) : own_u;
-          few_tiles_products(w, block, first + tile, count, block_v, taps, m, m_stride, own_sums);
+          FewTiles<S, Taps>{source, block, first + tile, count, block_v, few_tiles_scratch}.products(taps, m, m_stride);
           continue;
         }
         const float* u = all_u + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();

@@ -13,8 +13,11 @@ constexpr int64_t winograd_chain = Taps == 2 ? 16 : winograd_depth;
 constexpr bool many_registers = tile_rows == 12;
 constexpr int64_t winograd_width = tile_cols<float>;  // output channels of a panel
 constexpr int64_t winograd_most_phases = 4;            // of the source, 2 on each axis
-// Up to this many tiles it pays to make U anew, in registers, for every four of them.
-constexpr int64_t winograd_few_tiles = 8;
+// Up to so many tiles it pays to make U anew, in registers, for every four of them; with many registers up to twice as many,
+// for every eight of them, with its first half kept.
+constexpr int64_t winograd_fewest_tiles = 8;
+template <int Taps>
+constexpr int64_t winograd_few_tiles = many_registers && Taps == 3 ? 2 * winograd_fewest_tiles : winograd_fewest_tiles;
 constexpr int64_t line_floats = 16;  // a cache line more between points: their addresses fall into different cache sets
 
 // Image, first pixel of the result, lines and pixels. With dilation: of the image made of its pixels (part_y, part_x) +
@@ -137,7 +140,8 @@ struct TiledImages {
   int64_t dilation_y = 1, dilation_x = 1;
   bool few = false;  // tiles, and fixed strides
 
-  static constexpr int64_t few_point_stride = winograd_few_tiles * winograd_depth + line_floats;
+  static constexpr int64_t few_point_stride =
+      winograd_few_tiles<Points - winograd_outputs + 1> * winograd_depth + line_floats;
 
   // Whole vectors of any width: a block is a chain of multiply-adds, the same with all instruction sets.
   void cut_channels(int64_t most) {
@@ -249,9 +253,17 @@ Winograd<S, Taps> winograd(const Correlation<S>& c, int64_t phase_y, int64_t pha
                           ceil_div(w.height() + c.lines_left_out, source.dilation_y),
                           ceil_div(w.width() + c.pixels_left_out, source.dilation_x));
   source.cut_channels(winograd_depth);
-  source.few = source.tiles() <= winograd_few_tiles;
+  source.few = source.tiles() <= winograd_few_tiles<Taps>;
   w.panels = ceil_div(c.out_channels, winograd_width), w.kept_taps = w.kept_u = nullptr;
   return w;
+}
+
+// Zeros in a point of M, [tile, winograd_width], for all of `tiles` tiles but those of a run.
+inline void zero_all_but(TileRun run, int64_t tiles, float* m) {
+  const auto zero = [m](int64_t begin, int64_t end) {
+    zero_matrix(Matrix<float>{m + begin * winograd_width, winograd_width, 1}, end - begin, winograd_width);
+  };
+  zero(0, run.begin), zero(run.end, tiles);
 }
 
 }  // namespace

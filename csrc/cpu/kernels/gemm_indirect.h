@@ -88,6 +88,12 @@ void indirect_product(int64_t rows, int64_t cols, int64_t depth, const T* a, Ind
   last_indirect_tile<T, Rows, vectors>(ceil_div(cols, L), depth, a, b, last, c, c_stride, chain, bias);
 }
 
+// A stride whose multiples the compiler makes where they are used: made before a loop they drive sums out of their registers.
+inline int64_t made_here(int64_t stride) {
+  asm volatile("" : "+r"(stride));
+  return stride;
+}
+
 // The same with the roles exchanged, for `tiles` tiles one below the other: A is read in place, element (i, k) at
 // a.data[a.offset[k] + i * a_step], and B is [depth, Cols vectors]. bias [Cols vectors] or nullptr.
 template <class T, int Rows, int Cols>
@@ -98,13 +104,14 @@ void indirect_a_tiles(int64_t tiles, int64_t depth, IndirectRows<T> a, int64_t a
   for (; tiles > 0; --tiles, a.data += Rows * a_step, c += Rows * c_stride) {
     V sum[Rows][Cols] = {};
     // What the next tile writes: memory takes longer than one tile.
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) __builtin_prefetch(c + (Rows + i) * c_stride, 1);
-    if (chain == Chain::resume)
+    const T* next = c + Rows * c_stride;
+#pragma GCC unroll 1
+    for (int i = 0; i < Rows; ++i, next += c_stride) __builtin_prefetch(next, 1);
+    if (const int64_t stride = made_here(c_stride); chain == Chain::resume)
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 16
-        for (int j = 0; j < Cols; ++j) sum[i][j] = load_as<V>(c + i * c_stride + j * L);
+        for (int j = 0; j < Cols; ++j) sum[i][j] = load_as<V>(c + i * stride + j * L);
     const T* row = b;
     for (int64_t k = 0; k < depth; ++k, row += Cols * L) {
       const T* x = a.data + a.offset[k];
@@ -116,11 +123,12 @@ void indirect_a_tiles(int64_t tiles, int64_t depth, IndirectRows<T> a, int64_t a
 #pragma GCC unroll 16
         for (int j = 0; j < Cols; ++j) sum[i][j] += x[i * a_step] * w[j];
     }
+    const int64_t stride = made_here(c_stride);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 16
       for (int j = 0; j < Cols; ++j) {
-        T* to = c + i * c_stride + j * L;
+        T* to = c + i * stride + j * L;
         V value = chain == Chain::add ? load_as<V>(to) + sum[i][j] : sum[i][j];
         if (bias) value += load_as<V>(bias + j * L);
         store_as(to, bounds.clamp(value));
