@@ -483,7 +483,7 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
     TilePrefetcher<S> next_source = source_prefetcher(w, first + tiles, next_tiles, calls * (end - begin));
     constexpr int64_t tile_elements = (winograd_outputs * winograd_outputs + 1) * winograd_width;
     float* m = scratch<float>(ScratchUse::worker, m_elements + tile_elements + w.u_block_stride() +
-                                                      FewTiles<S, Taps>::scratch_elements);
+                                                      FewTiles<Taps>::scratch_elements);
     float *tile_results = m + m_elements, *own_u = tile_results + tile_elements;
     float* few_tiles_scratch = own_u + w.u_block_stride();
     for (int64_t i = begin; i < end; ++i) {
@@ -499,7 +499,8 @@ void product_step(const Winograd<S, Taps>& w, const WinogradPlan& p, const float
         if (!all_u && source.few && w.has_all_taps(block / source.channel_blocks)) {
           if (!w.kept_taps) gather_taps(w, group, panel, block, own_u);
           const float* taps = w.kept_taps ? w.kept_taps_of(group, panel, block) : own_u;
-          FewTiles<S, Taps>{source, block, first + tile, count, block_v, few_tiles_scratch}.products(taps, m, m_stride);
+          FewTiles<Taps>{source.grid, first + tile, count, source.block_channels(block), block_v, few_tiles_scratch}.products(
+              taps, w.taps_vector_stride(), block > 0, m, m_stride);
           continue;
         }
         const float* u = all_u + (group * w.panels + panel) * w.u_panel_stride() + block * w.u_block_stride();

@@ -89,7 +89,8 @@ FewTilesColumn<Taps, Step, Column> few_tiles_column_for(int64_t tiles, int64_t l
     if (tiles < Tiles) return few_tiles_column_for<Taps, Step, Column, Row, Rows, Tiles - 1>(tiles, last);
   if constexpr (Row + Rows == winograd_inputs<Taps>) {
     if (last == 0) return few_tiles_column<Taps, Step, Column, Row, Rows, Tiles, 0>;
-    if (2 * last <= Tiles) return few_tiles_column<Taps, Step, Column, Row, Rows, Tiles, Tiles / 2>;
+    if constexpr (Tiles <= 4 || Tiles == 8)  // a fifth of the time of others would not be worth that of compiling them
+      if (2 * last <= Tiles) return few_tiles_column<Taps, Step, Column, Row, Rows, Tiles, Tiles / 2>;
   }
   return few_tiles_column<Taps, Step, Column, Row, Rows, Tiles, Tiles>;
 }
@@ -103,7 +104,7 @@ void keep_column(const float* taps, Column column, int64_t channels, float* kept
 }
 
 // The products of a block of channels, of which V is [point, tile, winograd_depth], for the tiles from `first` on.
-template <class S, int Taps>
+template <int Taps>
 struct FewTiles {
   static constexpr int points = winograd_inputs<Taps>;
   // Rows and tiles at once: their sums stay in registers. With kept columns, where the registers suffice, for more tiles.
@@ -116,23 +117,21 @@ struct FewTiles {
   static constexpr int64_t scratch_elements =
       max<int64_t>(points * points * sums_point_stride, winograd_depth * Taps * lanes<float>);
 
-  const TiledImages<S, points, points>& source;
-  int64_t block, first, tiles;
+  const TileGrid& grid;
+  int64_t first, tiles, channels;
   const float* v;
   float* scratch;  // for sums or a kept column
 
-  int64_t channels() const { return source.block_channels(block); }
-
   // Those of the column x for `count` channels from `channel` on, for all tiles that need it.
   template <int Step, int Rows, int Tiles, class Column>
-  void multiply(int64_t x, const float* lines, Column column, const float* ahead, int64_t channel, int64_t count,
-                const TileSums& sums) const {
-    const TileRun run = source.needing(0, x, first, tiles);
+  [[gnu::noinline]] void multiply(int64_t x, const float* lines, Column column, const float* ahead, int64_t channel,
+                                  int64_t count, const TileSums& sums) const {
+    const TileRun run = needing(0, x, first, tiles);
     const int64_t groups = ceil_div(run.end - run.begin, Tiles);
     for (int64_t group = 0, tile = run.begin, end; group < groups; ++group, tile = end) {
       end = tile + ceil_div(run.end - tile, groups - group);
-      const int64_t last = source.needing(points - 1, x, first + tile, end - tile).end;
-      const float* group_v = v + x * source.few_point_stride + tile * source.tile_stride() + channel;
+      const int64_t last = needing(points - 1, x, first + tile, end - tile).end;
+      const float* group_v = v + x * TiledImages<float, points, points>::few_point_stride + tile * winograd_depth + channel;
       const Ahead group_ahead = {ahead + group * count / groups * few_tiles_ahead_lines<Taps> * line_floats, groups - 1};
       const auto call = [&](FewTilesColumn<Taps, Step, Column> function) {
         function(lines, column, group_ahead, count, group_v, sums.at(x, tile));
@@ -145,18 +144,18 @@ struct FewTiles {
 
   // Those of one vector of output channels.
   void products_with_kept_columns(const float* taps, const TileSums& m) const {
-    const float* behind = taps + channels() * Taps * Taps * lanes<float>;
+    const float* behind = taps + channels * Taps * Taps * lanes<float>;
     for_each_column<Taps>([&](int64_t x, auto column) {
-      keep_column<Taps>(taps, column, channels(), scratch);
-      const float* ahead = behind + x * channels() * few_tiles_ahead_lines<Taps> * line_floats;
-      multiply<1, kept_rows, kept_most_tiles>(x, scratch, OuterColumn{0}, ahead, 0, channels(), m);
+      keep_column<Taps>(taps, column, channels, scratch);
+      const float* ahead = behind + x * channels * few_tiles_ahead_lines<Taps> * line_floats;
+      multiply<1, kept_rows, kept_most_tiles>(x, scratch, OuterColumn{0}, ahead, 0, channels, m);
     });
   }
   void products_of_taps(const float* taps, const TileSums& m) const {
     const bool straight = m.start == SumStart::zero;  // no other sums in the way
     TileSums sums = straight ? m : TileSums{scratch, sums_point_stride, lanes<float>, SumStart::zero};
-    for (int64_t channel = 0, count; channel < channels(); channel += count, sums.start = SumStart::kept) {
-      count = min(channels() - channel, depth);
+    for (int64_t channel = 0, count; channel < channels; channel += count, sums.start = SumStart::kept) {
+      count = min(channels - channel, depth);
       const float *here = taps + channel * Taps * Taps * lanes<float>, *behind = here + count * Taps * Taps * lanes<float>;
       for_each_column<Taps>([&](int64_t x, auto column) {
         const float* ahead = behind + x * count * few_tiles_ahead_lines<Taps> * line_floats;
@@ -167,7 +166,7 @@ struct FewTiles {
   }
   void add_sums(const TileSums& sums, const TileSums& m) const {
     for (int64_t point = 0; point < points * points; ++point) {
-      const TileRun run = source.needing(point / points, point % points, first, tiles);
+      const TileRun run = needing(point / points, point % points, first, tiles);
       for (int64_t t = run.begin; t < run.end; ++t) {
         float* to = m.at(point, t).data;
         store_vector(load_vector(to) + load_vector(sums.at(point, t).data), to);
@@ -175,13 +174,18 @@ struct FewTiles {
     }
   }
 
-  // Into M, or added to the blocks before. What lies behind `taps` is brought near, as it is needed next.
-  void products(const float* taps, float* m, int64_t m_stride) const {
-    if (block == 0)
+  TileRun needing(int64_t y, int64_t x, int64_t from, int64_t count) const {
+    return grid.needing(y == points - 1, x == points - 1, from, count);
+  }
+
+  // Into M, with `add` to what is there. What lies behind `taps` is brought near, as it is needed next; the vectors of output
+  // channels are taps_stride apart.
+  [[gnu::noinline]] void products(const float* taps, int64_t taps_stride, bool add, float* m, int64_t m_stride) const {
+    if (!add)
       for (int64_t point = 0; point < points * points; ++point)
-        zero_all_but(source.needing(point / points, point % points, first, tiles), tiles, m + point * m_stride);
-    for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += source.block_width * Taps * Taps * lanes<float>) {
-      const TileSums sums = {m + out, m_stride, winograd_width, block > 0 ? SumStart::added : SumStart::zero};
+        zero_all_but(needing(point / points, point % points, first, tiles), tiles, m + point * m_stride);
+    for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += taps_stride) {
+      const TileSums sums = {m + out, m_stride, winograd_width, add ? SumStart::added : SumStart::zero};
       if constexpr (keeps_columns)
         if (tiles > winograd_fewest_tiles) {
           products_with_kept_columns(taps, sums);

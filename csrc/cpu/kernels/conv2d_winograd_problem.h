@@ -58,9 +58,11 @@ class TileGrid {
   int64_t tiles() const { return begin_[classes]; }
   // Whether all begin at even lines and pixels.
   bool even() const { return max(y_.short_tiles, x_.short_tiles) <= 1; }
-  // Those that need the last point in y or x, or both.
-  TileRun needing(bool last_y, bool last_x) const {
-    return {begin_[last_x ? 1 : 0], begin_[last_y ? 2 : last_x ? 3 : classes]};
+  // Those of `count` tiles from `first` on that need the last point in y or x, or both, counted from `first`.
+  TileRun needing(bool last_y, bool last_x, int64_t first, int64_t count) const {
+    const int64_t from = begin_[last_x ? 1 : 0], to = begin_[last_y ? 2 : last_x ? 3 : classes];
+    const int64_t begin = min(max<int64_t>(from - first, 0), count);
+    return {begin, max(begin, min(to - first, count))};
   }
   WinogradTile tile_at(int64_t index) const {
     const int i = class_of(index);
@@ -160,9 +162,7 @@ struct TiledImages {
   }
   // Those of `count` tiles from `first` on that need a point, counted from `first`.
   TileRun needing(int64_t point_y, int64_t point_x, int64_t first, int64_t count) const {
-    const TileRun all = grid.needing(point_y == Points - 1, point_x == Points - 1);
-    const int64_t begin = min(max<int64_t>(all.begin - first, 0), count);
-    return {begin, max(begin, min(all.end - first, count))};
+    return grid.needing(point_y == Points - 1, point_x == Points - 1, first, count);
   }
   int64_t first_channel(int64_t block) const { return block % channel_blocks * block_width; }
   int64_t block_channels(int64_t block) const { return min(channels - first_channel(block), block_width); }
