@@ -6,21 +6,19 @@
 // The sums have the bits of those made with U.
 #pragma once
 #include "conv2d_winograd_weights.h"
+#include "gemm_indirect.h"
 
 namespace cvfast {
 namespace {
 
-// What a chain of products begins with: 0, the sum that is there already, or 0 and that sum is added at the end.
-enum class SumStart { zero, kept, added };
-
-// Sums of one vector of output channels: [point, tile, lane].
+// Sums of one vector of output channels: [point, tile, lane], and what becomes of them.
 struct TileSums {
   float* data;
   int64_t point_stride, tile_stride;
-  SumStart start;
+  Chain chain;
 
   TileSums at(int64_t point, int64_t tile) const {
-    return {data + point * point_stride + tile * tile_stride, point_stride, tile_stride, start};
+    return {data + point * point_stride + tile * tile_stride, point_stride, tile_stride, chain};
   }
 };
 
@@ -52,7 +50,7 @@ template <int Taps, int Step, class Column, int Row, int Rows, int Tiles, int La
       for (int t = 0; t < Tiles; ++t)
         if (needs(t, y)) body(total[y][t], sums.data + points * (Row + y) * sums.point_stride + t * sums.tile_stride);
   };
-  if (sums.start == SumStart::kept) each_sum([](FloatVector& sum, const float* kept) { sum = load_vector(kept); });
+  if (sums.chain == Chain::resume) each_sum([](FloatVector& sum, const float* kept) { sum = load_vector(kept); });
   for (int64_t k = 0; k < depth;) {
     FloatVector sum[Rows][Tiles] = {};
     if constexpr (one_chain) __builtin_memcpy(sum, total, sizeof sum);
@@ -75,7 +73,7 @@ template <int Taps, int Step, class Column, int Row, int Rows, int Tiles, int La
 #pragma GCC unroll 8
       for (int t = 0; t < Tiles; ++t) total[y][t] = one_chain ? sum[y][t] : total[y][t] + sum[y][t];
   }
-  if (sums.start == SumStart::added) each_sum([](FloatVector& sum, const float* before) { sum = load_vector(before) + sum; });
+  if (sums.chain == Chain::add) each_sum([](FloatVector& sum, const float* before) { sum = load_vector(before) + sum; });
   each_sum([](FloatVector sum, float* to) { store_vector(sum, to); });
 }
 
@@ -89,7 +87,7 @@ FewTilesColumn<Taps, Step, Column> few_tiles_column_for(int64_t tiles, int64_t l
     if (tiles < Tiles) return few_tiles_column_for<Taps, Step, Column, Row, Rows, Tiles - 1>(tiles, last);
   if constexpr (Row + Rows == winograd_inputs<Taps>) {
     if (last == 0) return few_tiles_column<Taps, Step, Column, Row, Rows, Tiles, 0>;
-    if constexpr (Tiles <= 4 || Tiles == 8)  // a fifth of the time of others would not be worth that of compiling them
+    if constexpr (Tiles <= 4 || Tiles == 8)  // for the others it saves less than it costs to compile
       if (2 * last <= Tiles) return few_tiles_column<Taps, Step, Column, Row, Rows, Tiles, Tiles / 2>;
   }
   return few_tiles_column<Taps, Step, Column, Row, Rows, Tiles, Tiles>;
@@ -152,9 +150,9 @@ struct FewTiles {
     });
   }
   void products_of_taps(const float* taps, const TileSums& m) const {
-    const bool straight = m.start == SumStart::zero;  // no other sums in the way
-    TileSums sums = straight ? m : TileSums{scratch, sums_point_stride, lanes<float>, SumStart::zero};
-    for (int64_t channel = 0, count; channel < channels; channel += count, sums.start = SumStart::kept) {
+    const bool straight = m.chain == Chain::start;  // no other sums in the way
+    TileSums sums = straight ? m : TileSums{scratch, sums_point_stride, lanes<float>, Chain::start};
+    for (int64_t channel = 0, count; channel < channels; channel += count, sums.chain = Chain::resume) {
       count = min(channels - channel, depth);
       const float *here = taps + channel * Taps * Taps * lanes<float>, *behind = here + count * Taps * Taps * lanes<float>;
       for_each_column<Taps>([&](int64_t x, auto column) {
@@ -185,7 +183,7 @@ struct FewTiles {
       for (int64_t point = 0; point < points * points; ++point)
         zero_all_but(needing(point / points, point % points, first, tiles), tiles, m + point * m_stride);
     for (int64_t out = 0; out < winograd_width; out += lanes<float>, taps += taps_stride) {
-      const TileSums sums = {m + out, m_stride, winograd_width, add ? SumStart::added : SumStart::zero};
+      const TileSums sums = {m + out, m_stride, winograd_width, add ? Chain::add : Chain::start};
       if constexpr (keeps_columns)
         if (tiles > winograd_fewest_tiles) {
           products_with_kept_columns(taps, sums);
