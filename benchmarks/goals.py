@@ -11,7 +11,7 @@ from benchmarks.results import CVFAST, TORCH, Row, best, by_case, geomean, ratio
 
 @dataclass(frozen=True)
 class Goal:
-    """One line: asked of every group by itself, in one direction. What is None is not asked.
+    """One line, in one direction, asked of each group or of their cases together. What is None is not asked.
 
     geomean, each: at least this ratio of the rivals' best time to cvfast's best; a case near its limit (limits.py)
     counts as one that reaches it.
@@ -29,28 +29,33 @@ class Goal:
     peak_share: float | None = None
     error: float | None = None
     less_error_than: str | None = None
+    together: bool = False
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the figures of one group say. holds is None where there are none, or not all, to judge by.
+    """What the figures of one group, or several together, say. holds: None where there are none or too few to judge by.
 
     A rival that competes and cannot do the case has a row that says so; one without a row was not asked.
     """
 
     goal: Goal
-    group: str
+    groups: tuple[str, ...]
     holds: bool | None
     seen: str
 
 
 def judge(goals: tuple[Goal, ...], rows: list[Row]) -> list[Verdict]:
-    """A verdict per goal and group."""
-    return [_judge(goal, group, rows) for goal in goals for group in goal.groups]
+    """A verdict per goal and group; one for all groups of a goal that takes them together."""
+    return [
+        _judge(goal, groups, rows)
+        for goal in goals
+        for groups in ([goal.groups] if goal.together else [(group,) for group in goal.groups])
+    ]
 
 
-def _judge(goal: Goal, group: str, rows: list[Row]) -> Verdict:
-    cases = list(by_case(r for r in rows if r.group == group and r.direction == goal.direction).values())
+def _judge(goal: Goal, groups: tuple[str, ...], rows: list[Row]) -> Verdict:
+    cases = list(by_case(r for r in rows if r.group in groups and r.direction == goal.direction).values())
     checks = [
         _check("geomean", goal.geomean, _ratios(cases, goal.rivals, goal.geomean), geomean),
         _check("least", goal.each, _ratios(cases, goal.rivals, goal.each), min),
@@ -67,8 +72,8 @@ def _judge(goal: Goal, group: str, rows: list[Row]) -> Verdict:
     seen = "; ".join(text for _, text in asked)
     present = {row.provider for case in cases for row in case}
     if holds and (absent := [rival for rival in goal.rivals if rival not in present]):
-        return Verdict(goal, group, None, f"{seen}; {', '.join(absent)} did not compete")
-    return Verdict(goal, group, holds, seen)
+        return Verdict(goal, groups, None, f"{seen}; {', '.join(absent)} did not compete")
+    return Verdict(goal, groups, holds, seen)
 
 
 def _ratios(cases: list[list[Row]], rivals: tuple[str, ...], asked: float | None) -> list[float | None]:

@@ -23,11 +23,10 @@ def groups(operator: str) -> dict[str, list[Case]]:
     }
 
 
-def goals(few: float, many: float, few_training: float, many_training: float, each_training: float) -> tuple[Goal, ...]:
-    """Geometric means against the best of the rivals, and in training against torch, by group."""
+def goals(geomean: float, training: float, each_training: float) -> tuple[Goal, ...]:
+    """Of all cases together: geometric means against the best of the rivals and, in training, against torch."""
+    both = (FEW, MANY)
     return (
-        Goal("against the best", (FEW,), "forward", RIVALS, geomean=few, each=0.98),
-        Goal("against the best", (MANY,), "forward", RIVALS, geomean=many, each=0.98),
-        Goal("training against torch", (FEW,), "training", geomean=few_training, each=each_training),
-        Goal("training against torch", (MANY,), "training", geomean=many_training, each=each_training),
+        Goal("against the best", both, "forward", RIVALS, geomean=geomean, each=0.98, together=True),
+        Goal("training against torch", both, "training", geomean=training, each=each_training, together=True),
     )

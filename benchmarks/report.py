@@ -63,9 +63,10 @@ def goals_table(goals: tuple[Goal, ...], rows: list[Row]) -> Table:
     measured = {(row.group, row.direction) for row in rows}
     table = Table("goal", "group", "holds", "seen", title="goals", title_justify="left")
     for verdict in judge(goals, rows):
-        if (verdict.group, verdict.goal.direction) in measured:
+        if all((group, verdict.goal.direction) in measured for group in verdict.groups):
             holds = {True: "yes", False: "NO", None: "open"}[verdict.holds]
-            table.add_row(verdict.goal.text, verdict.group, holds, verdict.seen)
+            group = "all together" if verdict.goal.together else verdict.groups[0]
+            table.add_row(verdict.goal.text, group, holds, verdict.seen)
     return table
 
 

@@ -83,6 +83,16 @@ def test_goals_are_judged(asked, holds, seen):
     assert (verdict.holds, verdict.seen) == (holds, seen)
 
 
+def test_goals_of_several_groups_are_judged_by_group_or_together():
+    times = {"cvfast contiguous": 1.0, "torch contiguous": 8.0, "torch channels_last": 9.0}
+    rows = [*ROWS, *(row("c", provider, time, "h") for provider, time in times.items())]
+    goal = Goal("text", ("g", "h"), "forward", geomean=3.0, each=1.0)
+    assert [(v.groups, v.holds) for v in judge((goal,), rows)] == [(("g",), False), (("h",), True)]
+    (verdict,) = judge((replace(goal, together=True),), rows)
+    assert verdict.groups == ("g", "h") and verdict.holds
+    assert verdict.seen == "geomean 3.17 (at least 3); least 1 (at least 1)"
+
+
 def test_a_case_near_its_limit_reaches_what_is_asked():
     goal = Goal("text", ("g",), "forward", geomean=4.0, each=2.0)
     for share, holds, seen in (
