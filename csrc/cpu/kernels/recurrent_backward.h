@@ -15,6 +15,24 @@ namespace {
 
 constexpr int64_t chunk_rows = 512;  // few rows, deep sums: each chunk reads and writes all of the weights' gradients
 
+// to [rows, cols] += a [rows, depth] times B [depth, cols], whole vectors of columns. B is read once, where it lies: some of
+// its rows at a time, while the next ones come near.
+template <class T>
+[[gnu::noinline]] void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_stride, const T* b,
+                                   int64_t b_stride, T* to, int64_t stride) {
+  constexpr int64_t step = 16;  // rows whose panel stays in the first-level cache even where they are pages apart
+  for (int64_t k = 0; k < depth; k += step, a += step, b += step * b_stride) {
+    const int64_t deep = min(step, depth - k);
+    for (int64_t col = 0; col < cols; col += panel_cols<T>) {
+      const int64_t count = min<int64_t>(cols - col, panel_cols<T>);
+      for (int64_t row = deep; row < min(deep + step, depth - k); ++row)
+        for (int64_t i = 0; i < count; i += line_elements<T>) __builtin_prefetch(b + row * b_stride + col + i, 0, 2);
+      panel_column(ceil_div(count, lanes<T>), rows, deep, Matrix<const T>{a, a_stride, 1},
+                   Panels<T>{b + col, count, 0, b_stride}, to + col, stride, true, {});
+    }
+  }
+}
+
 template <class T>
 struct Backward {
   static constexpr int L = lanes<T>;
@@ -33,6 +51,8 @@ struct Backward {
   const int64_t h_stride = round_up(outputs, panel_columns), units = round_up(hidden, panel_columns);
   const int64_t chunk = steps_of(chunk_rows, batch);
   const bool wants_weights = p.wants_weights, wants_input = p.wants_input;
+  // A cell by itself multiplies with each weight once: to pack them would take longer.
+  const bool in_place = p.sequence.steps == 1 && projected == 0 && !storage.converts() && hidden % L == 0 && inputs % L == 0;
 
   ThreadCut cut;
   int64_t* counters;    // of each group's team
@@ -87,15 +107,15 @@ struct Backward {
       dc = scratch.take<T>(batch * units);
       dh_hidden = scratch.take<T>(projected > 0 ? batch * units : 0);
       counters = scratch.take<int64_t>(cut.groups * Team::size(cut.shares));
-      w_hh = scratch.take<T>(rows * h_stride);
+      w_hh = scratch.take<T>(in_place ? 0 : rows * h_stride);
       w_hr = scratch.take<T>(projected * units);
-      w_ih = scratch.take<T>(wants_input ? rows * round_up(inputs, product_cols<T>) : 0);
+      w_ih = scratch.take<T>(wants_input && !in_place ? rows * round_up(inputs, product_cols<T>) : 0);
       if (!wants_weights) return;
       w_ih_grad.take(scratch, depth, storage, p.grad_weights.w_ih, p.grad_weights.b_ih);
       w_hh_grad.take(scratch, depth, storage, p.grad_weights.w_hh, p.grad_weights.b_hh);
       if (projected > 0) w_hr_grad.take(scratch, depth, storage, p.grad_weights.w_hr, nullptr);
     });
-    pack(pool);
+    if (!in_place) pack(pool);
     start(pool);
     bool first = true;
     for (int64_t last = last_step(); last > 0 || first; last = max<int64_t>(0, last - chunk), first = false) {
@@ -220,6 +240,11 @@ struct Backward {
           for (int64_t row = 0; row < rows; ++row) back_through_cell(step, row, unit, next, gates + row * b.slots);
         });
         together(b.h_stride, [&](int64_t col, int64_t next) {
+          if (b.in_place) {
+            const T* weights = static_cast<const T*>(b.p.weights.w_hh) + col;
+            return add_product(rows, min(next, b.hidden) - col, b.rows, gates, b.slots, weights, b.hidden, dh + col,
+                               b.h_stride);
+          }
           auto fetch = [&](const PanelSums<T>& s) { fetch_saved(step - 1, s.row, s.rows, col + s.panel * panel_columns, s.panels); };
           multiply(rows, gates, b.slots, b.w_hh, b.rows, col, next, dh, b.h_stride, true, step % 2, fetch);
         });
@@ -393,7 +418,11 @@ struct Backward {
   void input_block(int64_t step, int64_t row, int64_t depth, int64_t col) {
     const int64_t count = min(depth - row, product_block_rows), cols = min(inputs - col, product_block_cols<T>);
     T* c = static_cast<T*>(thread_scratch(ScratchUse::worker, product_block_rows * product_block_cols<T> * sizeof(T)));
-    for (int64_t gate = 0; gate < cell.gates; ++gate)
+    if (in_place) zero_row(c, product_block_rows * product_block_cols<T>);
+    for (int64_t gate = 0; in_place && gate < cell.gates; ++gate)
+      add_product(count, cols, hidden, gates + row * slots + cell.x_slots[gate] * hidden, slots,
+                  static_cast<const T*>(p.weights.w_ih) + gate * hidden * inputs + col, inputs, c, product_block_cols<T>);
+    for (int64_t gate = 0; !in_place && gate < cell.gates; ++gate)
       for (int64_t k = 0; k < hidden; k += product_depth<T>) {
         const int64_t deep = min(hidden - k, product_depth<T>);
         const T* a = gates + row * slots + cell.x_slots[gate] * hidden + k;
