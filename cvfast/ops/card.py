@@ -120,6 +120,23 @@ def _function(card: Card, ops) -> Callable:
     return Function.apply
 
 
+def asked_for(ctx) -> tuple[bool, ...]:
+    """ctx.needs_input_grad without those for which nobody asks in this backward pass; torch tells its own operators.
+
+    Takes 1 µs, but 20 µs for each leaf whose gradient torch.autograd.grad is to return.
+    """
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # of the arguments that need gradients
+    return tuple(need and _runs(next(nodes)) for need in ctx.needs_input_grad)
+
+
+def _runs(node) -> bool:
+    """Whether the backward pass comes to this node."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # which is a leaf whose gradient torch.autograd.grad returns
+        return True
+
+
 def _autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, *args):
     """The operator's kernel for the dispatcher's autograd key."""
     keyset = keyset & torch._C._after_autograd_keyset

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
 from cvfast import _library
-from cvfast.ops.card import Card, call, define_kernel, register, watched
+from cvfast.ops.card import Card, asked_for, call, define_kernel, register, watched
 
 _OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
@@ -285,6 +285,9 @@ _gradients_kernel = define_kernel(
 )
 
 
+_WORTH_ASKING = 1 << 27  # multiply-adds, more than a millisecond's
+
+
 class _WithEpilogue(_SingleLevelFunction):
     """activation(conv2d(...) + residual) in one pass, for autograd alone: tracers and transforms see the parts.
 
@@ -304,11 +307,15 @@ class _WithEpilogue(_SingleLevelFunction):
     @staticmethod
     def backward(ctx, grad):
         (activation, slope), (input, weight, output) = ctx.epilogue, ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, _, _, *others = ctx.needs_input_grad
+        worth_asking = grad.numel() * weight.numel() >= _WORTH_ASKING * weight.shape[0]
+        needs = asked_for(ctx) if worth_asking else ctx.needs_input_grad
+        needs_input, needs_weight, needs_bias, _, _, *others = needs
         grad = TOLD_BY_RESULT[activation](grad, output, slope)
         if torch.is_grad_enabled() or watched(grad):
             options = [(o, o) if type(o) is int else o for o in ctx.options[:3]] + [ctx.options[3]]
-            gradients = _gradients(torch.ops.cvfast, grad, input, weight, options, ctx.needs_input_grad[:3])
+            gradients = _gradients(
+                torch.ops.cvfast, grad, input, weight, options, (needs_input, needs_weight, needs_bias)
+            )
         else:
             gradients = _gradients_kernel(grad, input, weight, ctx.how, needs_input, needs_weight, needs_bias)
         if not others:

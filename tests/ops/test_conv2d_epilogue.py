@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import cvfast
 from cvfast.functional import ACTIVATIONS, POOLINGS
+from cvfast.ops import conv2d as conv2d_module
 from cvfast.ops.conv2d import TOLD_BY_RESULT, conv2d_how
 from cvfast.testing import assert_as_accurate
 from tests.conftest import isas
@@ -261,6 +263,43 @@ def test_gradients_in_one_pass_are_those_of_the_parts(activation, dtype, memory_
             if ours is not None:
                 distance = (ours.double() - theirs.double()).norm() / theirs.double().norm()
                 assert distance < (1e-5 if dtype is torch.float32 else 3e-2)
+
+
+def test_gradients_that_nobody_asks_for_are_not_computed(monkeypatch):
+    """Of large convolutions: torch says so of Python's own operators only to those who ask."""
+    computed = []
+    kernel = conv2d_module._gradients_kernel
+    monkeypatch.setattr(conv2d_module, "_gradients_kernel", lambda *args: computed.append(args[4:]) or kernel(*args))
+    monkeypatch.setattr(conv2d_module, "_WORTH_ASKING", 1)
+    sizes = (2, 4, 9, 9), (3, 4, 3, 3), (3,)
+    leaves = leaf, weight, bias = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    gradients = torch.autograd.grad(F.conv2d(leaf, weight, bias).sin().sum(), leaves)
+    wanted = dict(zip("iwb", gradients, strict=True))
+
+    def check(names: str, inner: bool) -> None:
+        """The gradients to some leaves are right, whether the convolution's input is one or not."""
+        output = cvfast.functional.conv2d(leaf * 1 if inner else leaf, weight, bias).sin().sum()
+        asked = [leaves["iwb".index(name)] for name in names]
+        for got, name in zip(torch.autograd.grad(output, asked), names, strict=True):
+            torch.testing.assert_close(got, wanted[name])
+
+    for inner in (False, True):
+        for names in ("i", "w", "b", "iw", "wb", "bi", "iwb"):
+            check(names, inner)
+            assert computed.pop() == tuple(name in names for name in "iwb")
+
+    output = cvfast.functional.conv2d(leaf, weight, bias).sin().sum()
+    output.backward(inputs=[weight], retain_graph=True)
+    assert computed.pop() == (False, True, False) and leaf.grad is None and bias.grad is None
+    torch.testing.assert_close(weight.grad, wanted["w"])
+    output.backward()
+    assert computed.pop() == (True, True, True)
+    torch.testing.assert_close(leaf.grad, wanted["i"])
+    torch.testing.assert_close(weight.grad, 2 * wanted["w"])
+    (penalty,) = torch.autograd.grad(cvfast.functional.conv2d(leaf, weight, bias).sin().sum(), leaf, create_graph=True)
+    (native,) = torch.autograd.grad(F.conv2d(leaf, weight, bias).sin().sum(), leaf, create_graph=True)
+    got, expected = (torch.autograd.grad(p.pow(2).sum(), leaves) for p in (penalty, native))
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("isa", isas(), indirect=True)
