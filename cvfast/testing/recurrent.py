@@ -145,7 +145,8 @@ def cell_cases(operator: str) -> tuple[Case, ...]:
         case("no-samples", 0, 4, 5),
         case("one-element", 1, 1, 1),
         case("sliced", 3, 6, 8, layout="sliced"),
-        case("whole-vectors", 8, 96, 80),
+        case("whole-panels", 8, 128, 64),
+        case("whole-panels-of-avx2", 2, 16, 48),
     ]
     if operator == "rnn_cell":
         cases.append(case("relu", 3, 6, 7, nonlinearity="relu"))

@@ -15,20 +15,19 @@ namespace {
 
 constexpr int64_t chunk_rows = 512;  // few rows, deep sums: each chunk reads and writes all of the weights' gradients
 
-// to [rows, cols] += a [rows, depth] times B [depth, cols], whole vectors of columns. B is read once, where it lies: some of
-// its rows at a time, while the next ones come near.
-template <class T>
-[[gnu::noinline]] void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t a_stride, const T* b,
-                                   int64_t b_stride, T* to, int64_t stride) {
+// to [rows, cols] += a [rows, depth] times B [depth, cols], whole panels of columns. B is read once, where it lies: some of its
+// rows at a time, while the next ones come near.
+[[gnu::noinline]] inline void add_product(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t a_stride,
+                                          const float* b, int64_t b_stride, float* to, int64_t stride) {
   constexpr int64_t step = 16;  // rows whose panel stays in the first-level cache even where they are pages apart
   for (int64_t k = 0; k < depth; k += step, a += step, b += step * b_stride) {
     const int64_t deep = min(step, depth - k);
-    for (int64_t col = 0; col < cols; col += panel_cols<T>) {
-      const int64_t count = min<int64_t>(cols - col, panel_cols<T>);
+    for (int64_t col = 0; col < cols; col += panel_cols<float>) {
       for (int64_t row = deep; row < min(deep + step, depth - k); ++row)
-        for (int64_t i = 0; i < count; i += line_elements<T>) __builtin_prefetch(b + row * b_stride + col + i, 0, 2);
-      panel_column(ceil_div(count, lanes<T>), rows, deep, Matrix<const T>{a, a_stride, 1},
-                   Panels<T>{b + col, count, 0, b_stride}, to + col, stride, true, {});
+        for (int64_t i = 0; i < panel_cols<float>; i += line_elements<float>)
+          __builtin_prefetch(b + row * b_stride + col + i, 0, 2);
+      column_product<float, most_vectors>(rows, deep, Matrix<const float>{a, a_stride, 1}, b + col, b_stride, to + col, stride,
+                                          true);
     }
   }
 }
@@ -52,7 +51,8 @@ struct Backward {
   const int64_t chunk = steps_of(chunk_rows, batch);
   const bool wants_weights = p.wants_weights, wants_input = p.wants_input;
   // A cell by itself multiplies with each weight once: to pack them would take longer.
-  const bool in_place = p.sequence.steps == 1 && projected == 0 && !storage.converts() && hidden % L == 0 && inputs % L == 0;
+  const bool in_place = p.dtype == DType::f32 && p.sequence.steps == 1 && projected == 0 && hidden % panel_cols<T> == 0 &&
+                        inputs % panel_cols<T> == 0;
 
   ThreadCut cut;
   int64_t* counters;    // of each group's team
@@ -240,11 +240,12 @@ struct Backward {
           for (int64_t row = 0; row < rows; ++row) back_through_cell(step, row, unit, next, gates + row * b.slots);
         });
         together(b.h_stride, [&](int64_t col, int64_t next) {
-          if (b.in_place) {
-            const T* weights = static_cast<const T*>(b.p.weights.w_hh) + col;
-            return add_product(rows, min(next, b.hidden) - col, b.rows, gates, b.slots, weights, b.hidden, dh + col,
-                               b.h_stride);
-          }
+          if constexpr (sizeof(T) == sizeof(float))
+            if (b.in_place) {
+              const float* weights = static_cast<const float*>(b.p.weights.w_hh) + col;
+              return add_product(rows, min(next, b.hidden) - col, b.rows, gates, b.slots, weights, b.hidden, dh + col,
+                                 b.h_stride);
+            }
           auto fetch = [&](const PanelSums<T>& s) { fetch_saved(step - 1, s.row, s.rows, col + s.panel * panel_columns, s.panels); };
           multiply(rows, gates, b.slots, b.w_hh, b.rows, col, next, dh, b.h_stride, true, step % 2, fetch);
         });
@@ -419,9 +420,10 @@ struct Backward {
     const int64_t count = min(depth - row, product_block_rows), cols = min(inputs - col, product_block_cols<T>);
     T* c = static_cast<T*>(thread_scratch(ScratchUse::worker, product_block_rows * product_block_cols<T> * sizeof(T)));
     if (in_place) zero_row(c, product_block_rows * product_block_cols<T>);
-    for (int64_t gate = 0; in_place && gate < cell.gates; ++gate)
-      add_product(count, cols, hidden, gates + row * slots + cell.x_slots[gate] * hidden, slots,
-                  static_cast<const T*>(p.weights.w_ih) + gate * hidden * inputs + col, inputs, c, product_block_cols<T>);
+    if constexpr (sizeof(T) == sizeof(float))
+      for (int64_t gate = 0; in_place && gate < cell.gates; ++gate)
+        add_product(count, cols, hidden, gates + row * slots + cell.x_slots[gate] * hidden, slots,
+                    static_cast<const float*>(p.weights.w_ih) + gate * hidden * inputs + col, inputs, c, product_block_cols<T>);
     for (int64_t gate = 0; !in_place && gate < cell.gates; ++gate)
       for (int64_t k = 0; k < hidden; k += product_depth<T>) {
         const int64_t deep = min(hidden - k, product_depth<T>);
